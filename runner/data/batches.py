@@ -1,0 +1,121 @@
+"""Which rows an optimizer step sees, and how they become tensors.
+
+The rows of step s on rank r are a function of (seed, s, r): the step number is the whole position of the loader, so a
+resumed run goes on exactly where it stopped. The rows of a global batch do not depend on the number of ranks.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Global batches that are sorted by length together: less padding, still random
+POOL = 16
+EMPTY = -1
+
+
+class Batches:
+    """Shuffled, length-grouped global batches of row numbers, dealt to ranks and micro batches.
+
+    Args:
+        lengths: tokens of each row.
+        drop_last: leave out the rows of an epoch that fill no batch; otherwise its last batch has empty slots (-1).
+    """
+
+    def __init__(self, lengths, global_batch: int, micro_batch: int, *, world: int, rank: int, seed: int, drop_last: bool = False, pool: int = POOL):
+        self.lengths, self.seed, self.pool = np.asarray(lengths), seed, pool
+        self.global_batch, self.micro_batch, self.world, self.rank = global_batch, micro_batch, world, rank
+        self.per_epoch = len(self.lengths) // global_batch if drop_last else math.ceil(len(self.lengths) / global_batch)
+        self._epoch, self._order = -1, np.empty(0)
+
+    def steps(self, epochs: float, max_steps: int | None) -> int:
+        steps = max(1, math.ceil(epochs * self.per_epoch)) if self.per_epoch else 0
+        return min(steps, max_steps) if max_steps is not None else steps
+
+    def rows(self, step: int) -> np.ndarray:
+        """Row numbers of a global batch, the longest first, -1 in empty slots. (global_batch,)"""
+        epoch, batch = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffle(epoch)
+        return self._order[batch]
+
+    def micro_batches(self, step: int) -> list[np.ndarray]:
+        """Row numbers of this rank's micro batches. Neighbours in length share one, and the ranks' k-th ones are alike."""
+        mine = self.rows(step)[self.rank :: self.world]
+        return np.split(mine, range(self.micro_batch, len(mine), self.micro_batch))
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.lengths))[: self.per_epoch * self.global_batch]
+        pools = np.split(order, range(self.pool * self.global_batch, len(order), self.pool * self.global_batch))
+        order = np.concatenate([pool[np.argsort(-self.lengths[pool], kind="stable")] for pool in pools])
+        full = np.full(self.per_epoch * self.global_batch, EMPTY)
+        full[: len(order)] = order
+        return full.reshape(self.per_epoch, self.global_batch)[rng.permutation(self.per_epoch)]
+
+
+def shard(n: int, micro_batch: int, world: int, rank: int) -> list[np.ndarray]:
+    """Row numbers 0..n-1 in micro batches for one rank; every rank gets equally many, with empty slots (-1) at the end."""
+    slots = math.ceil(n / (micro_batch * world)) * micro_batch * world
+    padded = np.concatenate([np.arange(n), np.full(slots - n, EMPTY)])
+    return list(padded[rank::world].reshape(-1, micro_batch))
+
+
+def subset(n: int, most: int) -> np.ndarray:
+    """At most `most` row numbers out of n, always the same ones."""
+    return np.sort(np.random.default_rng(0).permutation(n)[:most])
+
+
+# --- from rows to tensors ---------------------------------------------------------------------------------------------
+
+
+def pad(rows: list[list[int]], fill: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Token lists -> ids and attention mask (B, T). An empty list becomes one masked-in PAD: attention needs a token."""
+    width = max(1, max(map(len, rows)))
+    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        real = row or [fill]
+        span = slice(width - len(real), width) if left else slice(0, len(real))
+        ids[i, span] = torch.tensor(real)
+        mask[i, span] = 1
+    return ids, mask
+
+
+def sft_batch(rows: list[dict | None], fill: int, prompt_loss: float) -> dict[str, Tensor]:
+    """SFT rows (None: empty slot) -> ids, mask (B, T); index, targets, weights (N,): the next-token predictions that count."""
+    ids, mask = pad([row["input_ids"] if row else [] for row in rows], fill)
+    index, targets, weights = [], [], []
+    for i, row in enumerate(rows):
+        if row is None:
+            continue
+        first = 1 if prompt_loss else max(1, row["prompt_length"])
+        columns = torch.arange(first, row["length"])
+        index.append(i * ids.size(1) + columns - 1)
+        targets.append(ids[i, columns])
+        weights.append(torch.where(columns < row["prompt_length"], prompt_loss, 1.0))
+    empty = [torch.empty(0, dtype=torch.long)]
+    return {
+        "ids": ids,
+        "mask": mask,
+        "index": torch.cat(index or empty),
+        "targets": torch.cat(targets or empty),
+        "weights": torch.cat(weights or [torch.empty(0)]).float(),
+    }
+
+
+def pair_batch(rows: list[dict | None], fill: int) -> dict[str, Tensor]:
+    """Reward rows -> ids, mask (2B, T), the chosen first, then the rejected; real (B,) is 0 for empty slots."""
+    both = [row["chosen_ids"] if row else [] for row in rows] + [row["rejected_ids"] if row else [] for row in rows]
+    ids, mask = pad(both, fill)
+    return {"ids": ids, "mask": mask, "real": torch.tensor([float(row is not None) for row in rows])}
+
+
+def pick(dataset, numbers: np.ndarray) -> list[dict | None]:
+    """Rows of a memory-mapped data set; None for an empty slot."""
+    return [dataset[int(n)] if n != EMPTY else None for n in numbers]
+
+
+def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

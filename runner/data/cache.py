@@ -1,0 +1,295 @@
+"""Tokenised data of one stage: built once under its content key, memory-mapped from then on, never pickled.
+
+A cache folder holds train.arrow, eval.arrow and counts.json. Rows by stage:
+    sft     input_ids, prompt_length, length, source
+    reward  chosen_ids, rejected_ids, prompt_length, length (the longer one), source
+    ppo     input_ids (the prompt), turns (JSON), length, source
+Prompts longer than the limit lose their beginning. Responses are never cut, because their end and EOS carry the meaning:
+longer ones are dropped. Everything that is cut or dropped is counted.
+"""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.progress import Progress
+
+from runner.config import Dataset, Model, Source
+from runner.data.adapters import BadRow, Dropped, Example, adapt
+from runner.data.sources import VERSION, BrokenRow, content_key, data_key, plain_source, rows, sources_of
+from runner.data.split import held_out, phase_of, prompt_hash
+from runner.errors import UserError
+from runner.lock import lock
+from runner.tokenizer import encode_prompts, encode_responses, fingerprint, render_prompt
+
+BATCH = 1000
+
+
+@dataclass
+class Counts:
+    """What became of the rows that belong to a stage."""
+
+    train: int = 0
+    eval: int = 0
+    truncated: int = 0
+    dropped: Counter = field(default_factory=Counter)
+
+
+# --- from rows to examples --------------------------------------------------------------------------------------------
+
+
+def examples(dataset: Dataset, stage: str, counts: Counts) -> Iterator[tuple[str, Example, int]]:
+    """Yield (source name, example, prompt hash) of the rows that belong to a stage, counting what is dropped."""
+    sources = sources_of(dataset)
+    taken = _prompts_of_other_stages(dataset, sources) if stage == "sft" else set()
+    for name, source in sources.items():
+        if source.sft_only and stage != "sft":
+            continue
+        for example in adapted(dataset, source, counts):
+            number = prompt_hash(example.prompt)
+            if source.sft_only:
+                if number in taken:
+                    counts.dropped["prompt belongs to another stage"] += 1
+                    continue
+            elif phase_of(number, dataset.split) != stage:
+                continue
+            yield name, example, number
+
+
+def adapted(dataset: Dataset, source: Source, counts: Counts) -> Iterator[Example]:
+    """Examples of one source; broken rows end the run or are counted, as dataset.on_bad_row says."""
+    for index, (where, row) in enumerate(rows(source, dataset.toy_rows)):
+        if dataset.max_rows is not None and index >= dataset.max_rows:
+            return
+        try:
+            if isinstance(row, BrokenRow):
+                raise row
+            yield adapt(source.adapter, row, source.fields)
+        except Dropped as reason:
+            counts.dropped[str(reason)] += 1
+        except (BrokenRow, BadRow) as error:
+            if dataset.on_bad_row == "error":
+                raise UserError(f"{where}: {error}. Mend the row, or type dataset.on_bad_row=skip to count such rows and go on") from error
+            counts.dropped["broken row"] += 1
+
+
+def _prompts_of_other_stages(dataset: Dataset, sources: dict[str, Source]) -> set[int]:
+    """Hashes of the prompts that reward model and PPO own: demonstrations must not give them away."""
+    if not any(s.sft_only for s in sources.values()):
+        return set()
+    shared = (e for s in sources.values() if not s.sft_only for e in adapted(dataset, s, Counts()))
+    numbers = {prompt_hash(e.prompt) for e in shared}
+    return {n for n in numbers if phase_of(n, dataset.split) != "sft"}
+
+
+# --- from examples to tokens ------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Turns batches of examples into rows of one stage."""
+
+    def __init__(self, stage: str, tokenizer, model: Model, counts: Counts):
+        self.stage, self.tokenizer, self.counts = stage, tokenizer, counts
+        self.max_prompt, self.max_response = model.max_prompt_tokens, model.max_response_tokens
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __call__(self, batch: list[tuple[str, Example, int]]) -> list[tuple[dict, int]]:
+        """(row, prompt hash) for every example that is kept."""
+        if self.stage == "reward":
+            batch = self._keep(batch, lambda e: e.rejected is not None, "no rejected response")
+        prompts = [self._cut(ids) for ids in encode_prompts(self.tokenizer, [e.prompt for _, e, _ in batch])]
+        encode = {"sft": self._sft, "reward": self._reward, "ppo": self._ppo}[self.stage]
+        made = encode([e for _, e, _ in batch], prompts)
+        return [(row | {"source": name}, number) for row, (name, _, number) in zip(made, batch, strict=True) if row is not None]
+
+    def _keep(self, batch, wanted, reason: str):
+        kept = [item for item in batch if wanted(item[1])]
+        self.counts.dropped[reason] += len(batch) - len(kept)
+        return kept
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        if len(ids) <= self.max_prompt:
+            return ids
+        self.counts.truncated += 1
+        start = [ids[0]] if ids[0] == self.tokenizer.bos_token_id else []
+        return start + ids[len(ids) - self.max_prompt + len(start) :]
+
+    def _responses(self, texts: list[str]) -> list[list[int] | None]:
+        made = encode_responses(self.tokenizer, texts)
+        return [ids if len(ids) <= self.max_response else None for ids in made]
+
+    def _too_long(self) -> None:
+        self.counts.dropped[f"response longer than {self.max_response} tokens"] += 1
+
+    def _sft(self, batch: list[Example], prompts: list[list[int]]):
+        for prompt, response in zip(prompts, self._responses([e.chosen for e in batch]), strict=True):
+            if response is None:
+                self._too_long()
+                yield None
+            else:
+                yield {"input_ids": prompt + response, "prompt_length": len(prompt), "length": len(prompt) + len(response)}
+
+    def _reward(self, batch: list[Example], prompts: list[list[int]]):
+        chosen, rejected = self._responses([e.chosen for e in batch]), self._responses([e.rejected for e in batch])
+        for prompt, good, bad in zip(prompts, chosen, rejected, strict=True):
+            if good is None or bad is None:
+                self._too_long()
+                yield None
+            else:
+                length = len(prompt) + max(len(good), len(bad))
+                yield {"chosen_ids": prompt + good, "rejected_ids": prompt + bad, "prompt_length": len(prompt), "length": length}
+
+    def _ppo(self, batch: list[Example], prompts: list[list[int]]):
+        for example, prompt in zip(batch, prompts, strict=True):
+            if tuple(prompt) in self.seen:
+                self.counts.dropped["same prompt again"] += 1
+                yield None
+            else:
+                self.seen.add(tuple(prompt))
+                yield {"input_ids": prompt, "turns": json.dumps(example.prompt, ensure_ascii=False), "length": len(prompt)}
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def build(store: Path, dataset: Dataset, stage: str, tokenizer, model: Model) -> Path:
+    """The cache folder of a stage, made if it is not there. Jobs side by side build it once."""
+    facts = data_key(dataset) | {"stage": stage, "tokenizer": fingerprint(tokenizer)}
+    facts |= {"max_prompt_tokens": model.max_prompt_tokens, "max_response_tokens": model.max_response_tokens}
+
+    def fill(folder: Path) -> None:
+        counts = Counts()
+        encoder = Encoder(stage, tokenizer, model, counts)
+        made = _encoded(examples(dataset, stage, counts), encoder, f"tokenising {dataset.name} for {stage}")
+        _write(folder, stage, dataset, made, counts)
+
+    return _cached(store, f"{stage}-{_short_hash(facts)}", fill)
+
+
+def build_pretrain(store: Path, dataset: Dataset, tokenizer, model: Model) -> Path:
+    """Plain text for the ptx mixture, packed into blocks of prompt + response length, as SFT rows without a prompt."""
+    sources = [plain_source(path, sft_only=True) for path in dataset.pretrain]
+    block = model.max_prompt_tokens + model.max_response_tokens
+    facts = {"pretrain": [content_key(s, 0) for s in sources], "block": block, "tokenizer": fingerprint(tokenizer), "version": VERSION}
+
+    def fill(folder: Path) -> None:
+        counts, pending = Counts(), []
+        with _Writer(folder / "train.arrow") as train, _Writer(folder / "eval.arrow"):
+            for source in sources:
+                for where, row in rows(source, 0):
+                    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                        raise UserError(f"{where}: a pretraining row needs a field 'text' that holds a string")
+                    pending += [*tokenizer(row["text"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+                    while len(pending) >= block:
+                        train.add({"input_ids": pending[:block], "prompt_length": 0, "length": block, "source": source.path})
+                        pending = pending[block:]
+                        counts.train += 1
+        _finish(folder, counts, f"dataset.pretrain holds fewer than the {block} tokens of one block")
+
+    return _cached(store, f"pretrain-{_short_hash(facts)}", fill)
+
+
+def training_texts(dataset: Dataset, tokenizer, limit: int = 20_000) -> Iterator[str]:
+    """Rendered demonstrations, to train a tokenizer on."""
+    for index, (_, example, _) in enumerate(examples(dataset, "sft", Counts())):
+        if index >= limit:
+            return
+        yield render_prompt(tokenizer, example.prompt) + " " + example.chosen
+
+
+def load(folder: Path):
+    """The memory-mapped rows of a cache folder, and its counts: (train, eval, counts)."""
+    import datasets
+
+    train, held = (datasets.Dataset.from_file(str(folder / f"{part}.arrow")) for part in ("train", "eval"))
+    return train, held, json.loads((folder / "counts.json").read_text())
+
+
+def _short_hash(facts: dict) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _cached(store: Path, name: str, fill) -> Path:
+    folder = store / "data" / name
+    with lock(store / "locks" / f"data-{name}", f"the tokenised data {name}"):
+        if not folder.exists():
+            work = folder.with_suffix(".tmp")
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            fill(work)
+            work.rename(folder)
+    return folder
+
+
+def _encoded(source: Iterator, encoder: Encoder, title: str) -> Iterator[tuple[dict, int]]:
+    with Progress(transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        batch = []
+        for item in source:
+            batch.append(item)
+            if len(batch) == BATCH:
+                yield from encoder(batch)
+                progress.advance(task, len(batch))
+                batch = []
+        if batch:
+            yield from encoder(batch)
+
+
+def _write(folder: Path, stage: str, dataset: Dataset, made: Iterator[tuple[dict, int]], counts: Counts) -> None:
+    with _Writer(folder / "train.arrow") as train, _Writer(folder / "eval.arrow") as held:
+        for row, number in made:
+            if held_out(number, dataset.holdout):
+                held.add(row)
+                counts.eval += 1
+                continue
+            copies = copies_of(sources_of(dataset)[row["source"]].weight, number)
+            counts.train += copies
+            for _ in range(copies):
+                train.add(row)
+    share = getattr(dataset.split, stage)
+    why = f"dataset.split.{stage}={share:g}" if share == 0 else _why_empty(counts)
+    _finish(folder, counts, f"stage {stage} has no rows to {'train on' if not counts.train else 'evaluate on'} in dataset={dataset.name}: {why}")
+
+
+def _why_empty(counts: Counts) -> str:
+    dropped = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.most_common() if n)
+    return f"{counts.train} train, {counts.eval} held out, dropped: {dropped or 'none'}. Give more rows, or change dataset.split or dataset.holdout"
+
+
+def copies_of(weight: float, number: int) -> int:
+    """How often a row is trained on per pass: a weight of 2.5 is two copies, and a third of every other prompt."""
+    whole = int(weight)
+    return whole + (number % 10_000 < (weight - whole) * 10_000)
+
+
+def _finish(folder: Path, counts: Counts, if_empty: str) -> None:
+    if not counts.train or (not counts.eval and "pretrain" not in folder.name):
+        raise UserError(if_empty)
+    counts.dropped = Counter({reason: n for reason, n in counts.dropped.items() if n})
+    (folder / "counts.json").write_text(json.dumps(vars(counts), indent=2))
+
+
+class _Writer:
+    """Rows into an Arrow file that `datasets` memory-maps."""
+
+    def __init__(self, path: Path):
+        from datasets.arrow_writer import ArrowWriter
+
+        self.writer, self.empty = ArrowWriter(path=str(path)), True
+
+    def add(self, row: dict) -> None:
+        self.writer.write(row)
+        self.empty = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None and not self.empty:
+            self.writer.finalize()
+        else:
+            self.writer.close()

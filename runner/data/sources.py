@@ -1,0 +1,185 @@
+"""Rows of a source, whatever it is: a local file, a folder written by `datasets`, the toy, or a data set of the hub.
+
+No torch and no tokenizer in here: the plan needs the key of the data.
+"""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from runner.config import Dataset, Source
+from runner.data import toy
+from runner.errors import UserError
+
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+
+# Raise it when an adapter or the encoder changes what a row becomes
+VERSION = 1
+
+
+class BrokenRow(Exception):
+    """A line that is not a JSON object; the message says where and why."""
+
+
+def sources_of(dataset: Dataset) -> dict[str, Source]:
+    """All sources by name, the plain paths of `sft_only` among them."""
+    extra = {f"sft_only_{i}": plain_source(path, sft_only=True) for i, path in enumerate(dataset.sft_only)}
+    return dict(dataset.sources) | extra
+
+
+def plain_source(path: str, sft_only: bool) -> Source:
+    """A file or hub data set without settings of its own."""
+    return Source(path=path, adapter="fields", subset=None, revision=None, split="train", fields={}, weight=1.0, sft_only=sft_only)
+
+
+def data_key(dataset: Dataset) -> dict:
+    """What identifies the examples of all stages: sources by content, and how they are split."""
+    sources = [[_described(s), content_key(s, dataset.toy_rows)] for _, s in sorted(sources_of(dataset).items())]
+    rest = {k: v for k, v in asdict(dataset).items() if k in ("split", "holdout", "on_bad_row", "max_rows")}
+    return {"version": VERSION, "sources": sources} | rest
+
+
+def _described(source: Source) -> dict:
+    """The fields that shape the rows. Where a local file lies does not."""
+    return {k: v for k, v in asdict(source).items() if k != "path" or not is_local(source.path)}
+
+
+def is_local(path: str) -> bool:
+    """Whether a path means this machine's disk rather than the hub: it exists, or it looks like a file."""
+    return Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.endswith(SUFFIXES)
+
+
+def rows(source: Source, toy_rows: int) -> Iterator[tuple[str, dict | BrokenRow]]:
+    """Yield (where, row); a line that cannot be read comes as a BrokenRow, for the caller to stop at or to count."""
+    if source.adapter == "toy":
+        yield from ((f"toy row {i}", toy.row(i)) for i in range(toy_rows))
+    elif not is_local(source.path):
+        yield from _hub_rows(source)
+    else:
+        path = _existing(source.path)
+        if path.is_dir():
+            yield from _saved_rows(path, source.split)
+        elif path.suffix == ".parquet":
+            yield from _parquet_rows(path)
+        elif ".jsonl" in path.suffixes:
+            yield from _line_rows(path)
+        else:
+            yield from _json_rows(path)
+
+
+def content_key(source: Source, toy_rows: int) -> str:
+    """What identifies the rows of a source: a hash of the file, or the hub's name and revision."""
+    if source.adapter == "toy":
+        return f"toy-{toy.VERSION}-{toy_rows}"
+    if not is_local(source.path):
+        return f"{source.path}@{source.revision or 'main'}"
+    path = _existing(source.path)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _existing(path: str) -> Path:
+    found = Path(path).expanduser()
+    if not found.exists():
+        near = sorted(p.name for p in found.parent.glob("*") if p.name.endswith(SUFFIXES)) if found.parent.is_dir() else []
+        hint = f"; in {found.parent} there are: {', '.join(near[:8])}" if near else ""
+        raise UserError(f"data file {path} does not exist (looked from {Path.cwd()}){hint}")
+    if found.is_file() and not found.name.endswith(SUFFIXES):
+        raise UserError(f"data file {path}: unknown format; use one of {', '.join(SUFFIXES)}")
+    return found
+
+
+def _open(path: Path):
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
+def _line_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
+    with _open(path) as lines:
+        for number, line in enumerate(_readable(lines, path), 1):
+            if line.strip():
+                yield f"{path}:{number}", _parse(line)
+
+
+def _readable(lines, path: Path) -> Iterator[str]:
+    try:
+        yield from lines
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Is it complete, and UTF-8?") from error
+
+
+def _parse(text: str) -> dict | BrokenRow:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        return BrokenRow(f"not valid JSON ({error.msg} at column {error.colno})")
+    return value if isinstance(value, dict) else BrokenRow(f"a row must be a JSON object, this is a {type(value).__name__}")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
+    with _open(path) as handle:
+        text = "".join(_readable(handle, path))
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # one object per line in a file called .json
+            yield from _line_rows(path)
+            return
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from error
+    if isinstance(values, dict):
+        lists = [v for v in values.values() if isinstance(v, list)]
+        values = lists[0] if len(lists) == 1 else [values]
+    for number, value in enumerate(values, 1):
+        ok = isinstance(value, dict)
+        yield f"{path} row {number}", value if ok else BrokenRow(f"a row must be a JSON object, this is a {type(value).__name__}")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path} is no Parquet file: {error}") from error
+    number = 0
+    for batch in file.iter_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path} row {number}", row
+
+
+def _saved_rows(path: Path, split: str) -> Iterator[tuple[str, dict]]:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise UserError(f"folder {path} was not written by datasets' save_to_disk; name a {', '.join(SUFFIXES)} file") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise UserError(f"folder {path} has no split {split}; it has {', '.join(saved)}")
+        saved = saved[split]
+    yield from ((f"{path} row {i}", row) for i, row in enumerate(saved, 1))
+
+
+def _hub_rows(source: Source) -> Iterator[tuple[str, dict]]:
+    import datasets
+
+    try:
+        # The hub's automatic Parquet branch has a folder per subset instead of named configurations
+        subset = {"data_dir": source.subset} if source.revision == "refs/convert/parquet" else {"name": source.subset}
+        loaded = datasets.load_dataset(source.path, **subset, split=source.split, revision=source.revision)
+    except (OSError, ValueError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
+        raise UserError(
+            f"data set {source.path} cannot be loaded: {str(error).splitlines()[0]}. "
+            "Check its name, subset and split; without network, use a file: dataset=jsonl dataset.path=/data/pairs.jsonl"
+        ) from error
+    yield from ((f"{source.path} row {i}", row) for i, row in enumerate(loaded, 1))

@@ -1,0 +1,34 @@
+"""Which stage a prompt belongs to, and whether it is held out: a function of its text alone.
+
+The hash of the first human turn decides. So a prompt is in exactly one stage, whatever the seed, the order, or the number
+of data sets that contain it, and no stage is evaluated or trained on what another one has seen.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+from runner.config import STAGES, PhaseSplit
+
+
+def prompt_hash(turns: Sequence[dict]) -> int:
+    """64-bit hash of the first human turn, without case, punctuation and spacing."""
+    first = next((t["content"] for t in turns if t["role"] == "user"), turns[0]["content"])
+    normalised = " ".join(re.findall(r"\w+", first.lower())) or first
+    return int.from_bytes(hashlib.sha256(normalised.encode()).digest()[:8], "big")
+
+
+def phase_of(number: int, split: PhaseSplit) -> str:
+    """The stage that owns a prompt hash, in proportion to the shares."""
+    point, total, edge = number / 2**64, split.sft + split.reward + split.ppo, 0.0
+    for stage in STAGES:
+        edge += getattr(split, stage) / total
+        if point < edge:
+            return stage
+    return max(STAGES, key=lambda stage: getattr(split, stage))
+
+
+def held_out(number: int, holdout: float) -> bool:
+    """Whether a prompt hash is kept for evaluation: from other bits than the phase, so that every phase is cut alike."""
+    mixed = hashlib.sha256(number.to_bytes(8, "big")).digest()[:8]
+    return int.from_bytes(mixed, "big") / 2**64 < holdout

@@ -1,0 +1,92 @@
+"""The DeepSpeed config of every engine: the only place where DeepSpeed's JSON is made. No torch, so the plan can print it."""
+
+import difflib
+
+from runner.config import Config
+from runner.errors import UserError
+
+# DeepSpeed ignores an unknown key at the top level without a word, so we check the user's block against what it reads
+TOP_LEVEL_KEYS = frozenset(
+    """activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type
+    compression_training csv_monitor curriculum_learning data_efficiency data_types disable_allgather dump_state
+    eigenvalue elasticity flops_profiler fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor
+    memory_breakdown optimizer prescale_gradients progressive_layer_drop quantize_training
+    scheduler seq_parallel_communication_data_type sparse_attention sparse_gradients steps_per_print tensorboard
+    tensor_parallel torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
+    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    zero_optimization""".split()
+)
+
+# What the runner itself decides: setting it by hand would contradict the plan
+OURS = {
+    "train_batch_size": "sft.global_batch, reward.global_batch, ppo.rollout_batch",
+    "train_micro_batch_size_per_gpu": "hardware.micro_batch",
+    "gradient_accumulation_steps": "hardware.micro_batch (it is derived)",
+    "optimizer": "the stage's lr, betas, eps and weight_decay",
+    "scheduler": "the stage's lr_schedule and warmup",
+    "gradient_clipping": "the stage's grad_clip",
+    "hybrid_engine": "rollout.engine: DeepSpeed's hybrid engine accelerates no model family under transformers 5",
+}
+
+
+def check_raw(raw: dict) -> None:
+    """Refuse keys of hardware.deepspeed that DeepSpeed would ignore, or that the runner decides."""
+    for key in raw:
+        if key in OURS:
+            raise UserError(f"hardware.deepspeed.{key} is decided by the runner: set {OURS[key]} instead")
+        if key not in TOP_LEVEL_KEYS:
+            near = difflib.get_close_matches(key, TOP_LEVEL_KEYS, n=1)
+            raise UserError(f"hardware.deepspeed.{key} is no DeepSpeed setting" + (f" (did you mean {near[0]}?)" if near else ""))
+
+
+def training_config(cfg: Config, engine: str, micro_batch: int, accumulation: int, grad_clip: float) -> dict:
+    """Config of an engine that trains. engine: actor or critic, the two whose ZeRO stages conf/hardware names."""
+    hardware, stage = cfg.hardware, getattr(cfg.hardware.zero, engine)
+    zero = {"stage": stage}
+    if stage:
+        zero["overlap_comm"] = hardware.accelerator == "cuda"
+        if hardware.offload.optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": hardware.accelerator == "cuda"}
+    if stage == 3:
+        zero |= _zero3(hardware.offload.params and engine == "actor", hardware.accelerator)
+    config = _common(cfg, micro_batch) | {
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # We bring the optimizer; otherwise DeepSpeed insists on compiling its own for the CPU
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return _merge(config, hardware.deepspeed)
+
+
+def frozen_config(cfg: Config, engine: str) -> dict:
+    """Config of a frozen model (ref or reward) that is partitioned with ZeRO-3."""
+    offload = getattr(cfg.hardware.offload, engine)
+    zero = {"stage": 3} | _zero3(offload, cfg.hardware.accelerator)
+    config = _common(cfg, cfg.hardware.micro_batch.score) | {"gradient_accumulation_steps": 1, "zero_optimization": zero}
+    return _merge(config, cfg.hardware.deepspeed)
+
+
+def _common(cfg: Config, micro_batch: int) -> dict:
+    config = {"train_micro_batch_size_per_gpu": micro_batch, "steps_per_print": 10**9, "wall_clock_breakdown": False}
+    if cfg.hardware.precision == "fp16":
+        config["fp16"] = {"enabled": True, "loss_scale_window": 100}
+    elif cfg.hardware.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    return config
+
+
+def _zero3(offload_params: bool, accelerator: str) -> dict:
+    zero = {"stage3_param_persistence_threshold": 10_000, "stage3_max_live_parameters": 30_000_000, "stage3_prefetch_bucket_size": 30_000_000}
+    if offload_params:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": accelerator == "cuda"}
+    return zero
+
+
+def _merge(config: dict, raw: dict) -> dict:
+    """raw over config, block by block."""
+    merged = dict(config)
+    for key, value in raw.items():
+        merged[key] = _merge(merged.get(key) or {}, value) if isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,131 @@
+"""Models inside DeepSpeed: building, stepping, generating, and the few places where its behaviour must be worked around."""
+
+import shutil
+from contextlib import contextmanager, nullcontext
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from runner.models import parameter_groups
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def skip_cpu_op_builds() -> None:
+    """On a CPU, deepspeed.initialize compiles a shared-memory collective for a minute and fails without a compiler.
+
+    Gloo does the same work at our sizes. DeepSpeed has no switch for it, hence the private name.
+    """
+    try:
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    except (ImportError, AttributeError):
+        pass
+
+
+@contextmanager
+def building(ds_config: dict):
+    """Inside this block transformers builds models the way the engine wants them: already partitioned under ZeRO-3.
+
+    The HfDeepSpeedConfig must be alive while the model is built, and gone when the next, unpartitioned one is.
+    """
+    alive = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
+    try:
+        yield
+    finally:
+        del alive
+
+
+def trainable(wrapper: nn.Module, ds_config: dict, *, lr: float, lora_lr: float, weight_decay: float, betas, eps: float):
+    """A DeepSpeed engine with AdamW around an Actor or a Scalar."""
+    groups = parameter_groups(wrapper, lr, lora_lr, weight_decay)
+    # zero.Init was only alive while the weights were loaded; an engine of its own does the rest
+    optimizer = _adamw(ds_config)(groups, lr=lr, betas=tuple(betas), eps=eps)
+    engine, *_ = deepspeed.initialize(model=wrapper, optimizer=optimizer, config=ds_config)
+    return engine
+
+
+def _adamw(ds_config: dict):
+    """torch's AdamW, which needs no compilation; DeepSpeed's own for offloaded states where it can be built, being 5x faster."""
+    offloaded = "offload_optimizer" in ds_config["zero_optimization"]
+    if offloaded and torch.cuda.is_available() and shutil.which("nvcc") and shutil.which("ninja"):
+        return deepspeed.ops.adam.DeepSpeedCPUAdam
+    fused = torch.cuda.is_available() and not offloaded
+    return lambda groups, **options: torch.optim.AdamW(groups, fused=fused, **options)
+
+
+def frozen(wrapper: nn.Module, ds_config: dict, device: torch.device) -> nn.Module:
+    """A model that is only read: in ZeRO-3 where the config says so, otherwise a replica on the device."""
+    wrapper.eval().requires_grad_(False)
+    if ds_config.get("zero_optimization", {}).get("stage") == 3:
+        engine, *_ = deepspeed.initialize(model=wrapper, config=ds_config)
+        return engine.eval()
+    return wrapper.to(device)
+
+
+def set_learning_rate(engine, share: float) -> None:
+    """Every group gets `share` of its own peak: adapters and full weights follow one schedule."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * share
+
+
+def backward(engine, loss_sum: Tensor, total: float) -> None:
+    """Backward for `loss_sum`, one micro batch's share of a loss that is divided by `total` over the whole optimizer step.
+
+    DeepSpeed divides by the accumulation steps and averages over ranks; both are compensated, so that the gradient is
+    that of (sum over all micro batches and ranks) / total, whatever their number and however uneven they are.
+    """
+    engine.backward(loss_sum * (dist.get_world_size() * engine.gradient_accumulation_steps() / total))
+
+
+def step(engine) -> float:
+    """Take one micro step; at the accumulation boundary the optimizer moves. Returns the gradient norm before clipping."""
+    norm = None
+    if engine.is_gradient_accumulation_boundary() and not engine.zero_optimization() and engine.get_global_grad_norm() is None:
+        # Stage 0 in fp32 keeps no norm. All ranks hold the same averaged gradients here
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return float(norm) if norm is not None else 0.0
+
+
+@contextmanager
+def whole_weights(engine):
+    """Inside this block the module's weights are complete on every rank, gathered once: generation reads them token by token."""
+    if engine.zero_optimization_stage() != 3:
+        with nullcontext():
+            yield engine.module
+        return
+    from deepspeed.runtime.zero import unwrap_model_for_generation
+
+    with unwrap_model_for_generation(engine):
+        yield engine.module
+
+
+def align_overflow(*engines) -> None:
+    """fp16: when one engine overflows in this optimizer step, the others skip it too. Call it before `step`, at the boundary.
+
+    A skipped update of one model alone would let actor and critic drift apart. The others skip because their gradients are
+    made infinite, which also lowers their loss scale once; it recovers.
+    """
+    if not engines[0].fp16_enabled():
+        return
+    overflowed = torch.tensor([any(not g.isfinite().all() for g in _gradients(e)) for e in engines], dtype=torch.int32, device=engines[0].device)
+    dist.all_reduce(overflowed, op=dist.ReduceOp.MAX)
+    if overflowed.any():
+        for one in engines:
+            for gradient in _gradients(one):
+                gradient.fill_(torch.inf)
+
+
+def _gradients(engine):
+    """The gradients that this rank will step with: whole ones, or its ZeRO partitions."""
+    partitions = getattr(engine.optimizer, "averaged_gradients", None) or {}
+    for tensors in partitions.values():
+        yield from (t for t in tensors or [] if t is not None)
+    if not partitions:
+        yield from (p.grad for p in engine.module.parameters() if p.grad is not None)

@@ -1,0 +1,32 @@
+"""A lock between processes: who holds it makes the thing, the others wait and then find it made.
+
+The kernel releases it when its holder dies, however it dies, so there are no stale locks. The launcher passes the lock's
+file descriptor on to the worker it starts: the lock lives as long as anything that writes to the folder.
+"""
+
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def lock(path: Path, what: str) -> Iterator[int]:
+    """Hold the lock at `path`, waiting for it if need be. Yields its file descriptor."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            print(f"waiting for {what}: {owner} is at it", file=sys.stderr, flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)

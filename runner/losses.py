@@ -1,0 +1,213 @@
+"""The mathematics of SFT, reward modelling and PPO: pure functions of tensors.
+
+Shapes: B sequences, R response tokens, N tokens or pairs in a flat list. Everything is fp32. `mask` is 1 on real response
+tokens, EOS included, and 0 on padding; it comes from lengths, never from token ids.
+
+Losses are returned as sums. The caller divides by the number of tokens (or pairs) of the whole optimizer step over all
+ranks, so that the result depends neither on the number of GPUs nor on the micro batch.
+
+Sources: InstructGPT (arXiv 2203.02155), PPO (1707.06347), GAE (1506.02438), Bradley-Terry reward models (2009.01325),
+the N implementation details of RLHF with PPO (2403.17031), dual clip (1912.09729), k1/k2/k3 (Schulman, "Approximating KL").
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    return (x * mask).sum()
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    return masked_sum(x, mask) / mask.sum().clamp(min=1)
+
+
+# --- token probabilities ----------------------------------------------------------------------------------------------
+
+
+def warp_logits(logits: Tensor, temperature: float, top_k: int, top_p: float, keep: Tensor | None = None) -> Tensor:
+    """The logits of the distribution that is sampled from: temperature, then top-k, then nucleus.
+
+    Training uses the same function as sampling, with keep = the sampled token (N,): a token that has left the truncated
+    set since it was sampled keeps a finite log-probability.
+
+    Args: logits (N, V). Returns: (N, V) with -inf outside the kept set.
+    """
+    if temperature != 1.0:
+        logits = logits / temperature
+    if top_k <= 0 and top_p >= 1.0:
+        return logits
+    dropped = torch.zeros_like(logits, dtype=torch.bool)
+    if 0 < top_k < logits.size(-1):
+        dropped |= logits < logits.topk(top_k, dim=-1).values[..., -1:]
+    if top_p < 1.0:
+        # Nucleus of what top-k left over: a token stays while the mass before it is below top_p
+        ordered, order = logits.masked_fill(dropped, -torch.inf).sort(dim=-1, descending=True)
+        probability = ordered.softmax(dim=-1)
+        mass_before = probability.cumsum(dim=-1) - probability
+        dropped |= torch.zeros_like(dropped).scatter(-1, order, mass_before >= top_p)
+    if keep is not None:
+        dropped = dropped.scatter(-1, keep.unsqueeze(-1), False)
+    return logits.masked_fill(dropped, -torch.inf)
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of each token. logits (N, V) in any precision, tokens (N,) -> (N,) fp32."""
+    logits = logits.float()
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of the next-token distribution in nats. (N, V) -> (N,)."""
+    logp = logits.float().log_softmax(dim=-1)
+    # 0 * -inf is nan for tokens outside a truncated set
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(dim=-1)
+
+
+# --- supervised and reward losses -------------------------------------------------------------------------------------
+
+
+def sft_loss(logprobs: Tensor, weights: Tensor) -> Tensor:
+    """Weighted negative log-likelihood, summed. logprobs (N,), weights (N,): 1 on responses, prompt_loss on prompts."""
+    return -(logprobs * weights).sum()
+
+
+def pairwise_loss(chosen: Tensor, rejected: Tensor, center_coef: float) -> Tensor:
+    """Bradley-Terry: -log sigmoid(chosen - rejected), summed over pairs (N,).
+
+    A pair only fixes a difference; center_coef * (chosen + rejected)^2 fixes the mean (arXiv 2312.09244).
+    """
+    return (-F.logsigmoid(chosen - rejected) + center_coef * (chosen + rejected).square()).sum()
+
+
+# --- PPO --------------------------------------------------------------------------------------------------------------
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """Per-token estimate of KL(actor || reference) from tokens sampled by the actor. (B, R) -> (B, R)."""
+    log_ratio = logprobs - ref_logprobs
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
+    return torch.exp(-log_ratio) - 1 + log_ratio  # k3
+
+
+def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Per-token reward: -kl_coef * kl everywhere, and the score on the last action, which is EOS where there is one.
+
+    Args: scores (B,), kl (B, R), lengths (B,) tokens of each response, EOS included, at least 1. Returns: (B, R).
+    """
+    rewards = -kl_coef * kl * mask
+    last = (lengths - 1).unsqueeze(-1)
+    return rewards.scatter_add(-1, last, scores.unsqueeze(-1))
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation over the response tokens; the state after the last action has value 0.
+
+    Args: rewards, values, mask (B, R). Returns: advantages and returns (advantages + values), both (B, R), 0 where masked.
+    """
+    values, rewards = values * mask, rewards * mask
+    advantage, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    advantages = torch.zeros_like(values)
+    for t in reversed(range(values.size(1))):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        advantages[:, t], next_value = advantage, values[:, t]
+    return advantages, (advantages + values) * mask
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over all real tokens of the rollout; padding stays 0."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean).square(), mask)
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, cliprange: float, dual_clip: float, log_ratio_clamp: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate, summed over tokens, with dual clip for negative advantages.
+
+    Args: all (B, R). Returns: the loss, and sums over tokens for the log: `ratio`, `clipfrac`, `approxkl` (k3).
+    """
+    log_ratio = (logprobs - old_logprobs).clamp(-log_ratio_clamp, log_ratio_clamp) * mask
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    loss = torch.maximum(unclipped, clipped)
+    if dual_clip:
+        # Without a ceiling, a large ratio times a negative advantage gives an unbounded gradient
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    with torch.no_grad():
+        sums = {
+            "ratio": masked_sum(ratio, mask),
+            "clipfrac": masked_sum((clipped > unclipped).float(), mask),
+            "approxkl": masked_sum(ratio - 1 - log_ratio, mask),
+        }
+    return masked_sum(loss, mask), sums
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, cliprange_value: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Half squared error with the update of the value clipped, summed over tokens. All (B, R); sums as in policy_loss."""
+    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    unclipped_error, clipped_error = (values - returns).square(), (clipped - returns).square()
+    with torch.no_grad():
+        sums = {"value_clipfrac": masked_sum((clipped_error > unclipped_error).float(), mask)}
+    return 0.5 * masked_sum(torch.maximum(unclipped_error, clipped_error), mask), sums
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one that knows only the mean."""
+
+    def variance(x: Tensor) -> Tensor:
+        return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, target: float, responses: int, horizon: int) -> float:
+    """Proportional controller (arXiv 1909.08593): raise the coefficient when the KL per response exceeds the target."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * responses / horizon)
+
+
+# --- schedules and statistics -----------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: float, end: float) -> float:
+    """Learning rate of optimizer step `step` (counted from 0) out of `total`.
+
+    warmup: steps, or below 1 a share of total. end: final rate as a share of the peak, for the falling schedules.
+    """
+    warm = round(warmup * total) if warmup < 1 else int(warmup)
+    if schedule != "constant" and step < warm:
+        return peak * (step + 1) / warm
+    progress = min(max((step - warm) / max(1, total - warm), 0.0), 1.0)
+    if schedule.startswith("constant"):
+        share = 1.0
+    elif schedule == "linear":
+        share = 1 - progress
+    elif schedule == "polynomial":
+        share = (1 - progress) ** 2
+    else:  # cosine; with restarts: two cycles
+        if schedule == "cosine_with_restarts":
+            progress = (2 * progress) % 1.0 if progress < 1 else 1.0
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (end + (1 - end) * share) if not schedule.startswith("constant") else peak
+
+
+def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927): stays inside [0, 1] for small n."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = successes / n, z * z
+    center = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return center - half, center + half

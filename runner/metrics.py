@@ -1,0 +1,190 @@
+"""Where numbers go: metrics.jsonl always, the console now and then, W&B on top. Only rank 0 writes.
+
+metrics.jsonl is the truth: one flat JSON object per line, flushed. A run that resumes drops the lines after its checkpoint,
+so there is no gap and no step twice. Metric names are an API; README.md lists them.
+"""
+
+import json
+import os
+import secrets
+import sys
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from runner import ranks
+from runner.config import Config
+
+# Seconds between two progress lines
+QUIET = 5.0
+
+
+class RunLog:
+    """Log of one step. Use `phase` around parts of the loop, `log` once per optimizer step or iteration."""
+
+    def __init__(self, cfg: Config, stage: str, folder: Path, parents: dict[str, str], device: torch.device):
+        self.cfg, self.stage, self.folder, self.device = cfg, stage, folder, device
+        self.writes = ranks.rank() == 0
+        self.started = self._last_line = time.monotonic()
+        self.phases: dict[str, float] = defaultdict(float)
+        self.step_phases: dict[str, float] = defaultdict(float)
+        self._step_started, self.total, self.first = self.started, 0, 0
+        self.wandb = self._start_wandb(parents) if self.writes else None
+
+    # --- the loop's side ---
+
+    def begin(self, first: int, total: int) -> None:
+        """Announce a loop over steps first..total-1; drop what an interrupted run logged after its checkpoint."""
+        self.first, self.total, self._step_started = first, total, time.monotonic()
+        path = self.folder / "metrics.jsonl"
+        if self.writes and path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if first and _step_of(line) <= first]
+            work = path.with_suffix(".tmp")
+            work.write_text("".join(kept))
+            os.replace(work, path)
+        if first:
+            self.say(f"resumed at step {first} of {total}")
+
+    @contextmanager
+    def phase(self, name: str):
+        """Count the time inside as this phase's. The GPU is waited for, or its time would be booked on the next phase."""
+        start = time.monotonic()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.phases[name] += time.monotonic() - start
+        self.step_phases[name] += time.monotonic() - start
+
+    def log(self, step: int, metrics: dict[str, float], headline: str = "", tokens: float = 0) -> None:
+        """Record the metrics of a finished step (counted from 1). tokens: processed in this step, over all ranks."""
+        now = time.monotonic()
+        row = {"step": step, **metrics}
+        seconds = now - self._step_started
+        row |= {f"time/{name}": value for name, value in self.step_phases.items()} | {"time/step": seconds}
+        if tokens:
+            row["perf/tokens_per_sec"] = tokens / seconds
+        if self.device.type == "cuda":
+            row["perf/gpu_mem_peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        self.step_phases.clear()
+        self._step_started = now
+        if not self.writes:
+            return
+        self._append(row)
+        if headline and (now - self._last_line >= QUIET or step in (1, self.total)):
+            self._last_line = now
+            left = (now - self.started) / max(1, step - self.first) * (self.total - step)
+            self.say(f"step {step}/{self.total}  {headline}  {_clock(left)} left", passing=True)
+
+    def record(self, step: int, metrics: dict[str, float], headline: str = "") -> None:
+        """Record metrics outside the step's rhythm: evaluations."""
+        if self.writes:
+            self._append({"step": step, **metrics})
+            if headline:
+                self.say(f"step {step}/{self.total}  {headline}")
+
+    def say(self, text: str, passing: bool = False) -> None:
+        """A line on the console. passing: a terminal may overwrite it with the next one (see runner/launch.py)."""
+        if self.writes:
+            print(f"{'~' if passing else ''}[{self.stage}] {text}", flush=True)
+
+    def samples(self, step: int, rows: list[dict]) -> None:
+        """Sample dialogues: a file always, a table in W&B."""
+        if not self.writes:
+            return
+        with (self.folder / "samples.jsonl").open("a") as file:
+            for row in rows:
+                file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        if self.wandb and rows:
+            import wandb
+
+            self.wandb.log({"samples": wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows]), "step": step})
+
+    def histogram(self, step: int, name: str, values: list[float]) -> None:
+        if self.writes and self.wandb:
+            import wandb
+
+            self.wandb.log({name: wandb.Histogram(values), "step": step})
+
+    def result(self, facts: dict) -> None:
+        """Write result.json, what the summary is made of, and close W&B."""
+        if not self.writes:
+            return
+        common = {"stage": self.stage, "seconds": time.monotonic() - self.started, "phases": dict(self.phases), "world_size": ranks.world()}
+        (self.folder / "result.json").write_text(json.dumps(common | {"resumed_from": self.first} | facts, indent=2))
+        if self.wandb:
+            self.wandb.summary.update({k: v for k, v in facts.items() if isinstance(v, int | float)})
+            self.wandb.finish()
+
+    # --- where it goes ---
+
+    def _append(self, row: dict) -> None:
+        row = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.wandb:
+            self.wandb.log(row)
+
+    def _start_wandb(self, parents: dict[str, str]):
+        mode = self.cfg.wandb.mode
+        if mode == "disabled":
+            return None
+        if mode == "auto":
+            mode = "online" if _has_wandb_key() else "offline"
+        import wandb
+
+        id_file = self.folder / "wandb_id"
+        run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(4)
+        id_file.write_text(run_id)
+        ids = {name: (Path(path).parent / "wandb_id") for name, path in parents.items()}
+        facts = {"parents": {name: file.read_text() for name, file in ids.items() if file.exists()}, "git_commit": _git_commit()}
+        run = wandb.init(
+            mode=mode,
+            dir=str(self.folder),
+            project=self.cfg.wandb.project,
+            entity=self.cfg.wandb.entity,
+            group=self.cfg.name,
+            job_type=self.stage,
+            name=self.folder.name,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            config=asdict(self.cfg) | facts,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        axis = "episode" if self.stage == "ppo" else "step"
+        run.define_metric(axis)
+        run.define_metric("*", step_metric=axis)
+        return run
+
+
+def _step_of(line: str) -> int:
+    """Step of a metrics line; a line that a crash cut short counts as beyond any step."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return sys.maxsize
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path("~/.netrc").expanduser()
+    return netrc.exists() and "api.wandb.ai" in netrc.read_text(errors="replace")
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, read from .git: no subprocess in a worker."""
+    git = Path(__file__).parent.parent / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        return (git / head[5:]).read_text().strip() if head.startswith("ref: ") else head
+    except OSError:
+        return None
+
+
+def _clock(seconds: float) -> str:
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02}" if seconds >= 3600 else f"{seconds // 60}:{seconds % 60:02}"

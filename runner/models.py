@@ -1,0 +1,332 @@
+"""Models: the table of families, the actor and the scalar model (reward model, critic), LoRA, loading and saving.
+
+Both wrappers take right-, left- or un-padded token ids with an attention mask; positions follow from the mask and are passed
+explicitly. What comes out is fp32. Saved folders are plain Hugging Face checkpoints in safetensors.
+"""
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
+
+from runner.config import Lora
+from runner.errors import UserError
+from runner.losses import entropy, token_logprobs, warp_logits
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the code must know of a family of models."""
+
+    attention: tuple[str, ...]  # implementations that transformers has for it, the fastest first
+    position_ids: bool  # False: takes none (ALiBi: positions come from the attention mask)
+    layers: str  # name of the list of decoder layers, below the body
+    lora_targets: tuple[str, ...]  # linear layers that get adapters
+    dropouts: tuple[str, ...]  # config fields that hold a dropout probability
+
+
+FAMILIES = {
+    "opt": Family(
+        ("sdpa", "eager", "flash_attention_2"),
+        True,
+        "decoder.layers",
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        ("dropout", "attention_dropout", "activation_dropout", "layerdrop"),
+    ),
+    "bloom": Family(
+        ("eager",),
+        False,
+        "h",
+        ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+        ("hidden_dropout", "attention_dropout"),
+    ),
+    "llama": Family(
+        ("sdpa", "eager", "flash_attention_2"),
+        True,
+        "layers",
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        ("attention_dropout",),
+    ),
+    "gpt_neox": Family(
+        ("sdpa", "eager", "flash_attention_2"),
+        True,
+        "layers",
+        ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+        ("attention_dropout", "hidden_dropout"),
+    ),
+}
+
+
+def positions_from_mask(mask: Tensor) -> Tensor:
+    """Position of each real token, counted from 0 at the first one. (B, T) -> (B, T)."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+# --- the two wrappers -------------------------------------------------------------------------------------------------
+
+
+class Wrapper(nn.Module):
+    """A Hugging Face model, with or without peft around it, whose hidden states we read."""
+
+    def __init__(self, model: nn.Module, family: str):
+        super().__init__()
+        self.model = model
+        self.family = FAMILIES[family]
+
+    @property
+    def hf(self) -> PreTrainedModel:
+        """The Hugging Face model itself, adapters included."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, T) -> (B, T, H), after the last layer norm."""
+        positions = {"position_ids": positions_from_mask(mask)} if self.family.position_ids else {}
+        return self.hf.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
+
+    @contextmanager
+    def without_adapter(self):
+        """The model as it was before training, where only adapters train: the reference costs no second copy."""
+        with self.model.disable_adapter():
+            yield self
+
+
+class Actor(Wrapper):
+    """A causal language model that returns log-probabilities of chosen tokens, never the logits of a whole batch.
+
+    sampling: temperature, top_k, top_p of the distribution whose log-probabilities are meant.
+    chunk: tokens whose logits exist at one time; 0 for all at once, which ZeRO-3 needs: every rank must gather the head
+    equally often.
+    """
+
+    def __init__(self, model: nn.Module, family: str, chunk: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+        super().__init__(model, family)
+        self.chunk = chunk
+        self.sampling = (temperature, top_k, top_p)
+
+    def forward(self, ids: Tensor, mask: Tensor, index: Tensor, targets: Tensor, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of given next tokens.
+
+        Args: ids, mask (B, T); index (N,) positions in the flattened (B * T) whose next token is meant; targets (N,) these tokens.
+        Returns: logprobs (N,), entropies (N,) without gradient, zeros unless asked for.
+        """
+        hidden = self.hidden_states(ids, mask).flatten(0, 1)[index]
+        head = self.hf.get_output_embeddings()
+
+        def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            logits = warp_logits(head(hidden).float(), *self.sampling, keep=targets)
+            with torch.no_grad():
+                entropies = entropy(logits) if with_entropy else torch.zeros_like(targets, dtype=torch.float32)
+            return token_logprobs(logits, targets), entropies
+
+        if not self.chunk or len(index) <= self.chunk:
+            return score(hidden, targets)
+        # Recomputing the logits of a chunk in the backward pass keeps one chunk in memory instead of N x V
+        run = (lambda *a: checkpoint(score, *a, use_reentrant=False)) if torch.is_grad_enabled() else score
+        parts = [run(h, t) for h, t in zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True)]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+class Scalar(Wrapper):
+    """A sequence classifier with one label, read at every position: reward model and critic."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, T) -> (B, T) fp32."""
+        return self.hf.score(self.hidden_states(ids, mask)).squeeze(-1)
+
+    def last(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Value at the last real token of each sequence. (B, T) -> (B,)."""
+        positions = torch.arange(mask.size(1), device=mask.device)
+        return self(ids, mask).gather(1, (mask * positions).argmax(-1, keepdim=True)).squeeze(1)
+
+
+class Fp32Linear(nn.Linear):
+    """The scalar head: weights as stored, arithmetic in fp32, because values differ by less than bf16 can tell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float())
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_causal(path: str, tokenizer, **options) -> PreTrainedModel:
+    """A causal language model from a checkpoint, or with random weights where the folder holds only a config."""
+    model = _load(AutoModelForCausalLM, path, **options)
+    _fit_tokenizer(model, tokenizer)
+    # A checkpoint's own sampling settings must not leak into rollouts
+    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    return model
+
+
+def load_scalar(path: str, tokenizer, *, fresh_head: bool, seed: int, **options) -> PreTrainedModel:
+    """A one-label classifier: from a language model with a fresh head, or from a trained reward model."""
+    model = _load(AutoModelForSequenceClassification, path, num_labels=1, **options)
+    _fit_tokenizer(model, tokenizer)
+    score = model.score
+    model.score = Fp32Linear(score.in_features, 1, bias=False, device="meta")
+    model.score.weight = score.weight
+    if fresh_head:
+        generator = torch.Generator(device=score.weight.device).manual_seed(seed)
+        with gathered([score.weight], modify=True) as rank0:
+            if rank0:
+                score.weight.data.normal_(0.0, (score.in_features + 1) ** -0.5, generator=generator)  # arXiv 2403.17031, detail 11
+    return model
+
+
+def _load(auto, path: str, *, dtype, attention: str, dropout: float | None, seed: int = 0, revision=None, trust_remote_code=False, **more):
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code, **more)
+    family = family_of(config, path)
+    if dropout is not None:
+        for name in family.dropouts:
+            setattr(config, name, dropout)
+    if attention == "auto":
+        attention = family.attention[0]
+    elif attention not in family.attention:
+        raise UserError(f"model.attention={attention} does not exist for {config.model_type}: type one of {', '.join(family.attention)}")
+    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
+    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")) and not any(Path(path).glob("*.bin")):
+        torch.manual_seed(seed)
+        return auto.from_config(config, **options)
+    return auto.from_pretrained(path, config=config, revision=revision, **options)
+
+
+def family_of(config, path: str) -> Family:
+    if config.model_type not in FAMILIES:
+        raise UserError(f"{path} is a {config.model_type} model; this runner knows {', '.join(FAMILIES)}")
+    return FAMILIES[config.model_type]
+
+
+def _fit_tokenizer(model: PreTrainedModel, tokenizer) -> None:
+    """Rows for all tokens, and PAD and EOS as the tokenizer has them."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        setattr(model.config, name, getattr(tokenizer, name))
+
+
+def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
+    """Adapters through peft. A scalar head stays trainable, in full."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = list(lora.targets) or list(FAMILIES[model.config.model_type].lora_targets)
+    heads = ["score"] if hasattr(model, "score") else None
+    config = LoraConfig(r=lora.dim, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, modules_to_save=heads)
+    peft_model = get_peft_model(model, config)
+    if lora.train_rest:
+        for name, parameter in peft_model.named_parameters():
+            # peft keeps a frozen original beside a fully trained head; it is not part of the model
+            parameter.requires_grad_("original_module" not in name)
+    return peft_model
+
+
+def parameter_groups(model: nn.Module, lr: float, lora_lr: float, weight_decay: float) -> list[dict]:
+    """AdamW groups: matrices decay, vectors do not; adapters have their own learning rate. `peak_lr` drives the schedule."""
+    groups: dict[tuple[bool, bool], list] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # Under ZeRO-3 the local piece is flat: the true shape stands in ds_shape
+            decays = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            groups.setdefault(("lora_" in name, decays), []).append(parameter)
+    return [
+        {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": weight_decay if decays else 0.0}
+        for (adapter, decays), params in groups.items()
+        for rate in [lora_lr if adapter else lr]
+    ]
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def gathered(parameters: list, modify: bool = False):
+    """Whole parameters inside the block, also under ZeRO-3. Yields True where they may be read (modify: on rank 0)."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    if any(hasattr(p, "ds_id") for p in parameters):
+        import deepspeed
+
+        context = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
+        return _entered(context, rank == 0)
+    return nullcontext(True)
+
+
+@contextmanager
+def _entered(context, value):
+    with context:
+        yield value
+
+
+def full_state_dict(wrapper: Wrapper, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All weights of the Hugging Face model on the CPU of rank 0, adapters merged; empty on other ranks. Collective."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    state = {}
+    for name, module in wrapper.hf.named_modules():
+        own = dict(module.named_parameters(recurse=False)) | dict(_persistent_buffers(module))
+        adapter = list(module.parameters()) if _is_lora_layer(module) else []
+        if not own and not adapter or _inside_adapter(name):
+            continue
+        with gathered(adapter or list(own.values())), torch.no_grad():
+            if rank == 0 and adapter:
+                state |= _merged(name, module, dtype)
+            elif rank == 0:
+                for key, tensor in own.items():
+                    state[_plain_name(f"{name}.{key}" if name else key)] = tensor.detach().to("cpu", dtype, copy=True)
+    return state
+
+
+def _persistent_buffers(module: nn.Module):
+    return [(n, b) for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set and b.is_floating_point()]
+
+
+def _is_lora_layer(module: nn.Module) -> bool:
+    return hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
+
+
+def _inside_adapter(name: str) -> bool:
+    return ".base_layer" in name or ".lora_" in name or ".original_module" in name
+
+
+def _plain_name(name: str) -> str:
+    return name.replace(".modules_to_save.default", "").replace(".base_layer", "")
+
+
+def _merged(name: str, module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """W + scale * B A, computed beside the weights: merging in place would not undo exactly in bf16."""
+    base = module.base_layer
+    weight = base.weight.float() + module.get_delta_weight("default").float()
+    state = {f"{name}.weight": weight.to("cpu", dtype)}
+    if base.bias is not None:
+        state[f"{name}.bias"] = base.bias.detach().to("cpu", dtype, copy=True)
+    return state
+
+
+def save_model(wrapper: Wrapper, folder: Path, tokenizer, *, dtype: torch.dtype, max_new_tokens: int, extra: dict | None = None) -> None:
+    """Write a Hugging Face checkpoint: safetensors, config, tokenizer with chat template, generation config. Collective.
+
+    extra: facts that go into config.json, such as the mean and standard deviation of a reward model's scores.
+    """
+    state = full_state_dict(wrapper, dtype)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        hf = wrapper.hf
+        for key, value in (extra or {}).items():
+            setattr(hf.config, key, value)
+        hf.config.dtype = dtype
+        if isinstance(wrapper, Actor):
+            ids = {k: getattr(tokenizer, k) for k in ("pad_token_id", "eos_token_id", "bos_token_id")}
+            hf.generation_config = GenerationConfig(**ids, max_new_tokens=max_new_tokens)
+        # Under ZeRO-3 transformers would look at the empty local pieces: the state dict says all
+        hf.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def save_adapter(wrapper: Wrapper, folder: Path) -> None:
+    """Write the adapters alone, in peft's format. Collective."""
+    wanted = {n: p for n, p in wrapper.model.named_parameters() if "lora_" in n or "modules_to_save" in n}
+    with gathered(list(wanted.values())):
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            wrapper.model.save_pretrained(folder, state_dict={n: p.detach().clone() for n, p in wanted.items()})

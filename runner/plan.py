@@ -1,0 +1,183 @@
+"""The plan: which steps a command needs, which of them exist already, and the batch sizes and DeepSpeed configs of each.
+
+A run is a make target. Every step has a key that hashes what shapes its result (stage block, model fields that it reads,
+data, seed, parents' keys) and not where or how fast it runs; its folder in the store carries the key. Pure: no torch, no
+network, nothing is started.
+"""
+
+import hashlib
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from runner.config import Config, ModelPart
+from runner.data.sources import data_key, is_local
+from runner.deepspeed_config import check_raw, frozen_config, training_config
+from runner.errors import UserError
+
+# Raise it when the code changes what a step computes
+VERSION = 1
+
+PARENTS = {"sft": (), "reward": (), "ppo": ("sft", "reward")}
+# Settings that do not shape the result
+NOT_HASHED = ("use", "eval_every", "eval_examples", "eval_prompts")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage to run, or a checkpoint that stands in for it."""
+
+    stage: str
+    key: str
+    folder: Path  # <store>/<stage>-<key>
+    pinned: str | None  # the checkpoint of `<stage>.use`
+    parents: dict[str, str]  # stage -> model folder or hub id
+
+    @property
+    def done(self) -> bool:
+        return self.pinned is not None or (self.folder / "DONE").exists()
+
+    @property
+    def model(self) -> str:
+        """The model that this step yields: a Hugging Face folder or hub id."""
+        return self.pinned or str(self.folder / "model")
+
+
+def plan(cfg: Config) -> list[Step]:
+    """The steps of cfg.stage in the order in which they run, parents first."""
+    check_raw(cfg.hardware.deepspeed)
+    data = data_key(cfg.dataset)
+    steps: dict[str, Step] = {}
+    for stage in (*PARENTS[cfg.stage], cfg.stage):
+        accumulation(cfg, stage)
+        parents = {parent: steps[parent] for parent in PARENTS[stage]}
+        pinned = getattr(cfg, stage).use
+        facts = _pinned_facts(stage, pinned) if pinned else _facts(cfg, stage, data, parents)
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+        folder = Path(cfg.store).expanduser().absolute() / f"{stage}-{key}"
+        steps[stage] = Step(stage, key, folder, pinned, {name: step.model for name, step in parents.items()})
+    return list(steps.values())
+
+
+def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dict:
+    """Everything that shapes the result of a stage."""
+    model = cfg.model
+    facts = {"version": VERSION, "stage": stage, "seed": cfg.seed, "data": data, "parents": {k: s.key for k, s in parents.items()}}
+    facts["block"] = {k: v for k, v in asdict(getattr(cfg, stage)).items() if k not in NOT_HASHED}
+    facts["text"] = [model.family, model.chat_template, model.end_token, model.max_prompt_tokens, model.max_response_tokens]
+    parts = {"sft": {"actor": model.actor}, "reward": {"reward": model.reward}}
+    # PPO takes its weights from its parents; of the model block it reads the adapters only
+    facts["parts"] = {n: asdict(p) for n, p in parts[stage].items()} if stage in parts else [asdict(model.actor.lora), asdict(model.reward.lora)]
+    if any(p.init == "random" for p in (model.actor, model.reward)):
+        facts["tokenizer_vocab"] = model.tokenizer_vocab
+    return facts
+
+
+def _pinned_facts(stage: str, path: str) -> dict:
+    """A pinned checkpoint by what it holds: a folder by its files, a hub model by its name."""
+    if not is_local(path):
+        return {"use": path}
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").exists():
+        raise UserError(f"{stage}.use={path} is no Hugging Face checkpoint: there is no {folder / 'config.json'}")
+    return {"use": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]}
+
+
+# --- batch sizes ------------------------------------------------------------------------------------------------------
+
+
+def step_batch(cfg: Config, stage: str) -> int:
+    """Sequences (reward: pairs) per optimizer step over all ranks."""
+    return cfg.ppo.rollout_batch // cfg.ppo.minibatches if stage == "ppo" else getattr(cfg, stage).global_batch
+
+
+def accumulation(cfg: Config, stage: str) -> int:
+    """Micro batches per optimizer step and rank: global batch = micro batch x ranks x accumulation, exactly.
+
+    Raises UserError, naming what to type, when it does not divide.
+    """
+    micro, world, batch = getattr(cfg.hardware.micro_batch, stage), cfg.hardware.world_size, step_batch(cfg, stage)
+    if batch % (micro * world) == 0:
+        return batch // (micro * world)
+    name = "ppo.rollout_batch / ppo.minibatches" if stage == "ppo" else f"{stage}.global_batch"
+    key, factor = ("ppo.rollout_batch", cfg.ppo.minibatches) if stage == "ppo" else (name, 1)
+    up = -(-batch // (micro * world)) * micro * world * factor
+    fits = [m for m in range(min(micro, batch), 0, -1) if batch % (m * world) == 0]
+    other = f", or hardware.micro_batch.{stage}={fits[0]}" if fits else ""
+    raise UserError(
+        f"{name} = {batch} does not divide into micro batches: hardware.micro_batch.{stage} = {micro} on {world} "
+        f"rank{'s' * (world > 1)} makes {micro * world} per accumulation step. Type {key}={up}{other}"
+    )
+
+
+def engine_configs(cfg: Config, stage: str) -> dict[str, dict]:
+    """The DeepSpeed config of every engine of a stage. Replicated frozen models need none."""
+    micro, gas = getattr(cfg.hardware.micro_batch, stage), accumulation(cfg, stage)
+    block = getattr(cfg, stage)
+    if stage == "sft":
+        return {"actor": training_config(cfg, "actor", micro, gas, block.grad_clip)}
+    if stage == "reward":
+        return {"reward": training_config(cfg, "critic", micro, gas, block.grad_clip)}
+    # The ptx mixture adds as many micro batches of text to every step of the actor
+    configs = {"actor": training_config(cfg, "actor", micro, gas * (2 if block.ptx_coef else 1), block.grad_clip)}
+    configs["critic"] = training_config(cfg, "critic", micro, gas, block.grad_clip)
+    for name in ("ref", "reward"):
+        if getattr(cfg.hardware.zero, name) == 3 and not (name == "ref" and shares_reference(cfg.model.actor)):
+            configs[name] = frozen_config(cfg, name)
+    return configs
+
+
+def shares_reference(actor: ModelPart) -> bool:
+    """With adapters only, the reference is the actor without them: no second copy."""
+    return actor.lora.dim > 0 and not actor.lora.train_rest
+
+
+def command(cfg: Config, folder: Path) -> str:
+    """The shell command that starts the workers of a step."""
+    h = cfg.hardware
+    values = {"python": sys.executable, "gpus": h.gpus, "nodes": h.nodes, "world": h.world_size, "hostfile": h.hostfile}
+    try:
+        return h.launch.format(**values, folder=shlex.quote(str(folder)))
+    except (KeyError, IndexError, ValueError) as error:
+        known = ", ".join("{" + name + "}" for name in [*values, "folder"])
+        raise UserError(f"hardware.launch holds {error}: it knows {known}; write other braces doubled") from error
+
+
+# --- showing it -------------------------------------------------------------------------------------------------------
+
+
+def show(cfg: Config, steps: list[Step], details: bool) -> None:
+    """Print what will run. details: launch command, batch algebra and DeepSpeed configs too, as dry_run does."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    h = cfg.hardware
+    unit = "GPU" if h.accelerator == "cuda" else "process"
+    machine = f"{h.nodes} x {h.gpus} {unit}" if h.nodes > 1 else f"{h.gpus} {unit}"
+    print(f"\n{cfg.name}: {cfg.stage} of model={cfg.model.name} on dataset={cfg.dataset.name}, hardware={h.name} ({machine}, {h.precision}), seed {cfg.seed}")
+    table = Table(box=None, pad_edge=False)
+    for column in ("step", "", "batch = micro x ranks x accumulation", "folder"):
+        table.add_column(column)
+    for step in steps:
+        state = "given" if step.pinned else "reused" if step.done else "resume" if (step.folder / "checkpoints").exists() else "run"
+        micro, gas = getattr(h.micro_batch, step.stage), accumulation(cfg, step.stage)
+        algebra = f"{step_batch(cfg, step.stage)} = {micro} x {h.world_size} x {gas}"
+        table.add_row(step.stage, state, "" if step.done else algebra, _shown(step.pinned or step.folder))
+    console.print(table)
+    if not details:
+        return
+    for step in steps:
+        if step.done:
+            continue
+        print(f"\n--- {step.stage}: launch command, {h.world_size} rank{'s' * (h.world_size > 1)}\n{command(cfg, step.folder)}")
+        for name, config in engine_configs(cfg, step.stage).items():
+            print(f"\n--- {step.stage}: DeepSpeed config of the {name} engine\n{json.dumps(config, indent=2)}")
+
+
+def _shown(path) -> str:
+    """A path as short as it can be said from here."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,191 @@
+"""Everything that can be wrong with the input is found here, before the first training step of the first stage.
+
+Runs in the launcher, once: models and data sets are looked up, tokenizers compared, data read, split and tokenised into the
+store. The workers then find files.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from runner.config import Config, ModelPart
+from runner.data.sources import data_key, is_local, sources_of
+from runner.errors import UserError
+from runner.lock import lock
+from runner.plan import Step
+
+
+def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
+    """Inputs of each step that is still to run: {"tokenizer": folder or id, "base": model or None, "data": ..., "ptx": ...}."""
+    missing = [step for step in steps if not step.done]
+    if not missing:
+        return {}
+    _go_offline_without_network(cfg, missing)
+
+    from runner.data import cache
+
+    store = Path(cfg.store).expanduser().absolute()
+    by_stage = {step.stage: step for step in steps}
+    tokenizers = _tokenizers(cfg, store, by_stage)
+    inputs = {}
+    for step in missing:
+        part = "reward" if step.stage == "reward" else "actor"
+        path, tokenizer = tokenizers[part]
+        base = base_model(cfg, store, getattr(cfg.model, part), tokenizer) if step.stage != "ppo" else None
+        data = cache.build(store, cfg.dataset, step.stage, tokenizer, cfg.model)
+        inputs[step.stage] = {"tokenizer": path, "base": base, "data": str(data), "ptx": None}
+        _check_amounts(cfg, step.stage, data)
+        if step.stage == "ppo" and cfg.ppo.ptx_coef:
+            build = cache.build_pretrain if cfg.dataset.pretrain else lambda *a: cache.build(a[0], a[1], "sft", *a[2:])
+            inputs["ppo"]["ptx"] = str(build(store, cfg.dataset, tokenizer, cfg.model))
+    return inputs
+
+
+def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
+    train = json.loads((data / "counts.json").read_text())["train"]
+    if stage == "ppo" and train < cfg.ppo.rollout_batch:
+        raise UserError(
+            f"there are {train} prompts for PPO, fewer than ppo.rollout_batch={cfg.ppo.rollout_batch}: lower it, "
+            f"for example ppo.rollout_batch={max(1, train // cfg.ppo.minibatches) * cfg.ppo.minibatches}, or give more data"
+        )
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def _tokenizers(cfg: Config, store: Path, steps: dict[str, Step]) -> dict[str, tuple[str, object]]:
+    """(where it lies, tokenizer) of actor and reward model, as far as the steps need them; they must agree."""
+    found = {}
+    for part, stage in (("actor", "sft"), ("reward", "reward")):
+        if stage in steps:
+            pinned = steps[stage].pinned
+            source = ModelPart(pinned, None, "pretrained", {}, getattr(cfg.model, part).lora) if pinned else getattr(cfg.model, part)
+            found[part] = _tokenizer(cfg, store, source)
+    if len(found) == 2:
+        from runner.tokenizer import same_tokens
+
+        (actor, a), (reward, b) = found["actor"], found["reward"]
+        if not same_tokens(a, b):
+            raise UserError(
+                f"actor {actor} and reward model {reward} have different tokenizers: the reward model could not read what the actor "
+                "writes. Pick a reward model of the same family: model.reward.path=..."
+            )
+    return found
+
+
+def _tokenizer(cfg: Config, store: Path, part: ModelPart) -> tuple[str, object]:
+    from runner.tokenizer import load_tokenizer
+
+    path = _own_tokenizer(cfg, store) if part.init == "random" else part.path
+    options = {"revision": part.revision, "trust_remote_code": cfg.model.trust_remote_code}
+    try:
+        return path, load_tokenizer(path, end_token=cfg.model.end_token, chat_template=cfg.model.chat_template, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load(path, error)) from error
+
+
+def _own_tokenizer(cfg: Config, store: Path) -> str:
+    """A tokenizer for models with random weights, trained on the demonstrations."""
+    from runner.data.cache import training_texts
+    from runner.tokenizer import train_tokenizer
+
+    facts = [data_key(cfg.dataset), cfg.model.chat_template, cfg.model.tokenizer_vocab]
+    name = f"tokenizer-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]}"
+    folder = store / "base" / name
+    with lock(store / "locks" / name, "the tokenizer"):
+        if not folder.exists():
+            blank = train_tokenizer([], 300)
+            blank.chat_template = cfg.model.chat_template
+            tokenizer = train_tokenizer(training_texts(cfg.dataset, blank), cfg.model.tokenizer_vocab)
+            _save_atomically(folder, tokenizer.save_pretrained)
+    return str(folder)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def base_model(cfg: Config, store: Path, part: ModelPart, tokenizer) -> str:
+    """Where the worker loads its first weights from: the checkpoint itself, or a folder with the config of a random one."""
+    from transformers import AutoConfig
+
+    if part.init == "pretrained":
+        try:
+            config = AutoConfig.from_pretrained(part.path, revision=part.revision, trust_remote_code=cfg.model.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise UserError(_cannot_load(part.path, error)) from error
+        if config.model_type != cfg.model.family:
+            raise UserError(f"{part.path} is a {config.model_type} model, but model.family={cfg.model.family}: type model.family={config.model_type}")
+        _check_context(cfg, part.path, config)
+        return part.path
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    shape = part.shape | {"vocab_size": max(part.shape["vocab_size"], len(tokenizer))}
+    try:
+        config = AutoConfig.for_model(cfg.model.family, **shape, **ids)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model shape {shape} is refused by transformers: {error}") from error
+    folder = store / "base" / f"{cfg.model.family}-{hashlib.sha256(config.to_json_string().encode()).hexdigest()[:10]}"
+    with lock(store / "locks" / folder.name, "the random model"):
+        if not folder.exists():
+            _save_atomically(folder, config.save_pretrained)
+    return str(folder)
+
+
+def _check_context(cfg: Config, path: str, config) -> None:
+    context, wanted = getattr(config, "max_position_embeddings", None), cfg.model.max_prompt_tokens + cfg.model.max_response_tokens
+    if context is not None and wanted > context:
+        raise UserError(
+            f"model.max_prompt_tokens={cfg.model.max_prompt_tokens} + model.max_response_tokens={cfg.model.max_response_tokens} = {wanted} "
+            f"is longer than the {context} positions of {path}: lower one of them"
+        )
+
+
+def _save_atomically(folder: Path, save) -> None:
+    work = folder.with_suffix(".tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    save(work)
+    work.rename(folder)
+
+
+def _cannot_load(path: str, error: Exception) -> str:
+    if is_local(path):
+        return f"model folder {path} cannot be loaded: {str(error).splitlines()[0]}"
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return (
+            f"model {path} is not in the local Hugging Face cache, and the hub cannot be reached. Download it where there is a network "
+            f"(`hf download {path}`) and name the folder: model.actor.path=/models/... (or model.reward.path); behind a proxy set HTTPS_PROXY; "
+            "without any model: model=tiny, or random weights with model.actor.init=random model.reward.init=random"
+        )
+    return f"model {path} cannot be loaded: {str(error).splitlines()[0]}. Check the name; a gated model needs `hf auth login`"
+
+
+# --- network ----------------------------------------------------------------------------------------------------------
+
+
+def _go_offline_without_network(cfg: Config, steps: list[Step]) -> None:
+    """Probe the hub once, quickly: its client would retry for a minute per look-up. Must run before it is imported."""
+    names = [s.path for s in sources_of(cfg.dataset).values() if s.adapter != "toy"] + list(cfg.dataset.pretrain)
+    names += [part.path for part in (cfg.model.actor, cfg.model.reward) if part.init == "pretrained"]
+    names += [step.pinned for step in steps if step.pinned]
+    needed = [name for name in names if not is_local(name)]
+    if not needed:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    elif "HF_HUB_OFFLINE" not in os.environ and not _hub_answers():
+        print(f"the Hugging Face hub cannot be reached: looking for {', '.join(needed)} in the local cache only", file=sys.stderr)
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _hub_answers(seconds: float = 3.0) -> bool:
+    """Whether a connection to the hub, or to the proxy that leads there, can be opened."""
+    target = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    url = urlsplit(target if "://" in target else f"http://{target}")
+    try:
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=seconds).close()
+    except (OSError, TypeError):
+        return False
+    return True

@@ -1,0 +1,47 @@
+"""Who am I among the processes, and the few sums that they share."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def start(accelerator: str) -> torch.device:
+    """Join the process group and return this rank's device. Works under torchrun, deepspeed, srun + torchrun, or alone."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    cuda = accelerator == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    # Gloo beside NCCL: a few Python objects travel over the CPU
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    else:
+        # Alone: no port that a neighbour could hold
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def world() -> int:
+    return dist.get_world_size()
+
+
+def total(values: dict[str, float | torch.Tensor], device: torch.device) -> dict[str, float]:
+    """Sum each entry over all ranks. Collective, and one transfer for all of them."""
+    packed = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values.values()])
+    dist.all_reduce(packed)
+    return dict(zip(values, packed.tolist(), strict=True))
+
+
+def every(value) -> list:
+    """A Python object of each rank, in rank order, on all ranks. Collective."""
+    out = [None] * world()
+    dist.all_gather_object(out, value)
+    return out

@@ -1,0 +1,194 @@
+"""Reports as data: a list of Section, laid out by one function for a terminal or a log, by another for a Markdown file.
+
+A Section holds plain strings. Text that a model wrote may stand in any of them: it is never read as rich markup or as Markdown, its
+control characters are replaced, and a console without Unicode gets "?" instead of an exception. Nothing here imports torch.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+SPARKS = "▁▂▃▄▅▆▇█"
+ASCII = str.maketrans(SPARKS + "·", "_.-:=+*#.")  # for consoles that do not speak Unicode
+NUMBER = re.compile(r"(([-+]?([\d.,]+|inf)|nan|-)( %| s)?( -> )?)*")
+STYLES = {"trained": "green", "reused": "cyan", "pinned": "magenta", "missing": "red", "failed": "bold red"}
+CELL_LIMIT = 700  # characters of one cell or intro in a terminal; summary.md has the whole text
+DRAWING = 20  # columns of a bar or a curve
+UNBROKEN = 24  # columns: cells up to this width stay on one line
+STUMP = 12  # columns: what a longer cell needs at least
+WIDEST = 120  # columns: longer lines are hard to read
+
+
+@dataclass(frozen=True)
+class Section:
+    """One titled part of a report: an intro, a table, sentences under it, then (label, path or command) pairs that never wrap."""
+
+    title: str
+    intro: str = ""
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = ()
+    literal: Sequence[tuple[str, str]] = ()
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def num(value: float | None, sign: str = "") -> str:
+    """A number as people write it; "-" for a missing one. sign="+" shows the plus of a change."""
+    if not isinstance(value, int | float):
+        return "-"
+    if not math.isfinite(value) or isinstance(value, int):
+        return f"{value:{sign},}"
+    size = abs(value)
+    digits = 0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 0.01 or size < 0.0005 else 3
+    return f"{round(value, digits) + 0.0:{sign},.{digits}f}"
+
+
+def pct(value: float | None, sign: str = "", digits: int = 1) -> str:
+    return f"{100 * value:{sign}.{digits}f} %" if isinstance(value, int | float) else "-"
+
+
+def duration(seconds: float | None) -> str:
+    if not isinstance(seconds, int | float):
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def sparkline(values: Sequence[float], width: int = DRAWING) -> str:
+    """A curve in one line of text; long ones are averaged into `width` buckets."""
+    if len(values) < 2:
+        return ""
+    edges = [round(i * len(values) / width) for i in range(width + 1)] if len(values) > width else range(len(values) + 1)
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, span = min(means), max(means) - min(means)
+    return "".join(SPARKS[min(7, int(8 * (m - low) / span)) if span else 3] for m in means)
+
+
+def bar(share: float | None, width: int = DRAWING) -> str:
+    return ("█" * round(width * share)).ljust(width, "·") if isinstance(share, int | float) and math.isfinite(share) else ""
+
+
+def short(path: str | Path) -> str:
+    """The path as one would type it from here."""
+    path, here = str(path), Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_absolute() and Path(path).is_relative_to(here) else path
+
+
+# --- layout -----------------------------------------------------------------------------------------------------------
+
+
+def print_sections(parts: Sequence[Section], console: Console) -> None:
+    """For people: a terminal gets colours, a log file the same words without them and without the spaces that fill up lines."""
+    with console.capture() as captured:
+        for part in parts:
+            print_section(part, console)
+    console.file.write(re.sub(" +$", "", captured.get(), flags=re.MULTILINE))
+    console.file.flush()
+
+
+def print_section(part: Section, console: Console) -> None:
+    """Paths and commands stay on one line, whatever the width, to be copied."""
+    width = min(console.width, WIDEST)
+
+    def text(words: str, style: str = "", limit: int = CELL_LIMIT) -> Text:
+        return Text(speakable(clip(clean(words), limit), console.encoding), style=style)
+
+    def indented(what: Text | Table, below: int = 0) -> None:
+        console.print(Padding(what, (0, 0, below, 2)), width=width)
+
+    console.print("\n", text(part.title, "bold cyan"), sep="", width=width)
+    if part.intro:
+        indented(text(part.intro, "italic"), below=1)
+    if part.rows:
+        gap = next((gap for gap in (2, 1) if table_width(part, gap) <= width - 2), None)
+        for table in [rich_table(part, text, gap)] if gap else records(part, text):
+            indented(table)
+        if part.literal:
+            console.print()
+    for note in part.notes:
+        indented(text(note))
+    pad = max((len(label) for label, _ in part.literal), default=0)
+    for label, words in part.literal:
+        console.print(Text.assemble("  ", (label.ljust(pad), "dim"), "  ", text(words, limit=10_000)), soft_wrap=True)
+
+
+def rich_table(part: Section, text: Callable[..., Text], gap: int) -> Table:
+    table = Table(box=None, header_style="underline", pad_edge=False, padding=(0, gap, 0, 0))
+    for column, (name, right) in enumerate(zip(part.header, right_aligned(part), strict=True)):
+        brief = longest(part, column) <= UNBROKEN
+        table.add_column(text(name), justify="right" if right else "left", no_wrap=brief, overflow="fold")
+    for row in part.rows:
+        table.add_row(*(text(cell, STYLES.get(cell, "")) for cell in row))
+    return table
+
+
+def longest(part: Section, column: int) -> int:
+    return max(cell_len(row[column]) for row in part.rows)
+
+
+def table_width(part: Section, gap: int) -> int:
+    """Columns that the table needs: short cells in full, of longer ones a stump to wrap in."""
+    total = 0
+    for column, name in enumerate(part.header):
+        cell = longest(part, column)
+        total += gap + max(cell_len(name), cell if cell <= UNBROKEN else STUMP)
+    return total
+
+
+def records(part: Section, text: Callable[..., Text]) -> list[Text]:
+    """The rows as sentences, for a table that does not fit."""
+    rows = [[f"{name} {cell}".strip() for name, cell in zip(part.header, row, strict=True) if cell] for row in part.rows]
+    return [text(", ".join(row)) for row in rows]
+
+
+def right_aligned(part: Section) -> list[bool]:
+    """Which columns hold numbers; the first one names the row."""
+    return [column > 0 and all(NUMBER.fullmatch(row[column]) for row in part.rows) for column in range(len(part.header))]
+
+
+def markdown(parts: Sequence[Section]) -> str:
+    blocks = []
+    for number, part in enumerate(parts):
+        blocks.append(f"{'##' if number else '#'} {escape(part.title)}")
+        blocks += [escape(part.intro)] if part.intro else []
+        if part.rows:
+            rule = ["---:" if right else "---" for right in right_aligned(part)]
+            cells = [[escape(cell) for cell in row] for row in (part.header, *part.rows)]
+            blocks.append("\n".join(f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:])))
+        items = [f"- {escape(note)}" for note in part.notes]
+        items += [f"- {escape(label)}: `{clean(words)}`" for label, words in part.literal]
+        blocks += ["\n".join(items)] if items else []
+    return "\n\n".join(blocks) + "\n"
+
+
+def escape(words: str) -> str:
+    """Text that Markdown shows as it is, on one line, so that it also fits a table cell."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", clean(words)).replace("\n", "<br>")
+
+
+def clean(words: str) -> str:
+    """Without control characters: a model may well have learnt to write terminal escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else " " if c.isspace() else "�" for c in words.strip("\n"))
+
+
+def clip(words: str, limit: int) -> str:
+    """Both ends of a long text: a prompt ends with the question, an answer begins with the point."""
+    half = limit // 2
+    return words if len(words) <= limit else f"{words[:half]} [... {len(words) - 2 * half:,} characters ...] {words[-half:]}"
+
+
+def speakable(words: str, encoding: str) -> str:
+    return words if encoding.lower().startswith("utf") else words.translate(ASCII).encode(encoding, "replace").decode(encoding)

@@ -1,0 +1,128 @@
+"""From prompts to a scored rollout: sampling responses, then reading them with actor, reference, critic and reward model."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runner import engine, ranks
+from runner.data.batches import pad
+from runner.rollout import hf
+from runner.rollout.record import Rollout, widen
+from runner.rollout.sampling import uniforms
+
+
+@dataclass
+class Models:
+    """The four models of PPO. ref is None where the actor without its adapters is the reference."""
+
+    actor: object  # DeepSpeed engine around an Actor
+    critic: object  # DeepSpeed engine around a Scalar
+    ref: torch.nn.Module | None  # Actor, frozen
+    reward: torch.nn.Module  # Scalar, frozen
+
+    def reference(self):
+        """(model, context) whose log-probabilities are the reference's."""
+        if self.ref is not None:
+            return self.ref, nullcontext()
+        return self.actor, self.actor.module.without_adapter()
+
+
+@dataclass
+class Reader:
+    """Sizes and special tokens that sampling and scoring need."""
+
+    pad: int
+    eos: int
+    max_response: int
+    rollout_micro: int
+    score_micro: int
+    device: torch.device
+
+
+@torch.no_grad()
+def collect(models: Models, reader: Reader, prompts: list[list[int]], seed: int, episodes: list[int], with_values: bool = True) -> Rollout:
+    """Sample a response to each prompt and score it. Returns the rows of all ranks on every rank, in order. Collective.
+
+    Args:
+        prompts: token lists of the whole batch, the same on every rank; their number divides by the number of ranks.
+        episodes: number of each response in the run; with the seed it fixes what is sampled.
+    """
+    mine = slice(ranks.rank(), None, ranks.world())
+    rollout = sample(models, reader, prompts[mine], seed, episodes[mine])
+    score(models, reader, rollout, with_values)
+    return rollout.gather(reader.pad)
+
+
+def sample(models: Models, reader: Reader, prompts: list[list[int]], seed: int, episodes: list[int]) -> Rollout:
+    """Responses of this rank's prompts."""
+    models.actor.eval()
+    parts = []
+    with engine.whole_weights(models.actor) as actor:
+        for start in range(0, len(prompts), reader.rollout_micro):
+            rows = prompts[start : start + reader.rollout_micro]
+            ids, mask = pad(rows, reader.pad, left=True)
+            uniform = uniforms(seed, episodes[start : start + reader.rollout_micro], reader.max_response)
+            lengths = mask.sum(dim=1).to(reader.device)
+            parts.append(hf.generate(actor, ids.to(reader.device), lengths, uniform, pad=reader.pad, eos=reader.eos))
+    return join(parts, reader.pad)
+
+
+def join(parts: list[Rollout], fill: int) -> Rollout:
+    """Freshly sampled rollouts one below the other."""
+    width = max(p.prompts.size(1) for p in parts)
+    length = max(p.responses.size(1) for p in parts)
+    return Rollout(
+        prompts=torch.cat([widen(p.prompts, width, fill, left=True) for p in parts]),
+        prompt_lengths=torch.cat([p.prompt_lengths for p in parts]),
+        responses=torch.cat([widen(p.responses, length, fill) for p in parts]),
+        lengths=torch.cat([p.lengths for p in parts]),
+        ended=torch.cat([p.ended for p in parts]),
+    )
+
+
+def score(models: Models, reader: Reader, rollout: Rollout, with_values: bool) -> None:
+    """Fill in logprobs, ref_logprobs, values and scores of this rank's rows."""
+    models.critic.eval()
+    shape = rollout.responses.shape
+    rollout.logprobs, rollout.ref_logprobs, rollout.values = (torch.zeros(shape, device=reader.device) for _ in range(3))
+    rollout.scores = torch.zeros(len(rollout), device=reader.device)
+    for start in range(0, len(rollout), reader.score_micro):
+        rows = slice(start, start + reader.score_micro)
+        part = rollout.rows(torch.arange(len(rollout), device=reader.device)[rows])
+        width = part.responses.size(1)
+        rollout.logprobs[rows, :width] = response_logprobs(models.actor, part)[0]
+        ref, context = models.reference()
+        with context:
+            rollout.ref_logprobs[rows, :width] = response_logprobs(ref, part)[0]
+        if with_values:
+            rollout.values[rows, :width] = response_values(models.critic, part)
+        rollout.scores[rows] = final_scores(models.reward, part)
+
+
+def response_logprobs(actor, part: Rollout, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (and entropies) of the response tokens. (B, R), 0 on padding."""
+    ids, mask = part.sequences()
+    index, targets = part.response_index()
+    logprobs, entropies = actor(ids, mask, index, targets, with_entropy)
+    return part.spread(logprobs), part.spread(entropies)
+
+
+def response_values(critic, part: Rollout) -> Tensor:
+    """Value of the state before each response token: read one position earlier. (B, R)."""
+    ids, mask = part.sequences()
+    first = part.prompts.size(1) - 1
+    return critic(ids, mask)[:, first:-1] * part.mask
+
+
+def final_scores(reward, part: Rollout) -> Tensor:
+    """The reward model's score at the last real token, which is EOS where the response ended. (B,)."""
+    ids, mask = part.sequences()
+    last = part.prompts.size(1) + part.lengths - 1
+    return reward(ids, mask).gather(1, last.unsqueeze(1)).squeeze(1)
+
+
+def episode_numbers(first: int, count: int) -> list[int]:
+    return list(np.arange(first, first + count))

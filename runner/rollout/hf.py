@@ -1,0 +1,43 @@
+"""Responses through transformers' generate: works for every family, everywhere; the reference for faster engines."""
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from runner.losses import warp_logits
+from runner.models import Actor
+from runner.rollout.record import Rollout
+from runner.rollout.sampling import invert
+
+
+class InverseSampling(LogitsProcessor):
+    """Picks the token of each row by its uniform number and leaves generate no other choice."""
+
+    def __init__(self, uniform: Tensor, sampling: tuple[float, int, float], prompt_width: int):
+        self.uniform, self.sampling, self.prompt_width = uniform, sampling, prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits = warp_logits(scores.float(), *self.sampling)
+        token = invert(logits, self.uniform[:, input_ids.size(1) - self.prompt_width])
+        return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
+
+
+@torch.no_grad()
+def generate(actor: Actor, prompts: Tensor, prompt_lengths: Tensor, uniform: Tensor, *, pad: int, eos: int) -> Rollout:
+    """Sample one response per prompt.
+
+    Args: prompts (B, P) left-padded; prompt_lengths (B,); uniform (B, R): one number per token, R tokens at most, EOS included.
+    """
+    width, length = prompts.size(1), uniform.size(1)
+    mask = (torch.arange(width, device=prompts.device) >= (width - prompt_lengths).unsqueeze(1)).long()
+    pick = InverseSampling(uniform.to(prompts.device), actor.sampling, width)
+    # A config of our own: generate would otherwise mix in the checkpoint's (and top_k=50)
+    config = GenerationConfig(max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=eos)
+    rows = actor.hf.generate(
+        input_ids=prompts, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([pick])
+    )
+    responses = rows[:, width:]
+    is_eos = responses == eos
+    ended = is_eos.any(dim=1)
+    lengths = torch.where(ended, is_eos.int().argmax(dim=1) + 1, responses.size(1))
+    return Rollout(prompts, prompt_lengths, responses, lengths, ended)

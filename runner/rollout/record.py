@@ -1,0 +1,93 @@
+"""The record of a rollout: what was asked, what was sampled, and everything computed from it.
+
+B responses, P prompt tokens (left-padded), R response tokens (right-padded). After `gather` every rank holds the rows of all
+ranks, a few megabytes: whitening, minibatches and statistics are then global without further communication.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Rollout:
+    prompts: Tensor  # (B, P) token ids
+    prompt_lengths: Tensor  # (B,)
+    responses: Tensor  # (B, R) token ids, EOS included, PAD after it
+    lengths: Tensor  # (B,) real tokens of each response, EOS included
+    ended: Tensor  # (B,) bool: the response ends with EOS
+    logprobs: Tensor | None = None  # (B, R) of the actor that sampled
+    ref_logprobs: Tensor | None = None  # (B, R) of the SFT model
+    values: Tensor | None = None  # (B, R) of the critic, before each token
+    scores: Tensor | None = None  # (B,) of the reward model, raw
+    rewards: Tensor | None = None  # (B, R)
+    advantages: Tensor | None = None  # (B, R)
+    returns: Tensor | None = None  # (B, R)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, R) fp32: 1 on real response tokens."""
+        positions = torch.arange(self.responses.size(1), device=self.lengths.device)
+        return (positions < self.lengths.unsqueeze(1)).float()
+
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """Prompt and response in one row, and its attention mask, cut to the longest row. (B, P + R) each."""
+        ids = torch.cat([self.prompts, self.responses], dim=1)
+        width = self.prompts.size(1)
+        prompt_mask = torch.arange(width, device=ids.device) >= (width - self.prompt_lengths).unsqueeze(1)
+        return ids, torch.cat([prompt_mask.long(), self.mask.long()], dim=1)
+
+    def response_index(self) -> tuple[Tensor, Tensor]:
+        """Where the actor predicts response tokens: positions in the flattened (B * (P + R)), and these tokens. (N,), (N,)."""
+        width = self.prompts.size(1) + self.responses.size(1)
+        row, column = self.mask.nonzero(as_tuple=True)
+        return row * width + self.prompts.size(1) + column - 1, self.responses[row, column]
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """Per-token results (N,) in the order of `response_index` -> (B, R), 0 on padding."""
+        out = torch.zeros_like(self.responses, dtype=flat.dtype)
+        return out.masked_scatter(self.mask.bool(), flat)
+
+    def rows(self, index: Tensor) -> "Rollout":
+        """Some rows, with columns that they all leave empty cut away: a micro batch without needless padding."""
+        picked = {f.name: getattr(self, f.name)[index] for f in fields(self) if getattr(self, f.name) is not None}
+        prompt_width, width = int(picked["prompt_lengths"].max()), int(picked["lengths"].max())
+        for name, value in picked.items():
+            if name == "prompts":
+                picked[name] = value[:, -prompt_width:]
+            elif value.dim() == 2:
+                picked[name] = value[:, :width]
+        return Rollout(**picked)
+
+    def gather(self, pad: int) -> "Rollout":
+        """The rows of all ranks, on every rank, in the order of the prompts (rank r holds every world-th row). Collective."""
+        world = dist.get_world_size()
+        if world == 1:
+            return self
+        widths = torch.tensor([self.prompts.size(1), self.responses.size(1)], device=self.prompts.device)
+        dist.all_reduce(widths, op=dist.ReduceOp.MAX)
+        same = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        for name, value in same.items():
+            if value.dim() == 2:
+                same[name] = widen(value, int(widths[name != "prompts"]), pad if not value.is_floating_point() else 0, left=name == "prompts")
+        return Rollout(**{name: _interleave(value, world) for name, value in same.items()})
+
+
+def widen(x: Tensor, width: int, fill: float, left: bool = False) -> Tensor:
+    """(B, T) -> (B, width), new columns filled."""
+    missing = width - x.size(1)
+    return torch.nn.functional.pad(x, (missing, 0) if left else (0, missing), value=fill)
+
+
+def _interleave(x: Tensor, world: int) -> Tensor:
+    is_bool = x.dtype == torch.bool
+    x = x.to(torch.uint8) if is_bool else x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(world)]
+    dist.all_gather(parts, x)
+    out = torch.stack(parts, dim=1).flatten(0, 1)
+    return out.bool() if is_bool else out

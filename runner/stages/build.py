@@ -1,0 +1,75 @@
+"""From the config to models in engines: what SFT, reward model and PPO build alike."""
+
+import os
+
+import torch.distributed as dist
+
+from runner import engine as engines
+from runner.config import Config, Lora
+from runner.data.sources import is_local
+from runner.models import Actor, Scalar, add_lora, load_causal, load_scalar
+from runner.tokenizer import load_tokenizer
+
+
+def tokenizer_for(cfg: Config, path: str, revision: str | None = None):
+    return load_tokenizer(
+        path, revision=revision, end_token=cfg.model.end_token, chat_template=cfg.model.chat_template, trust_remote_code=cfg.model.trust_remote_code
+    )
+
+
+def load_actor(
+    cfg: Config,
+    path: str,
+    tokenizer,
+    ds_config: dict,
+    *,
+    dropout: float | None,
+    lora: Lora | None,
+    checkpointing: bool = False,
+    sampling: dict | None = None,
+) -> Actor:
+    """A causal language model in its wrapper. sampling: temperature, top_k and top_p of PPO; None for the plain softmax."""
+    with engines.building(ds_config):
+        model = load_causal(path, tokenizer, **_options(cfg, path, dropout))
+    # Every rank must call the head equally often under ZeRO-3
+    chunk = 0 if ds_config.get("zero_optimization", {}).get("stage") == 3 else cfg.hardware.logits_chunk
+    return Actor(_finish(model, lora, checkpointing), cfg.model.family, chunk, **(sampling or {}))
+
+
+def load_reward(
+    cfg: Config, path: str, tokenizer, ds_config: dict, *, dropout: float | None, lora: Lora | None, fresh_head: bool, checkpointing: bool = False
+) -> Scalar:
+    """A one-label classifier in its wrapper: reward model or critic."""
+    with engines.building(ds_config):
+        model = load_scalar(path, tokenizer, fresh_head=fresh_head, **_options(cfg, path, dropout))
+    return Scalar(_finish(model, lora, checkpointing), cfg.model.family)
+
+
+def _options(cfg: Config, path: str, dropout: float | None) -> dict:
+    if not is_local(path):
+        _download_once(path)
+    return {
+        "dtype": engines.DTYPES[cfg.hardware.precision],
+        "attention": cfg.model.attention,
+        "dropout": dropout,
+        "seed": cfg.seed,
+        "trust_remote_code": cfg.model.trust_remote_code,
+    }
+
+
+def _download_once(path: str) -> None:
+    """One process per machine fetches a hub model; the others then find it in the cache."""
+    if os.environ["LOCAL_RANK"] == "0":
+        from huggingface_hub import snapshot_download
+
+        snapshot_download(path, allow_patterns=["*.safetensors", "*.bin", "*.json"])
+    dist.barrier()
+
+
+def _finish(model, lora: Lora | None, checkpointing: bool):
+    if lora and lora.dim:
+        model = add_lora(model, lora)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+

@@ -1,0 +1,122 @@
+"""Supervised fine-tuning: the actor learns to answer as the demonstrations do. Loss on response tokens, EOS included."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from runner import checkpoint, engine, ranks
+from runner.config import Config
+from runner.data import cache
+from runner.data.batches import EMPTY, Batches, pick, sft_batch, shard, subset, to
+from runner.losses import learning_rate, sft_loss
+from runner.metrics import RunLog
+from runner.models import save_adapter, save_model
+from runner.plan import engine_configs
+from runner.stages.build import load_actor, tokenizer_for
+from runner.worker import Inputs
+
+
+def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
+    """Train the actor and export it to <step folder>/model."""
+    sft, part = cfg.sft, cfg.model.actor
+
+    # 1. Data: rows of every optimizer step are fixed by the seed and the step's number
+    tokenizer = tokenizer_for(cfg, step.tokenizer, part.revision)
+    rows, held, counts = cache.load(Path(step.data))
+    lengths, prompts = np.asarray(rows["length"]), np.asarray(rows["prompt_length"])
+    weights = loss_weights(lengths, prompts, sft.prompt_loss)
+    micro = cfg.hardware.micro_batch.sft
+    batches = Batches(lengths, sft.global_batch, micro, world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
+    total = batches.steps(sft.epochs, sft.max_steps)
+
+    # 2. The actor in its engine
+    ds_config = engine_configs(cfg, "sft")["actor"]
+    checkpointing = cfg.hardware.gradient_checkpointing.actor
+    wrapper = load_actor(cfg, step.base, tokenizer, ds_config, dropout=sft.dropout, lora=part.lora, checkpointing=checkpointing)
+    options = {"weight_decay": sft.weight_decay, "betas": sft.betas, "eps": sft.eps}
+    actor = engine.trainable(wrapper, ds_config, lr=sft.lr, lora_lr=part.lora.lr, **options)
+
+    # 3. Go on from the newest checkpoint, if there is one
+    first, state, _ = checkpoint.restore(step.folder, {"actor": actor})
+    log.begin(first, total)
+    tokens_seen = state.get("num_tokens", 0)
+
+    def evaluation(done: int) -> dict[str, float]:
+        with log.phase("eval"):
+            found = evaluate(actor, held, sft.eval_examples, micro, tokenizer.pad_token_id, device)
+        log.record(done, {f"eval/{k}": v for k, v in found.items()}, f"eval perplexity {found['perplexity']:.2f}")
+        return found
+
+    before = state.get("before") or evaluation(0)
+
+    # 4. One optimizer step per turn
+    latest = before
+    for s in range(first, total):
+        share = learning_rate(s, total, 1.0, sft.lr_schedule, sft.warmup, sft.lr_end)
+        engine.set_learning_rate(actor, share)
+        here = batches.rows(s)
+        here = here[here != EMPTY]
+        weight = float(weights[here].sum())
+        loss_sum = torch.zeros((), device=device)
+        with log.phase("train"):
+            actor.train()
+            for numbers in batches.micro_batches(s):
+                batch = to(sft_batch(pick(rows, numbers), tokenizer.pad_token_id, sft.prompt_loss), device)
+                logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
+                loss = sft_loss(logprobs, batch["weights"])
+                engine.backward(actor, loss, weight)
+                norm = engine.step(actor)
+                loss_sum += loss.detach()
+        done, tokens = s + 1, int(lengths[here].sum())
+        tokens_seen += tokens
+        loss = ranks.total({"loss": loss_sum}, device)["loss"] / weight
+        metrics = {"train/loss": loss, "lr": sft.lr * share, "grad_norm": norm, "num_tokens": tokens_seen, "epoch": done / batches.per_epoch}
+        metrics["perf/padding_fraction"] = padding(lengths, here, micro)
+        log.log(done, metrics, f"loss {loss:.3f}", tokens)
+
+        # 5. Evaluate and save now and then
+        if sft.eval_every and done % sft.eval_every == 0 and done < total:
+            latest = evaluation(done)
+        if cfg.checkpoint.every and done % cfg.checkpoint.every == 0 and done < total:
+            with log.phase("checkpoint"):
+                checkpoint.save(step.folder, done, {"actor": actor}, {"before": before, "num_tokens": tokens_seen}, None, cfg.checkpoint.keep_last)
+
+    # 6. Export, and the facts for the summary
+    latest = evaluation(total)
+    with log.phase("export"):
+        options = {"dtype": engine.DTYPES[cfg.hardware.precision], "max_new_tokens": cfg.model.max_response_tokens}
+        save_model(wrapper, step.folder / "model", tokenizer, **options)
+        if part.lora.dim:
+            save_adapter(wrapper, step.folder / "adapter")
+    facts = {f"{k}_before": v for k, v in before.items()} | {f"{k}_after": v for k, v in latest.items()}
+    log.result({"steps": total, "data": counts, "tokens": tokens_seen, **facts})
+
+
+def loss_weights(lengths: np.ndarray, prompts: np.ndarray, prompt_loss: float) -> np.ndarray:
+    """Sum of the loss weights of each row. The very first token is never predicted."""
+    responses = lengths - np.maximum(prompts, 1)
+    return responses + prompt_loss * np.maximum(prompts - 1, 0)
+
+
+def padding(lengths: np.ndarray, rows: np.ndarray, micro: int) -> float:
+    """Share of padded positions in a global batch, whose rows stand in order of length."""
+    groups = np.split(lengths[rows], range(micro, len(rows), micro))
+    return 1 - sum(g.sum() for g in groups) / sum(g.max() * len(g) for g in groups)
+
+
+@torch.no_grad()
+def evaluate(actor, held, most: int, micro: int, pad: int, device: torch.device) -> dict[str, float]:
+    """Loss per response token and perplexity on held-out dialogues. Collective."""
+    actor.eval()
+    chosen = held.select(subset(len(held), most))
+    sums = {"loss": torch.zeros((), device=device), "tokens": torch.zeros((), device=device)}
+    for numbers in shard(len(chosen), micro, ranks.world(), ranks.rank()):
+        batch = to(sft_batch(pick(chosen, numbers), pad, prompt_loss=0.0), device)
+        logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
+        sums["loss"] += sft_loss(logprobs, batch["weights"])
+        sums["tokens"] += batch["weights"].sum()
+    found = ranks.total(sums, device)
+    loss = found["loss"] / found["tokens"]
+    return {"loss": loss, "perplexity": math.exp(min(loss, 50))}

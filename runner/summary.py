@@ -1,0 +1,287 @@
+"""What a finished run has to say, for people: in the terminal, in summary.md, and as flat facts in summary.json.
+
+Three layers. `read_result`, `read_curves` and `headline` collect facts from the step folders. `sections` turns them into a list of
+Section: plain strings, no layout. `print_sections` and `markdown` lay the same list out for a terminal (or a log) and for a file.
+Nothing here imports torch; steps are `runner.plan.Step` objects.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from runner.report import Section, bar, duration, markdown, num, pct, print_sections, short, sparkline
+
+if TYPE_CHECKING:
+    from runner.plan import Step
+
+STAGE_HEADER = ("stage", "state", "time", "steps", "train", "eval", "truncated", "dropped")
+CHANGE_HEADER = ("", "before", "after", "change", "during training")
+TRY_NEXT = {"sft": "sft.epochs=1,2,4", "reward": "reward.epochs=1,2", "ppo": "ppo.kl_coef=0.02,0.05,0.1"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A step and what lies in its folder."""
+
+    step: Step
+    state: str  # trained | reused | pinned | missing
+    result: dict
+    curves: dict[str, list[float]] = field(default_factory=dict)
+
+
+def show_summary(
+    name: str, steps: Sequence[Step], reused: set[str], run_dir: Path, overrides: Sequence[str] = (), console: Console | None = None
+) -> None:
+    """Print the summary of a run, and write run_dir/summary.md and run_dir/summary.json.
+
+    Args:
+        steps: all steps of the plan, in order; a step that is pinned or lacks a result is shown with "-".
+        reused: the stages that were there already and not trained in this run.
+        overrides: what was typed after `run.py`, so that the next command repeats it.
+    """
+    run_dir = Path(run_dir)
+    trained = [Trained(step, state(step, reused), read_result(step), read_curves(step.folder)) for step in steps]
+    parts = sections(name, trained, run_dir, overrides)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "summary.md").write_text(markdown(parts), encoding="utf-8")
+    (run_dir / "summary.json").write_text(json.dumps(headline(name, trained, run_dir, overrides), indent=2) + "\n", encoding="utf-8")
+    print_sections(parts, console or Console())
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def state(step: Step, reused: set[str]) -> str:
+    if step.pinned:
+        return "pinned"
+    if step.stage in reused:
+        return "reused"
+    return "trained" if (step.folder / "result.json").exists() else "missing"
+
+
+def read_result(step: Step) -> dict:
+    """result.json, or {} for a pinned step: whatever lies in its folder says nothing about the pinned model."""
+    path = step.folder / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() and not step.pinned else {}
+
+
+def read_curves(folder: Path) -> dict[str, list[float]]:
+    """Each metric's finite values over the steps. A resumed run repeats steps: the later row counts."""
+    path, by_step = folder / "metrics.jsonl", {}
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:  # an empty line, or one torn by a crash
+            continue
+        by_step.setdefault(row.get("step", 0), {}).update(row)
+    curves: dict[str, list[float]] = {}
+    for _, row in sorted(by_step.items()):
+        for key, value in row.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                curves.setdefault(key, []).append(value)
+    return curves
+
+
+def flatten(facts: dict, prefix: str) -> dict:
+    """Nested dicts become keys with slashes; lists (samples, calibration) are left out."""
+    flat = {}
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}/")
+        elif not isinstance(value, list):
+            flat[prefix + key] = value
+    return flat
+
+
+def headline(name: str, trained: Sequence[Trained], run_dir: Path, overrides: Sequence[str]) -> dict:
+    """The flat facts of a run: `ppo/after/score`, `reward/accuracy`, `sft/data/train`, ..., and the overrides that made it."""
+    facts = {"name": name, "run_dir": str(run_dir), "seconds": spent(trained), "overrides": list(overrides)}
+    for t in trained:
+        facts |= {f"{t.step.stage}/state": t.state, f"{t.step.stage}/model": str(t.step.model)}
+        facts |= flatten(t.result, f"{t.step.stage}/")
+    return facts
+
+
+def spent(trained: Iterable[Trained]) -> float:
+    """Seconds that this run itself has trained: reused steps cost nothing."""
+    return sum(t.result.get("seconds") or 0 for t in trained if t.state == "trained")
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def sections(name: str, trained: Sequence[Trained], run_dir: Path, overrides: Sequence[str] = ()) -> list[Section]:
+    parts = [stages_section(name, trained)]
+    describe = {"sft": sft_sections, "reward": reward_sections, "ppo": ppo_sections}
+    for t in trained:
+        parts += describe[t.step.stage](t) if t.result else []
+    return [*parts, places_section(trained, run_dir), next_section(trained, overrides)]
+
+
+def stages_section(name: str, trained: Sequence[Trained]) -> Section:
+    rows, notes = [], []
+    for t in trained:
+        data = t.result.get("data") or {}
+        dropped = data.get("dropped")
+        counts = [num(data.get(key)) for key in ("train", "eval", "truncated")]
+        lost = "-" if dropped is None else num(sum(dropped.values()))
+        rows.append([t.step.stage, t.state, duration(t.result.get("seconds")), num(t.result.get("steps")), *counts, lost])
+        notes += stage_notes(t, dropped or {})
+    seconds = spent(trained)
+    happened = f"trained in {duration(seconds)}" if seconds else "nothing new was trained"
+    return Section(f"{name}: {happened}", header=STAGE_HEADER, rows=rows, notes=notes)
+
+
+def stage_notes(t: Trained, dropped: dict[str, int]) -> list[str]:
+    """Why rows were dropped, where the time went, where the run took up again."""
+    notes, phases = [], t.result.get("phases") or {}
+    if any(dropped.values()):
+        notes.append(f"{t.step.stage} dropped: " + ", ".join(f"{num(n)} {why.replace('_', ' ')}" for why, n in dropped.items() if n))
+    if t.state == "trained" and phases:
+        longest = sorted(phases.items(), key=lambda phase: -phase[1])
+        notes.append(f"{t.step.stage} time: " + ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in longest))
+    if t.state == "trained" and t.result.get("resumed_from"):
+        notes.append(f"{t.step.stage} went on from its checkpoint at step {num(t.result['resumed_from'])}")
+    return notes
+
+
+def change_row(label: str, before: float | None, after: float | None, curve: Sequence[float], show=num) -> list[str]:
+    known = isinstance(before, int | float) and isinstance(after, int | float)
+    return [label, show(before), show(after), show(after - before, "+") if known else "-", sparkline(curve)]
+
+
+def sft_sections(t: Trained) -> list[Section]:
+    r = t.result
+    rows = [
+        change_row("perplexity", r.get("perplexity_before"), r.get("perplexity_after"), t.curves.get("eval/perplexity", ())),
+        change_row("loss", r.get("loss_before"), r.get("loss_after"), t.curves.get("train/loss", ())),
+    ]
+    return [Section("SFT on held-out answers", header=CHANGE_HEADER, rows=rows)]
+
+
+def reward_sections(t: Trained) -> list[Section]:
+    r = t.result
+    lines = [("reward model", r.get("accuracy")), ("longer is better (baseline)", r.get("longer_is_better"))]
+    by_source = r.get("accuracy_by_source") or {}
+    if len(by_source) > 1:
+        lines += [(f"on {source} ({num(n)} pairs)", accuracy) for source, (accuracy, n) in by_source.items()]
+    rows = [[label, bar(accuracy), pct(accuracy), ""] for label, accuracy in lines]
+    rows[0][3] = f"{pct(r.get('accuracy_low'))} to {pct(r.get('accuracy_high'))}"
+    if curve := sparkline(t.curves.get("train/accuracy", ())):
+        rows.append(["during training", curve, "", ""])
+    title = f"Reward model on {num(r.get('eval_pairs'))} held-out pairs"
+    return [Section(title, header=("", "", "accuracy", "95 % interval"), rows=rows, notes=reward_notes(r))]
+
+
+def reward_notes(r: dict) -> list[str]:
+    low, high, baseline = r.get("accuracy_low"), r.get("accuracy_high"), r.get("longer_is_better")
+    notes = []
+    if None not in (low, high, baseline):
+        inside = "It is not told apart from choosing the longer answer: more pairs or more training may help."
+        below = "Choosing the longer answer does better: PPO against this reward model teaches length."
+        notes.append("It beats choosing the longer answer." if low > baseline else below if high < baseline else inside)
+    bins = [b for b in r.get("calibration") or () if b["n"]]
+    if bins:
+        surest, total = max(bins, key=lambda b: b["confidence"]), sum(b["n"] for b in bins)
+        error = sum(abs(b["confidence"] - b["accuracy"]) * b["n"] for b in bins) / total
+        sure, right = pct(surest["confidence"], digits=0), pct(surest["accuracy"], digits=0)
+        notes.append(f"Calibration: when it is {sure} sure it is right {right} of the time; off by {100 * error:.1f} points on average.")
+    return notes
+
+
+def ppo_sections(t: Trained) -> list[Section]:
+    before, after = t.result.get("before") or {}, t.result.get("after") or {}
+    lines = [
+        ("score", "score", "objective/scores", num),
+        ("KL to SFT", "kl", "objective/kl", num),
+        ("length (tokens)", "length", "rollout/response_length_mean", num),
+        ("truncated", "truncated_rate", "rollout/truncated_rate", pct),
+        ("judge", "judge", "", num),
+    ]
+    rows = [change_row(label, before.get(key), after.get(key), t.curves.get(curve, ()), show) for label, key, curve, show in lines]
+    if before.get("judge") is None and after.get("judge") is None:
+        rows.pop()  # only the toy data set has a judge
+    title = f"PPO on {num(t.result.get('eval_prompts'))} held-out prompts"
+    return [Section(title, header=CHANGE_HEADER, rows=rows, notes=ppo_notes(before, after)), *sample_sections(t.result)]
+
+
+def ppo_notes(before: dict, after: dict) -> list[str]:
+    """What a practised eye would look for in these numbers."""
+
+    def grew(key: str, factor: float = 1.0) -> bool:
+        return None not in (before.get(key), after.get(key)) and after[key] > factor * before[key]
+
+    def fell(key: str) -> bool:
+        return None not in (before.get(key), after.get(key)) and after[key] < before[key]
+
+    notes = []
+    if fell("score"):
+        notes.append("The score fell: try a smaller ppo.actor_lr or ppo.kl_coef, or more iterations.")
+    if grew("score") and fell("judge"):
+        notes.append("The score rose while the judge fell: the actor exploits the reward model. Try a larger ppo.kl_coef.")
+    if grew("score") and grew("length", 1.5):
+        notes.append("The answers grew much longer along with the score: read the samples before you trust it.")
+    if (after.get("truncated_rate") or 0) > 0.2:
+        notes.append("Many answers never end: raise ppo.missing_eos_penalty or model.max_response_tokens.")
+    return notes
+
+
+def sample_sections(result: dict) -> list[Section]:
+    def head(sample: dict, who: str) -> str:
+        judge = sample.get(f"{who}_judge")
+        return f"{who.upper()}: score {num(sample.get(f'{who}_score'))}" + (f", judge {num(judge)}" if judge is not None else "")
+
+    return [
+        Section(
+            f"Sample {number}",
+            intro=f"Prompt: {sample.get('prompt', '-')}",
+            header=(head(sample, "sft"), head(sample, "ppo")),
+            rows=[[sample.get("sft", "-"), sample.get("ppo", "-")]],
+        )
+        for number, sample in enumerate(result.get("samples") or (), start=1)
+    ]
+
+
+def places_section(trained: Sequence[Trained], run_dir: Path) -> Section:
+    places, note = [("this summary", short(run_dir / "summary.md"))], "Beside each model: config.yaml, metrics.jsonl, logs/, checkpoints/."
+    for t in trained:
+        models = t.result.get("exports") or {"pinned" if t.step.pinned else "model": t.step.model}
+        places += [(f"{t.step.stage} {part.replace('_', ' ')}", short(path)) for part, path in models.items() if path]
+    return Section("Where it lies", notes=[note] if any(t.result for t in trained) else (), literal=places)
+
+
+def next_section(trained: Sequence[Trained], overrides: Sequence[str]) -> Section:
+    steps = {t.step.stage: t.step for t in trained}
+    last, commands = trained[-1].step.stage, []
+    talker = steps.get("ppo") or steps.get("sft")
+    if talker:
+        commands.append(("talk to it", f"python -m runner.chat {shlex.quote(short(talker.model))}"))
+    commands.append(("change something", command_line("-m", *repeat(overrides, TRY_NEXT[last]))))
+    if last != "ppo":
+        commands.append(("train the rest", command_line(*repeat(overrides, "stage=ppo"))))
+    for step in steps.values():
+        if not step.pinned and any(step.folder.glob("wandb/offline-run-*")):
+            commands.append((f"{step.stage} to W&B", f"wandb sync {shlex.quote(short(step.folder))}/wandb/offline-run-*"))
+    return Section("Next", literal=commands)
+
+
+def repeat(overrides: Sequence[str], *new: str) -> list[str]:
+    """The overrides of this run with the new ones in place of those for the same keys."""
+    keys = {override_key(n) for n in new}
+    return [o for o in overrides if override_key(o) not in keys] + list(new)
+
+
+def override_key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def command_line(*words: str) -> str:
+    return shlex.join(["python", "run.py", *words])

@@ -1,0 +1,120 @@
+"""One table over the jobs of a multirun: what each one changed and what came of it. conf/config.yaml names it under hydra.callbacks.
+
+A Hydra callback, and not a list in run.py, because the jobs may run anywhere (joblib, submitit): each leaves a summary.json in its
+folder, and Hydra calls this on the machine that started them. A job folder without summary.json is a job that failed.
+"""
+
+import atexit
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from runner.report import Section, duration, markdown, num, pct, print_sections, short
+from runner.summary import override_key
+
+# header, keys in summary.json (before -> after), how a value is written
+COLUMNS = (
+    ("SFT ppl", ("sft/perplexity_after",), num),
+    ("RM acc", ("reward/accuracy",), pct),
+    ("score", ("ppo/before/score", "ppo/after/score"), num),
+    ("KL", ("ppo/after/kl",), num),
+    ("length", ("ppo/after/length",), num),
+    ("judge", ("ppo/after/judge",), num),
+)
+
+
+class SweepTable(Callback):
+    def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
+        # When a job has failed Hydra raises its error and skips on_multirun_end: then the table comes as the process exits
+        atexit.register(self.on_multirun_end, config=config)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
+        atexit.unregister(self.on_multirun_end)
+        if not OmegaConf.select(config, "dry_run"):
+            show_sweep(Path(config.hydra.sweep.dir))
+
+
+@dataclass(frozen=True)
+class Job:
+    number: str
+    folder: Path
+    facts: dict | None  # None: failed
+    overrides: dict[str, str]
+
+
+def show_sweep(sweep_dir: Path, console: Console | None = None) -> None:
+    """Print the table of all jobs under sweep_dir, and write it to sweep.md (as printed) and sweep.csv (numbers in full)."""
+    jobs = read_jobs(sweep_dir)
+    if not jobs:
+        return
+    parts = [sweep_section(sweep_dir, jobs)]
+    (sweep_dir / "sweep.md").write_text(markdown(parts), encoding="utf-8")
+    with (sweep_dir / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(csv_rows(jobs))
+    print_sections(parts, console or Console())
+
+
+def read_jobs(sweep_dir: Path) -> list[Job]:
+    folders = [
+        f for f in sweep_dir.glob("*") if (f / "summary.json").exists() or (f / ".hydra").exists() or (f.is_dir() and f.name.isdigit())
+    ]
+    return [read_job(f) for f in sorted(folders, key=lambda f: (int(f.name) if f.name.isdigit() else 10**9, f.name))]
+
+
+def read_job(folder: Path) -> Job:
+    """A job's facts and overrides; those of a failed job are known from the list that Hydra itself has saved."""
+    summary, saved = folder / "summary.json", folder / ".hydra" / "overrides.yaml"
+    facts = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
+    overrides = facts["overrides"] if facts else OmegaConf.to_container(OmegaConf.load(saved)) if saved.exists() else []
+    return Job(folder.name, folder, facts, {override_key(o): o.partition("=")[2] for o in overrides})
+
+
+def swept(jobs: Sequence[Job]) -> list[str]:
+    """The overrides that are not the same in all jobs: what the sweep is about."""
+    keys = dict.fromkeys(key for job in jobs for key in job.overrides)
+    return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
+
+
+def told(jobs: Sequence[Job]) -> list[tuple]:
+    """The columns in which some job has something to say; SFT, mostly shared, only where it differs."""
+    seen = {keys: [job.facts.get(keys[-1]) for job in jobs if job.facts] for _, keys, _ in COLUMNS}
+    some = [column for column in COLUMNS if any(value is not None for value in seen[column[1]])]
+    return [column for column in some if not column[1][0].startswith("sft/") or len(set(seen[column[1]])) > 1]
+
+
+def sweep_section(sweep_dir: Path, jobs: Sequence[Job]) -> Section:
+    keys, columns = swept(jobs), told(jobs)
+    rows = []
+    for job in jobs:
+        facts = job.facts or {}
+        values = [" -> ".join(show(facts.get(key)) for key in keys_of) if job.facts else "-" for _, keys_of, show in columns]
+        time = duration(facts.get("seconds")) if job.facts else "failed"
+        rows.append([job.number, *(job.overrides.get(key, "-") for key in keys), *values, time])
+    failed = [job for job in jobs if not job.facts]
+    title = f"Sweep of {len(jobs)} jobs" + (f", {len(failed)} failed" if failed else "")
+    places = [("table", short(sweep_dir / "sweep.md")), ("numbers", short(sweep_dir / "sweep.csv"))]
+    places += [(f"job {job.number} failed", short(job.folder)) for job in failed]
+    return Section(title, header=("job", *map(leaf(keys), keys), *(name for name, _, _ in columns), "time"), rows=rows, literal=places)
+
+
+def leaf(keys: Sequence[str]):
+    """Names a key by its last part where that is not ambiguous: ppo.kl_coef -> kl_coef."""
+    leaves = [key.rpartition(".")[2] for key in keys]
+    return lambda key: key.rpartition(".")[2] if leaves.count(key.rpartition(".")[2]) == 1 else key
+
+
+def csv_rows(jobs: Sequence[Job]) -> list[list]:
+    keys, columns = swept(jobs), told(jobs)
+    metrics = [key for _, keys_of, _ in columns for key in keys_of]
+    rows = [["job", *keys, *metrics, "seconds", "state"]]
+    for job in jobs:
+        facts = job.facts or {}
+        values = [facts.get(key, "") for key in (*metrics, "seconds")]
+        rows.append([job.number, *(job.overrides.get(key, "") for key in keys), *values, "done" if job.facts else "failed"])
+    return rows

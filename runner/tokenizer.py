@@ -1,0 +1,99 @@
+"""Tokenizers: loading them so that PAD is never EOS, training one for the random models, and turning dialogues into tokens.
+
+A dialogue is a list of turns {"role": ..., "content": ...}. The chat template of the config is the only description of how
+it becomes text: training, rollouts, `runner.chat` and the exported checkpoint all go through it. No torch in here.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+Turn = dict[str, str]
+
+# Kept by checkpoints for padding or for later use: preferred over a new embedding row
+SPARE_PAD_TOKENS = ("<pad>", "<|padding|>", "[PAD]", "<|finetune_right_pad_id|>")
+NEW_PAD_TOKEN = "<|pad|>"
+
+
+def load_tokenizer(
+    path: str, *, revision: str | None = None, end_token: str | None = None, chat_template: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and give it a PAD of its own, the token that ends a response, and the chat template.
+
+    Args: path: hub id or folder. end_token: replaces EOS, added where it is missing. chat_template: None keeps the saved one.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    if end_token:
+        tokenizer.add_special_tokens({"eos_token": end_token})
+    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        vocabulary = tokenizer.get_vocab()
+        spare = next((t for t in SPARE_PAD_TOKENS if t in vocabulary and t != tokenizer.eos_token), NEW_PAD_TOKEN)
+        tokenizer.add_special_tokens({"pad_token": spare})
+    if chat_template is not None:
+        # Encoding never adds special tokens, so a family that starts with BOS says so in its template
+        first = tokenizer("a").input_ids[0]
+        begins = tokenizer.bos_token is not None and first == tokenizer.bos_token_id
+        tokenizer.chat_template = ("{{- bos_token -}}" if begins else "") + chat_template
+    tokenizer.padding_side = tokenizer.truncation_side = "left"
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `vocabulary` entries (256 bytes and 3 special tokens at least)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = ["<pad>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> str:
+    """The text that the model is given: the dialogue so far and the opening of its reply."""
+    return tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False)
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Sequence[Turn]]) -> list[list[int]]:
+    return tokenizer([render_prompt(tokenizer, turns) for turns in dialogues], add_special_tokens=False).input_ids
+
+
+def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> list[list[int]]:
+    """Tokens of ' ' + response + EOS, as they follow 'Assistant:'.
+
+    Tokenised behind a colon, which is then cut off: SentencePiece would put a second space before the first word.
+    """
+    anchor = len(tokenizer(":", add_special_tokens=False).input_ids)
+    texts = [": " + response.strip() for response in responses]
+    return [ids[anchor:] + [tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+
+
+def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hex digits that change with anything that changes how a dialogue is tokenised."""
+    facts = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special": [tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token],
+        "template": tokenizer.chat_template,
+        # Two tokenizers may share a vocabulary and still split differently
+        "probe": tokenizer("Hello, wörld!  123 \n\nHuman: 你好 a_b", add_special_tokens=False).input_ids,
+    }
+    return hashlib.sha256(json.dumps(facts, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def same_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether ids mean the same to both: then the reward model can read what the actor wrote."""
+    return fingerprint(a) == fingerprint(b)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,396 @@
+"""The summary of a run and the table of a sweep, from step folders made by hand."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from runner.report import Section, markdown, num, pct, print_sections, sparkline
+from runner.summary import read_curves, show_summary
+from runner.sweep_table import SweepTable, show_sweep
+
+COMMON = {"world_size": 1, "resumed_from": 0, "tokens": 120_000}
+SFT = COMMON | {
+    "stage": "sft",
+    "seconds": 31.4,
+    "steps": 120,
+    "data": {"train": 1920, "eval": 96, "truncated": 14, "dropped": {"empty_response": 2, "duplicate": 31}},
+    "phases": {"train": 22.0, "eval": 3.1, "load": 1.2},
+    "loss_before": 6.24,
+    "loss_after": 1.83,
+    "perplexity_before": 512.86,
+    "perplexity_after": 6.234,
+}
+REWARD = COMMON | {
+    "stage": "reward",
+    "seconds": 42.0,
+    "steps": 200,
+    "data": {"train": 3840, "eval": 612, "truncated": 0, "dropped": {}},
+    "phases": {"train": 35.0, "eval": 5.5},
+    "accuracy": 0.712,
+    "accuracy_low": 0.675,
+    "accuracy_high": 0.747,
+    "eval_pairs": 612,
+    "longer_is_better": 0.551,
+    "accuracy_by_source": {"toy": [0.712, 612]},
+    "calibration": [{"confidence": 0.56, "accuracy": 0.55, "n": 300}, {"confidence": 0.88, "accuracy": 0.84, "n": 312}],
+}
+PPO = COMMON | {
+    "stage": "ppo",
+    "seconds": 161.0,
+    "steps": 60,
+    "resumed_from": 40,
+    "data": {"train": 3840, "eval": 64, "truncated": 3, "dropped": {"too_long": 5}},
+    "phases": {"rollout": 95.0, "train": 50.0, "eval": 12.0},
+    "before": {"score": -0.04, "kl": 0.0, "length": 18.2, "truncated_rate": 0.031, "judge": 0.41},
+    "after": {"score": 1.31, "kl": 3.27, "length": 21.9, "truncated_rate": 0.016, "judge": 0.83},
+    "eval_prompts": 64,
+    "samples": [
+        {
+            "prompt": f"Human: Name {n} animals that live in the sea, please. Assistant:",
+            "sft": "A dog and a cat and a dog and a cat and a dog [bold]and[/x] so on until the end of the day.",
+            "ppo": "A whale, a squid and a crab | all *three* live in the sea.\nI hope this helps!",
+            "sft_score": -0.52,
+            "ppo_score": 1.44,
+            "sft_judge": 0.0,
+            "ppo_judge": 1.0,
+        }
+        for n in (3, 4, 5)
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """The part of runner.plan.Step that the summary reads."""
+
+    stage: str
+    key: str
+    folder: Path
+    pinned: str | None = None
+    parents: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "DONE").exists()
+
+    @property
+    def model(self) -> str:
+        return self.pinned or str(self.folder / "model")
+
+
+def make_step(store: Path, stage: str, result: dict | None, rows: list[dict] | None = None, pinned: str | None = None) -> Step:
+    folder = store / f"{stage}-0123456789"
+    folder.mkdir(parents=True, exist_ok=True)
+    if result is not None:
+        (folder / "result.json").write_text(json.dumps(result))
+    if rows:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Step(stage, "0123456789", folder, pinned)
+
+
+def make_steps(store: Path) -> list[Step]:
+    curve = [{"step": n, "objective/scores": n / 30, "objective/kl": n * n / 900, "train/loss": 6 - n / 20} for n in range(60)]
+    steps = [make_step(store, "sft", SFT, curve), make_step(store, "reward", REWARD)]
+    exports = {
+        "actor": str(store / "ppo-0123456789/model"),
+        "critic": str(store / "ppo-0123456789/critic"),
+        "actor_ema": None,
+        "adapter": None,
+    }
+    return [*steps, make_step(store, "ppo", PPO | {"exports": exports}, [*curve, {"step": 60, "val/ratio": 1.0}])]
+
+
+def words(width: int = 80, encoding: str = "utf-8") -> tuple[Console, io.BytesIO]:
+    raw = io.BytesIO()
+    return Console(file=io.TextIOWrapper(raw, encoding=encoding, write_through=True), width=width), raw
+
+
+def summary(steps, run_dir, reused=(), overrides=(), width: int = 80, name: str = "demo") -> str:
+    console, raw = words(width)
+    show_summary(name, steps, set(reused), run_dir, overrides, console=console)
+    return raw.getvalue().decode()
+
+
+def row(text: str, label: str, holds: str = "") -> str:
+    """The one line that begins with the label, and holds the other word."""
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith(label) and holds in line]
+    assert len(lines) == 1, f"{len(lines)} lines begin with {label!r}:\n{text}"
+    return lines[0]
+
+
+def test_tells_what_was_trained_and_how_well(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = summary(make_steps(Path("runs/store")), Path("runs/demo/1"), reused={"sft"})
+    assert row(text, "sft  ").split() == ["sft", "reused", "31", "s", "120", "1,920", "96", "14", "33"]
+    assert row(text, "ppo  ").split()[1] == "trained"
+    assert "demo: trained in 3 min 23 s" in text  # reward and ppo: the reused sft cost nothing
+    assert "sft dropped: 2 empty response, 31 duplicate" in text
+    assert "ppo time: rollout 1 min 35 s, train 50 s, eval 12 s" in text
+    assert "ppo went on from its checkpoint at step 40" in text
+    assert row(text, "perplexity").split()[1:4] == ["512.9", "6.23", "-506.6"]
+    assert row(text, "reward model", "%").endswith("71.2 %  67.5 % to 74.7 %")
+    assert row(text, "longer is better (baseline)").endswith("55.1 %")
+    assert "It beats choosing the longer answer." in text
+    assert row(text, "score").split()[1:4] == ["-0.04", "1.31", "+1.35"]
+    assert row(text, "truncated").split()[1:5] == ["3.1", "%", "1.6", "%"]
+    assert row(text, "judge").split()[1:4] == ["0.41", "0.83", "+0.42"]
+    assert "▁" in row(text, "KL to SFT") and row(text, "KL to SFT").endswith("█")
+    assert text.count("SFT: score -0.52, judge 0.00") == text.count("PPO: score 1.44, judge 1.00") == 3
+    assert row(text, "talk to it").endswith("python -m runner.chat runs/store/ppo-0123456789/model")
+    assert row(text, "change something").endswith("python run.py -m ppo.kl_coef=0.02,0.05,0.1")
+    assert "wandb sync" not in text
+
+
+def test_fits_80_columns_without_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = summary(make_steps(Path("runs/store")), Path("runs/demo/1"))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\x1b" not in text and not set(text) & set("│┃━─┏└")
+    assert "SFT: score -0.52, judge 0.00           PPO: score 1.44" in text  # side by side
+    assert not any(line.endswith(" ") for line in text.splitlines())
+
+
+def test_narrow_terminal_keeps_every_number_whole(tmp_path):
+    text = summary(make_steps(tmp_path / "s"), tmp_path / "run", width=64)
+    assert "1,920" in row(text, "sft ", "31 s  ") and "67.5 %" in text and "+1.35" in row(text, "score")
+
+
+def test_paths_and_commands_are_never_wrapped(tmp_path):
+    steps = make_steps(tmp_path / ("long" * 30))
+    text = summary(steps, tmp_path / "run")
+    assert f"python -m runner.chat {steps[2].model}" in text
+
+
+def test_text_of_a_model_is_not_markup(tmp_path):
+    samples = [PPO["samples"][0] | {"sft": "[bold]loud[/x] :smile: [link=x]", "ppo": "\x1b[31mred\x07 <b>|`*\ud800"}]
+    steps = [make_step(tmp_path / "s", "ppo", PPO | {"samples": samples})]
+    text = summary(steps, tmp_path / "run[/b]", name="de[bold]mo")
+    assert "[bold]loud[/x] :smile:" in text and "de[bold]mo" in text and "run[/b]" in text
+    assert "\x1b" not in text and "\x07" not in text
+    written = (tmp_path / "run[/b]" / "summary.md").read_text()
+    assert r"\[bold\]loud\[/x\] :smile:" in written and r"\<b\>\|\`\*" in written
+
+
+def test_long_samples_are_clipped_in_the_terminal_only(tmp_path):
+    samples = [PPO["samples"][0] | {"prompt": "early " * 400 + "the question?"}]
+    text = summary([make_step(tmp_path / "s", "ppo", PPO | {"samples": samples})], tmp_path / "run")
+    assert "characters ...]" in text and "the question?" in text and text.count("early") < 200
+    assert (tmp_path / "run/summary.md").read_text().count("early") == 400
+
+
+def test_a_console_without_unicode_gets_ascii(tmp_path):
+    console, raw = words(encoding="ascii")
+    show_summary("démo", make_steps(tmp_path / "s"), set(), tmp_path / "run", console=console)
+    assert b"d?mo" in raw.getvalue() and b"_" in raw.getvalue()
+
+
+def test_writes_markdown_and_flat_facts(tmp_path):
+    summary(make_steps(tmp_path / "s"), tmp_path / "run", reused={"sft"}, overrides=["ppo.kl_coef=0.1", "name=x"])
+    written = (tmp_path / "run/summary.md").read_text()
+    assert written.startswith("# demo: trained in 3 min 23 s\n")
+    assert "| KL to SFT | 0.00 | 3.27 | +3.27 |" in written and "| :---: |" not in written
+    assert "A whale, a squid and a crab \\| all \\*three\\* live in the sea.<br>I hope this helps!" in written
+    assert "- talk to it: `python -m runner.chat " in written
+    facts = json.loads((tmp_path / "run/summary.json").read_text())
+    assert facts["overrides"] == ["ppo.kl_coef=0.1", "name=x"] and facts["seconds"] == 203
+    assert facts["ppo/after/score"] == 1.31 and facts["reward/accuracy_low"] == 0.675 and facts["sft/state"] == "reused"
+    assert not any(isinstance(value, dict) for value in facts.values())
+
+
+@pytest.mark.parametrize(("stage", "epochs"), [("sft", "1,2,4"), ("reward", "1,2")])
+def test_one_stage_alone(tmp_path, stage, epochs):
+    steps = [make_step(tmp_path / "s", stage, {"sft": SFT, "reward": REWARD}[stage])]
+    text = summary(steps, tmp_path / "run", overrides=[f"stage={stage}", "model=opt1.3b"])
+    assert "held-out prompts" not in text
+    assert ("runner.chat" in text) == (stage == "sft")
+    assert row(text, "change something").endswith(f"python run.py -m stage={stage} model=opt1.3b {stage}.epochs={epochs}")
+    assert row(text, "train the rest").endswith("python run.py model=opt1.3b stage=ppo")
+
+
+def test_next_command_repeats_the_overrides(tmp_path):
+    text = summary(make_steps(tmp_path / "s"), tmp_path / "run", overrides=["ppo.kl_coef=0.3", "dataset.path=my file.jsonl"])
+    assert row(text, "change something").endswith("python run.py -m 'dataset.path=my file.jsonl' ppo.kl_coef=0.02,0.05,0.1")
+
+
+def test_pinned_and_missing_facts(tmp_path):
+    pinned = make_step(tmp_path / "s", "sft", SFT, pinned="facebook/opt-125m")  # what lies in the folder is not this model's
+    bare = make_step(tmp_path / "s", "reward", {"stage": "reward"})
+    ppo = make_step(tmp_path / "s", "ppo", {"before": None, "samples": None, "after": {"score": float("nan")}})
+    text = summary([pinned, bare, ppo], tmp_path / "run")
+    assert row(text, "sft  ").split() == ["sft", "pinned", "-", "-", "-", "-", "-", "-"]
+    assert "perplexity" not in text and "facebook/opt-125m" in row(text, "sft pinned ", "opt")
+    assert row(text, "reward  ").split()[1:] == ["trained", *"------"]
+    assert row(text, "score").split() == ["score", "-", "nan", "-"]
+    assert "judge" not in text and "Calibration" not in text
+
+
+def test_a_step_without_result_is_missing(tmp_path):
+    assert "missing" in row(summary([make_step(tmp_path, "sft", None)], tmp_path / "run"), "sft  ")
+
+
+def test_wandb_is_offered_where_an_offline_run_lies(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = make_steps(Path("store"))
+    (steps[2].folder / "wandb/offline-run-20250101").mkdir(parents=True)
+    text = summary(steps, Path("run"))
+    assert row(text, "ppo to W&B").endswith("wandb sync store/ppo-0123456789/wandb/offline-run-*")
+    assert "sft to W&B" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"reward": {"longer_is_better": 0.70}}, "not told apart"),
+        ({"reward": {"longer_is_better": 0.80}}, "teaches length"),
+        ({"ppo": {"after": PPO["after"] | {"judge": 0.2}}}, "exploits the reward model"),
+        ({"ppo": {"after": PPO["after"] | {"length": 60.0}}}, "much longer"),
+        ({"ppo": {"after": PPO["after"] | {"score": -1.0}}}, "The score fell"),
+        ({"ppo": {"after": PPO["after"] | {"truncated_rate": 0.5}}}, "never end"),
+    ],
+)
+def test_remarks_on_suspicious_numbers(tmp_path, change, says):
+    (stage, facts), base = next(iter(change.items())), {"reward": REWARD, "ppo": PPO}
+    assert says not in summary([make_step(tmp_path, stage, base[stage])], tmp_path / "run")
+    assert says in " ".join(summary([make_step(tmp_path, stage, base[stage] | facts)], tmp_path / "run").split())
+
+
+def test_curves_of_a_resumed_run(tmp_path):
+    lines = ['{"step": 1, "a": 1}', '{"step": 2, "a": 9}', '{"step": 2, "a": 2, "b": NaN}', '{"step": 3, "a": 3}', '{"step": 4, "a']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_curves(tmp_path)["a"] == [1, 2, 3] and "b" not in read_curves(tmp_path)
+
+
+def test_sparkline_and_numbers():
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert len(sparkline(list(range(1000)))) == 20 and sparkline([2.0, 2.0]) == "▄▄" and sparkline([1.0]) == ""
+    assert [num(x) for x in (None, 12, 1234567, 0.0031, -0.0, 12.345, 1234.5)] == ["-", "12", "1,234,567", "0.003", "0.00", "12.3", "1,234"]
+    assert pct(0.5) == "50.0 %" and pct(None) == "-"
+
+
+def test_right_aligned_numbers():
+    part = Section("t", header=("a", "b", "c"), rows=[["x", "1 %", "y"], ["x", "-", "2"]])
+    assert "| --- | ---: | --- |" in markdown([part])
+    console, raw = words()
+    print_sections([part], console)
+    assert "  x    -  2" in raw.getvalue().decode()
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+
+
+def make_sweep(folder: Path) -> Path:
+    """Three jobs, of which the second failed; a fourth folder that is no job."""
+    for number, (coef, score) in enumerate([(0.02, 1.9), (0.05, None), (0.1, 0.8)]):
+        overrides = ["model=tiny", f"ppo.kl_coef={coef}"]
+        (folder / f"{number}/.hydra").mkdir(parents=True)
+        OmegaConf.save(OmegaConf.create(overrides), folder / f"{number}/.hydra/overrides.yaml")
+        facts = {"overrides": overrides, "seconds": 75.0, "reward/accuracy": 0.712, "sft/perplexity_after": 6.2, "ppo/before/score": -0.04}
+        facts |= {"ppo/after/score": score, "ppo/after/kl": 3.25, "ppo/after/length": 21.9, "ppo/after/judge": None}
+        if score is not None:
+            (folder / f"{number}/summary.json").write_text(json.dumps(facts))
+    (folder / "wandb").mkdir()
+    return folder
+
+
+def test_sweep_table(tmp_path):
+    console, raw = words()
+    show_sweep(make_sweep(tmp_path), console)
+    text = raw.getvalue().decode()
+    assert "Sweep of 3 jobs, 1 failed" in text
+    assert row(text, "job  ").split() == ["job", "kl_coef", "RM", "acc", "score", "KL", "length", "time"]  # model and SFT are all the same
+    assert row(text, "0 ").split() == [*["0", "0.02", "71.2", "%", "-0.04", "->", "1.90", "3.25", "21.9", "1", "min", "15", "s"]]
+    assert row(text, "1 ").split()[:2] == ["1", "0.05"] and row(text, "1 ").endswith("failed")
+    assert row(text, "2 ").split()[1] == "0.1"
+    assert row(text, "job 1 failed").endswith(str(tmp_path / "1"))
+    assert "| 0 | 0.02 | 71.2 % | -0.04 -\\> 1.90 |" in (tmp_path / "sweep.md").read_text()
+    table = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+    assert [line["ppo.kl_coef"] for line in table] == ["0.02", "0.05", "0.1"]
+    assert [line["state"] for line in table] == ["done", "failed", "done"]
+    assert table[2]["ppo/after/score"] == "0.8" and table[1]["ppo/after/score"] == ""
+
+
+def test_sweep_jobs_stand_in_the_order_of_their_numbers(tmp_path):
+    for number in (10, 9, 2):
+        (tmp_path / str(number)).mkdir()
+    console, raw = words()
+    show_sweep(tmp_path, console)
+    assert [line.split()[0] for line in raw.getvalue().decode().splitlines() if line.startswith("  ") and line.endswith("failed")] == [
+        "2",
+        "9",
+        "10",
+    ]
+
+
+def test_a_sweep_over_much_fits_80_columns(tmp_path):
+    for number, path in enumerate(["data/first.jsonl", "data/second/with/a/long/name/of/a/file.jsonl"]):
+        overrides = [
+            f"dataset.path={path}",
+            f"ppo.actor_lr={number}e-6",
+            f"ppo.critic_lr={number}e-5",
+            f"reward.lr={number}e-5",
+            f"sft.lr={number}",
+        ]
+        facts = {"overrides": overrides, "seconds": 75.0, "reward/accuracy": 0.7, "ppo/before/score": 0.0, "ppo/after/score": 1.5}
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "summary.json").write_text(json.dumps(facts))
+    console, raw = words()
+    show_sweep(tmp_path, console)
+    text = raw.getvalue().decode()
+    assert "job 0, path data/first.jsonl, actor_lr 0e-6, critic_lr 0e-5, reward.lr 0e-5" in " ".join(text.split())
+    assert text.count("score 0.00 -> 1.50") == 2 and max(len(line) for line in text.splitlines() if "/sweep" not in line) <= 80
+
+
+def test_callback_reads_the_sweep_folder(tmp_path, capsys):
+    config = OmegaConf.create({"dry_run": False, "hydra": {"sweep": {"dir": str(make_sweep(tmp_path))}}})
+    SweepTable().on_multirun_end(config, config_name="config")
+    assert "Sweep of 3 jobs" in capsys.readouterr().out
+    config.dry_run = True
+    SweepTable().on_multirun_end(config)
+    assert capsys.readouterr().out == ""
+
+
+APP = """
+import json, pathlib, sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+
+@hydra.main(version_base="1.3", config_path=None)
+def main(cfg):
+    if cfg.x == 2:
+        raise ValueError("torch was imported" if "torch" in sys.modules else "boom")
+    facts = {"overrides": list(HydraConfig.get().overrides.task), "seconds": 1.0}
+    pathlib.Path(HydraConfig.get().runtime.output_dir, "summary.json").write_text(json.dumps(facts))
+
+main()
+"""
+
+
+def test_hydra_shows_the_table_even_when_a_job_failed(tmp_path):
+    (tmp_path / "app.py").write_text(APP)
+    sweep = ["+hydra.callbacks.t._target_=runner.sweep_table.SweepTable", "hydra.sweep.dir=out/${now:%H-%M-%S-%f}"]
+    command = [sys.executable, "app.py", "-m", "+x=1,2", *sweep]
+    run = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True)
+    assert run.returncode == 1 and "boom" in run.stderr
+    assert run.stdout.count("Sweep of 2 jobs, 1 failed") == 1
+    assert row(run.stdout, "1  ").split() == ["1", "2", "failed"]
+    assert len(list(tmp_path.glob("out/*/sweep.csv"))) == 1
+
+
+def test_the_table_is_shown_once(tmp_path, monkeypatch, capsys):
+    pending = []
+    monkeypatch.setattr("atexit.register", lambda function, **kwargs: pending.append(function))
+    monkeypatch.setattr("atexit.unregister", pending.remove)
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(make_sweep(tmp_path))}}})
+    callback = SweepTable()
+    callback.on_multirun_start(config, config_name="config")
+    callback.on_multirun_end(config, config_name="config")
+    assert pending == [] and capsys.readouterr().out.count("Sweep of") == 1
