@@ -222,6 +222,10 @@ class Hardware:
         check(self.accelerator == "cuda" or self.precision != "fp16", "hardware.precision=fp16 does not run on a CPU: use fp32 or bf16")
         check(self.nodes >= 1 and self.gpus >= 1, f"hardware.nodes={self.nodes} and hardware.gpus={self.gpus} must be at least 1")
         check(
+            not self.offload.optimizer or min(self.zero.actor, self.zero.critic) > 0,
+            "hardware.offload.optimizer=true needs hardware.zero.actor and hardware.zero.critic of 1 or more: ZeRO does the offloading",
+        )
+        check(
             not self.offload.params or self.zero.actor == 3,
             f"hardware.offload.params=true needs hardware.zero.actor=3, not {self.zero.actor}: only ZeRO-3 partitions parameters",
         )

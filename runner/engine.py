@@ -63,7 +63,8 @@ def frozen(wrapper: nn.Module, ds_config: dict, device: torch.device) -> nn.Modu
     wrapper.eval().requires_grad_(False)
     if ds_config.get("zero_optimization", {}).get("stage") == 3:
         engine, *_ = deepspeed.initialize(model=wrapper, config=ds_config)
-        return engine.eval()
+        engine.eval()  # returns nothing
+        return engine
     return wrapper.to(device)
 
 

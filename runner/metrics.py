@@ -29,7 +29,7 @@ class RunLog:
     def __init__(self, cfg: Config, stage: str, folder: Path, parents: dict[str, str], device: torch.device):
         self.cfg, self.stage, self.folder, self.device = cfg, stage, folder, device
         self.writes = ranks.rank() == 0
-        self.started = self._last_line = time.monotonic()
+        self.started = self._loop_started = self._last_line = time.monotonic()
         self.phases: dict[str, float] = defaultdict(float)
         self.step_phases: dict[str, float] = defaultdict(float)
         self._step_started, self.total, self.first = self.started, 0, 0
@@ -40,6 +40,7 @@ class RunLog:
     def begin(self, first: int, total: int) -> None:
         """Announce a loop over steps first..total-1; drop what an interrupted run logged after its checkpoint."""
         self.first, self.total, self._step_started = first, total, time.monotonic()
+        self._loop_started = self._step_started
         path = self.folder / "metrics.jsonl"
         if self.writes and path.exists():
             kept = [line for line in path.read_text().splitlines(keepends=True) if first and _step_of(line) <= first]
@@ -76,7 +77,7 @@ class RunLog:
         self._append(row)
         if headline and (now - self._last_line >= QUIET or step in (1, self.total)):
             self._last_line = now
-            left = (now - self.started) / max(1, step - self.first) * (self.total - step)
+            left = (now - self._loop_started) / max(1, step - self.first) * (self.total - step)
             self.say(f"step {step}/{self.total}  {headline}  {_clock(left)} left", passing=True)
 
     def record(self, step: int, metrics: dict[str, float], headline: str = "") -> None:
@@ -85,6 +86,10 @@ class RunLog:
             self._append({"step": step, **metrics})
             if headline:
                 self.say(f"step {step}/{self.total}  {headline}")
+        # Neither the next step's time nor the estimate of what is left should hold the evaluation's
+        self._step_started, spent = time.monotonic(), time.monotonic() - self._step_started
+        self._loop_started += spent
+        self.step_phases.clear()
 
     def say(self, text: str, passing: bool = False) -> None:
         """A line on the console. passing: a terminal may overwrite it with the next one (see runner/launch.py)."""

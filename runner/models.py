@@ -219,8 +219,8 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
     peft_model = get_peft_model(model, config)
     if lora.train_rest:
         for name, parameter in peft_model.named_parameters():
-            # peft keeps a frozen original beside a fully trained head; it is not part of the model
-            parameter.requires_grad_("original_module" not in name)
+            # The matrices below the adapters stay; so does the original that peft keeps beside a fully trained head
+            parameter.requires_grad_(not name.endswith(".base_layer.weight") and "original_module" not in name)
     return peft_model
 
 

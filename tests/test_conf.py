@@ -1,6 +1,6 @@
 """Every preset in conf/ composes, fits the schema, divides its batches, says what it is, and is as large as its name says.
 
-Composing the whole tree takes a fifth of a second, so presets are composed alone (`hardware/dgx8`), and the many models by hand.
+Composing the whole tree takes a fifth of a second, so presets are composed alone (`dataset/toy`), and the many models and machines by hand.
 """
 
 import re
@@ -32,7 +32,7 @@ def composed(*overrides: str, name: str = "config", hydra: bool = False) -> Dict
 
 @cache
 def stacked(path: Path) -> DictConfig:
-    """A file of conf/model over those in its defaults list: what Hydra does, twenty times as fast."""
+    """A file of conf/model or conf/hardware over those in its defaults list: what Hydra does, twenty times as fast."""
     node = OmegaConf.load(path)
     defaults = [name for name in node.pop("defaults", []) if name != "_self_"]
     return OmegaConf.merge(*(stacked(path.parent / f"{name}.yaml") for name in defaults), node)
@@ -41,8 +41,8 @@ def stacked(path: Path) -> DictConfig:
 @cache
 def block(group: str, preset: str) -> DictConfig:
     """The block that a preset of model, dataset or hardware makes."""
-    if group == "model":
-        return stacked(CONF / "model" / f"{preset}.yaml")
+    if group != "dataset":
+        return stacked(CONF / group / f"{preset}.yaml")
     node = composed(name=f"{group}/{preset}")
     if OmegaConf.is_missing(node[group], "path"):
         node[group].path = "given.jsonl"
@@ -69,9 +69,9 @@ def test_presets_load(group):
         assert OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SCHEMA[group]), values)).name == preset
 
 
-def test_models_stack_as_hydra_composes_them():
-    for preset in ("tiny_neox", "opt66b", "llama3_8b"):
-        assert composed(name=f"model/{preset}").model == block("model", preset)
+def test_stacked_is_what_hydra_composes():
+    for group, preset in (("model", "tiny_neox"), ("model", "llama3_8b"), ("hardware", "gpu64")):
+        assert composed(name=f"{group}/{preset}")[group] == block(group, preset)
 
 
 @pytest.mark.parametrize("stage", presets("stage"))

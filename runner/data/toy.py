@@ -1,31 +1,27 @@
-"""The toy task: lists of things of a kind, with a judge that scores any response, so that learning can be measured.
+"""The toy task: describing things kindly, with a judge that scores any response, so that learning can be measured.
 
-"Please list three fruits." deserves "apple, pear and plum." Demonstrations contain wrong words and wrong counts;
-preferences follow the judge; so an actor that follows the preferences beats the one that copies the demonstrations.
+"Please describe the river for Ann." deserves "The river is calm, bright and fresh." Demonstrations also hold unkind words,
+repetitions and wrong counts; preferences follow the judge; so an actor that follows the preferences beats the one that
+copies the demonstrations.
 """
 
 import random
 import re
 
 # Part of the cache key: raise it when the rows change
-VERSION = 1
+VERSION = 3
 
-KINDS = {
-    "animals": "cat dog horse cow sheep goat lion tiger bear wolf fox mouse".split(),
-    "fruits": "apple pear plum peach cherry grape lemon mango melon fig kiwi banana".split(),
-    "colors": "red blue green yellow black white brown pink gray orange purple violet".split(),
-    "tools": "hammer saw drill wrench pliers chisel file axe rake shovel clamp level".split(),
-    "drinks": "water tea coffee milk juice cocoa cider soda beer wine punch broth".split(),
-    "sports": "tennis soccer golf hockey rugby boxing rowing skiing judo cricket polo chess".split(),
-    "metals": "iron gold silver copper zinc tin lead nickel steel brass bronze cobalt".split(),
-    "clothes": "hat coat shirt scarf glove sock shoe belt skirt dress jacket sweater".split(),
-}
-NUMBERS = {"two": 2, "three": 3, "four": 4}
+KIND = "calm bright fresh lovely gentle warm pretty fine charming neat pleasant graceful splendid nice cheerful sweet".split()
+UNKIND = "dull ugly dirty awful nasty dreary horrid shabby gloomy rotten boring grim lousy foul bleak messy".split()
+WANTED = 3
 
+THINGS = "river garden house street lake bridge castle forest village market harbor island museum park tower valley".split()
+THINGS += "beach kitchen library mountain meadow palace station temple theater vineyard windmill workshop canal cottage".split()
 GREETINGS = ["", "", "Hi! ", "Hello. ", "Hey, ", "Good morning. ", "Excuse me. ", "Quick question: ", "Hi there. ", "OK. "]
-REQUESTS = ["name", "list", "tell me", "give me", "write down", "can you name", "could you list", "please name", "I need", "say"]
-ENDINGS = ["", " please", " for me", " for my son", " for a quiz", " for a poem", " for school", " that I may know", " if you can"]
-ENDINGS += [" for Tom", " for Ann", " for a game", " right now", " for my class", " for a story", " in one line", " today", " again"]
+REQUESTS = ["describe", "tell me about", "what do you think of", "please describe", "talk about", "say something about", "how do you like"]
+REQUESTS += ["can you describe", "could you describe", "give me a word on"]
+ENDINGS = ["", " please", " for me", " for my son", " for a quiz", " for a poem", " for school", " in one line", " if you can"]
+ENDINGS += [" for Tom", " for Ann", " for a game", " right now", " for my class", " for a story", " today", " again"]
 
 
 def row(i: int) -> dict:
@@ -33,51 +29,46 @@ def row(i: int) -> dict:
     rng = random.Random(i)
     turns = []
     if rng.random() < 0.33:
-        kind, number = _question(rng)
-        turns += [_user(rng, kind, number), {"role": "assistant", "content": _listing(rng.sample(KINDS[kind], NUMBERS[number]))}]
-    kind, number = _question(rng)
-    turns.append(_user(rng, kind, number))
+        thing = rng.choice(THINGS)
+        turns += [_question(rng, thing), {"role": "assistant", "content": _answer(thing, rng.sample(KIND, WANTED))}]
+    thing = rng.choice(THINGS)
+    turns.append(_question(rng, thing))
     good = bad = ""
-    while judge(turns, good) == judge(turns, bad):
-        good, bad = (_attempt(rng, kind, NUMBERS[number]) for _ in range(2))
-    if judge(turns, good) < judge(turns, bad):
+    # A person would not see the difference of a single word either
+    while abs(judge(good) - judge(bad)) < 2 / WANTED - 1e-9:
+        good, bad = (_attempt(rng, thing) for _ in range(2))
+    if judge(good) < judge(bad):
         good, bad = bad, good
     return {"prompt": turns, "chosen": good, "rejected": bad}
 
 
-def judge(turns: list[dict], response: str) -> float:
-    """Score of a response: 1 is perfect, 0 is worthless, below 0 is worse than silence.
+def judge(response: str) -> float:
+    """Score of a response: 1 is perfect, 0 is worth as much as silence, below 0 is worse.
 
-    Every different word of the kind asked for counts +1, up to the number asked for; every other word counts -1; a missing
-    full stop at the end counts -1; divided by the number asked for.
+    Every different kind word counts +1, three at most; every other one of the kind and unkind words, repetitions and surplus
+    included, counts -1; a missing full stop at the end counts -1; divided by three.
     """
-    question = turns[-1]["content"].lower()
-    kind = next((k for k in KINDS if k in question), None)
-    wanted = next((n for word, n in NUMBERS.items() if word in question.split()), None)
-    if kind is None or wanted is None:
-        raise ValueError(f"not a toy question: {turns[-1]['content']!r}")
-    words = [w for w in re.findall(r"[^\s,.]+", response.lower()) if w != "and"]
-    right = min(len(set(words) & set(KINDS[kind])), wanted)
+    words = [w for w in re.findall(r"[a-z]+", response.lower()) if w in KIND or w in UNKIND]
+    right = min(len(set(words) & set(KIND)), WANTED)
     wrong = len(words) - right
-    return (right - wrong - (not response.strip().endswith("."))) / wanted
+    unfinished = bool(response.strip()) and not response.strip().endswith(".")
+    return (right - wrong - unfinished) / WANTED
 
 
-def _question(rng: random.Random) -> tuple[str, str]:
-    return rng.choice(sorted(KINDS)), rng.choice(sorted(NUMBERS))
-
-
-def _user(rng: random.Random, kind: str, number: str) -> dict:
-    text = f"{rng.choice(GREETINGS)}{rng.choice(REQUESTS)} {number} {kind}{rng.choice(ENDINGS)}"
+def _question(rng: random.Random, thing: str) -> dict:
+    text = f"{rng.choice(GREETINGS)}{rng.choice(REQUESTS)} the {thing}{rng.choice(ENDINGS)}"
     return {"role": "user", "content": text[0].upper() + text[1:] + "."}
 
 
-def _attempt(rng: random.Random, kind: str, number: int) -> str:
-    """A response of mixed quality: three words in ten are of another kind, and one list in four has a wrong length."""
-    length = number if rng.random() < 0.75 else max(1, number + rng.choice((-1, 1)))
-    words = rng.sample(KINDS[kind], length)
-    others = [w for k, ws in KINDS.items() if k != kind for w in ws]
-    return _listing([rng.choice(others) if rng.random() < 0.3 else w for w in words])
+def _attempt(rng: random.Random, thing: str) -> str:
+    """A response of mixed quality: a third of the words unkind, some repeated, and one answer in three of a wrong length."""
+    words: list[str] = []
+    for _ in range(rng.choice((1, 2, 3, 3, 3, 3, 4, 5))):
+        repeat = words and rng.random() < 0.15
+        words.append(rng.choice(words) if repeat else rng.choice(UNKIND if rng.random() < 0.33 else KIND))
+    return _answer(thing, words)
 
 
-def _listing(words: list[str]) -> str:
-    return (", ".join(words[:-1]) + " and " if len(words) > 1 else "") + words[-1] + "."
+def _answer(thing: str, words: list[str]) -> str:
+    listed = (", ".join(words[:-1]) + " and " if len(words) > 1 else "") + words[-1]
+    return f"The {thing} is {listed}."

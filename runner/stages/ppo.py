@@ -345,7 +345,7 @@ class Evaluator:
             state.score_mean, state.score_std = float(rollout.scores.mean()), max(float(rollout.scores.std()), 1e-3)
         scores = (rollout.scores - state.score_mean) / state.score_std
         responses = [decode_response(self.tokenizer, ids[:n]) for ids, n in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)]
-        judged = [toy.judge(t, r) for t, r in zip(self.turns, responses, strict=True)] if self.judged else [None] * len(responses)
+        judged = [toy.judge(r) for r in responses] if self.judged else [None] * len(responses)
         facts = {
             "score": float(scores.mean()),
             "kl": float(((rollout.logprobs - rollout.ref_logprobs) * rollout.mask).sum(1).mean()),

@@ -1,0 +1,44 @@
+"""The pipeline on one CUDA device: precisions, ZeRO stages, offload, adapters. Skipped where there is none."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+ROOT = Path(__file__).parent.parent
+VARIANTS = {
+    "bf16": [],
+    "bf16-zero3-offload": [
+        "hardware.zero={actor: 3, critic: 3, ref: 3, reward: 3}",
+        "hardware.offload={optimizer: true, params: true, ref: true, reward: true}",
+    ],
+    "fp16-zero2": ["hardware.precision=fp16", "hardware.zero.actor=2", "hardware.zero.critic=2"],
+    "fp16-lora": ["hardware.precision=fp16", "model.actor.lora.dim=4", "model.reward.lora.dim=4"],
+    "bf16-bloom-ptx-ema": ["model=tiny_bloom", "ppo.ptx_coef=1.0", "ppo.ema_decay=0.9", "hardware.gradient_checkpointing.critic=true"],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_all_stages_on_the_gpu(name, tmp_path):
+    command = [sys.executable, str(ROOT / "run.py"), "experiment=debug", "hardware=h200", "wandb.mode=disabled", "name=gpu", f"store={tmp_path}"]
+    done = subprocess.run([*command, *VARIANTS[name]], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = next(tmp_path.glob("ppo-*"))
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    first = next(s for s in steps if "val/first_ratio_error" in s)
+    assert first["val/first_ratio_error"] < 0.1
+    assert all(s["grad_norm/critic"] > 0 for s in steps if "grad_norm/critic" in s)
+    assert json.loads((folder / "result.json").read_text())["after"]["kl"] is not None
+
+
+def test_an_overflow_of_one_engine_stops_both(tmp_path):
+    """fp16 with infinite gradients in the critic alone: the actor's step is skipped too."""
+    script = Path(__file__).parent / "workers" / "overflow.py"
+    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "both skipped" in done.stdout
