@@ -5,20 +5,26 @@ in worker processes (runner/worker.py). README.md tells what to type.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from runner.config import load
 from runner.errors import UserError
 from runner.plan import plan, show
-from runner.suggest import check_overrides
+from runner.suggest import check_overrides, in_words
 
 CONF = Path(__file__).parent / "conf"
+# Hydra would print a shortened traceback of its own and exit; we want the exception, and decide
+WANTS_TRACEBACK = os.environ.setdefault("HYDRA_FULL_ERROR", "0") not in ("", "0")
+os.environ["HYDRA_FULL_ERROR"] = "1"
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -28,9 +34,14 @@ def main(composed: DictConfig) -> None:
     except UserError as error:
         # In a sweep the other jobs go on, so the message must not wait for the end
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        if composed.get("debug"):
+        if WANTS_TRACEBACK or composed.get("debug"):
             raise
-        raise Told from error
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise Told from error
+        sys.exit(1)
+    except BrokenPipeError:
+        # `run.py dry_run=true | head`: who read us has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(composed: DictConfig) -> None:
@@ -56,18 +67,26 @@ class Told(Exception):
     """A UserError whose message has been printed."""
 
 
+def stop(signal_number: int, frame: object) -> None:
+    """SIGTERM (SLURM, Docker, timeout) leaves through the same doors as an error, so that the workers go too."""
+    sys.exit("\nstopped; the same command goes on from the last checkpoint")
+
+
 if __name__ == "__main__":
-    wants_traceback = "HYDRA_FULL_ERROR" in os.environ or "debug=true" in sys.argv
-    # Hydra would print a shortened traceback of its own and exit; we want the exception
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    signal.signal(signal.SIGTERM, stop)
     try:
-        check_overrides(sys.argv[1:], CONF)
+        sys.argv[1:] = check_overrides(sys.argv[1:], CONF)
+    except UserError as error:
+        if WANTS_TRACEBACK or "debug=true" in sys.argv:
+            raise
+        sys.exit(f"error: {error}")
+    try:
         main()
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on from the last checkpoint")
-    except Exception as error:
-        if wants_traceback or not isinstance(error, Told | UserError | HydraException):
-            raise
-        if not isinstance(error, Told):
-            print(f"error: {error}", file=sys.stderr)
+    except Told:
         sys.exit(1)
+    except (HydraException, OmegaConfBaseException) as error:
+        if WANTS_TRACEBACK or "debug=true" in sys.argv:
+            raise
+        sys.exit(f"error: {in_words(error)}")

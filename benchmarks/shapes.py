@@ -22,7 +22,14 @@ SHAPES = {
     "llama350m": ["model=llama7b", *(f"model.{part}.shape.{k}={v}" for part in ("actor", "reward") for k, v in SMALL_LLAMA.items())],
     "pythia410m": ["model=pythia410m"],
 }
-SHORT = ["sft.max_steps=8", "reward.max_steps=8", "ppo.max_steps=4", "sft.eval_examples=64", "reward.eval_examples=64", "ppo.eval_prompts=64"]
+SHORT = [
+    "sft.max_steps=6",
+    "reward.max_steps=6",
+    "ppo.max_steps=3",
+    "sft.eval_examples=32",
+    "reward.eval_examples=32",
+    "ppo.eval_prompts=32",
+]
 COMMON = ["dataset=jsonl", "stage=ppo", "wandb.mode=disabled", "checkpoint.every=0", "name=shapes", *RANDOM, *SHORT]
 
 
@@ -30,29 +37,31 @@ def main(arguments: list[str]) -> None:
     out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else None
     names = [a for a in arguments if a in SHAPES] or list(SHAPES)
     overrides = [a for a in arguments if "=" in a]
-    rows = [row for name in names for row in measure(name, overrides)]
-    print(f"{'shape':<12}{'stage':<8}{'tokens/s':>10}{'peak GB':>9}{'s/step':>8}   phases of the median step, s")
-    for row in rows:
-        print(f"{row['shape']:<12}{row['stage']:<8}{row['tokens_per_sec']:>10.0f}{row['peak_gb']:>9.1f}{row['step']:>8.2f}   {row['phases']}")
+    print(f"{'shape':<12}{'stage':<8}{'tokens/s':>10}{'peak GB':>9}{'s/step':>8}{'s in all':>9}   phases of the median step, s", flush=True)
+    rows = []
+    for name in names:
+        for row in measure(name, overrides):
+            rows.append(row)
+            numbers = f"{row['tokens_per_sec']:>10.0f}{row['peak_gb']:>9.1f}{row['step']:>8.2f}{row['seconds']:>9.0f}"
+            print(f"{row['shape']:<12}{row['stage']:<8}{numbers}   {row['phases']}", flush=True)
     if out:
         out.write_text(json.dumps(rows, indent=2))
 
 
 def measure(name: str, overrides: list[str]) -> list[dict]:
-    """Run the three stages of one shape; the medians leave out the first two steps, which warm up."""
+    """Run the three stages of one shape; the medians leave out the first step, which warms up."""
     with tempfile.TemporaryDirectory() as store:
         command = [sys.executable, str(ROOT / "run.py"), *SHAPES[name], *COMMON, f"store={store}", *overrides]
         done = subprocess.run(command, text=True, capture_output=True)
         if done.returncode:
             print(f"{name} failed:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}", flush=True)
             return []
-        print(f"{name}: done", flush=True)
         return [summarise(name, folder) for stage in ("sft", "reward", "ppo") for folder in Path(store).glob(f"{stage}-*")]
 
 
 def summarise(name: str, folder: Path) -> dict:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "perf/tokens_per_sec" in line][2:]
+    steps = [line for line in lines if "perf/tokens_per_sec" in line][1:]
 
     def median(key: str) -> float:
         return statistics.median(line[key] for line in steps if key in line)
@@ -64,6 +73,7 @@ def summarise(name: str, folder: Path) -> dict:
         "tokens_per_sec": median("perf/tokens_per_sec"),
         "peak_gb": max(line["perf/gpu_mem_peak_gb"] for line in steps) if "perf/gpu_mem_peak_gb" in steps[0] else 0.0,
         "step": median("time/step"),
+        "seconds": json.loads((folder / "result.json").read_text())["seconds"],
         "phases": phases,
     }
 

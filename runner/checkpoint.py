@@ -18,6 +18,11 @@ from runner import ranks
 from runner.errors import UserError
 
 
+def due(every: int, done: int, total: int) -> bool:
+    """Whether a checkpoint is saved after step `done`: every so many steps, and after the last one."""
+    return done == total or (every > 0 and done % every == 0)
+
+
 def save(folder: Path, step: int, engines: dict, state: dict, tensors: dict | None, keep_last: int) -> None:
     """Write checkpoints/step_<step>. Collective.
 
@@ -35,7 +40,12 @@ def save(folder: Path, step: int, engines: dict, state: dict, tensors: dict | No
     torch.save({"random": _random_state(), "tensors": tensors or {}}, work / f"rank_{ranks.rank()}.pt")
     dist.barrier()
     if ranks.rank() == 0:
-        facts = {"step": step, "world_size": ranks.world(), "zero": {n: e.zero_optimization_stage() for n, e in engines.items()}, "state": state}
+        facts = {
+            "step": step,
+            "world_size": ranks.world(),
+            "zero": {n: e.zero_optimization_stage() for n, e in engines.items()},
+            "state": state,
+        }
         (work / "state.json").write_text(json.dumps(facts))
         _flush(work)
         if final.exists():

@@ -4,16 +4,20 @@ Values and their explanations live in conf/ and nowhere else; here a field has a
 way in, for the launcher and for the workers, so that a wrong key, type or value dies before anything is started.
 """
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from runner.errors import UserError
 
 STAGES = ("sft", "reward", "ppo")
+# Stages whose models a stage starts from
+PARENTS = {"sft": (), "reward": (), "ppo": ("sft", "reward")}
 FAMILIES = ("opt", "bloom", "llama", "gpt_neox")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
@@ -26,6 +30,27 @@ def check(ok: bool, message: str) -> None:
 
 def check_choice(where: str, value: object, choices: tuple) -> None:
     check(value in choices, f"{where}={value} is not one of {', '.join(map(str, choices))}")
+
+
+def check_least(block: object, least: float, *names: str) -> None:
+    """Fields of a block that must be `least` or more; null passes."""
+    for name in names:
+        value = getattr(block, name)
+        check(value is None or value >= least, f"{type(block).__name__.lower()}.{name}={value} must be {least:g} or more")
+
+
+def check_above(block: object, bound: float, *names: str) -> None:
+    """Fields of a block that must lie above `bound`; null passes."""
+    for name in names:
+        value = getattr(block, name)
+        check(value is None or value > bound, f"{type(block).__name__.lower()}.{name}={value} must be above {bound:g}")
+
+
+def check_share(block: object, *names: str) -> None:
+    """Fields of a block that must lie in [0, 1); null passes."""
+    for name in names:
+        value = getattr(block, name)
+        check(value is None or 0 <= value < 1, f"{type(block).__name__.lower()}.{name}={value} must be 0 or more, and below 1")
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -41,8 +66,8 @@ class Lora:
     train_rest: bool
 
     def __post_init__(self):
-        check(self.dim >= 0, f"lora.dim={self.dim} must be 0 (off) or more")
-        check(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must be in [0, 1)")
+        check_least(self, 0, "dim", "alpha", "lr")
+        check_share(self, "dropout")
 
 
 @dataclass
@@ -58,6 +83,10 @@ class ModelPart:
     def __post_init__(self):
         check_choice("init", self.init, ("pretrained", "random"))
         check(self.init == "pretrained" or bool(self.shape), "init=random needs a shape: the sizes of the network")
+        check(
+            self.init == "pretrained" or not self.path.startswith(("/", "./", "../", "~")),
+            f"init=random makes weights up and does not read {self.path}: type model.actor.init=pretrained (model.reward.init) beside it",
+        )
 
 
 @dataclass
@@ -249,9 +278,10 @@ def check_optimizer(stage) -> None:
     check_choice(f"{where}.lr_schedule", stage.lr_schedule, SCHEDULES)
     check(stage.warmup >= 0, f"{where}.warmup={stage.warmup} must be 0 or more: steps, or below 1 a share of the run")
     check(stage.grad_clip > 0, f"{where}.grad_clip={stage.grad_clip} must be above 0 (1e9 for none)")
-    check(stage.epochs > 0, f"{where}.epochs={stage.epochs} must be above 0")
-    check(stage.max_steps is None or stage.max_steps > 0, f"{where}.max_steps={stage.max_steps} must be null or above 0")
-    check(stage.eval_every >= 0, f"{where}.eval_every={stage.eval_every} must be 0 (start and end only) or more")
+    check(len(stage.betas) == 2, f"{where}.betas={stage.betas} must be two numbers")
+    check(all(0 <= beta < 1 for beta in stage.betas), f"{where}.betas={stage.betas} must be 0 or more, and below 1")
+    check_above(stage, 0, "epochs", "max_steps", "eps")
+    check_least(stage, 0, "eval_every", "lr_end")
 
 
 @dataclass
@@ -275,7 +305,9 @@ class Sft:
 
     def __post_init__(self):
         check_optimizer(self)
-        check(self.global_batch >= 1, f"sft.global_batch={self.global_batch} must be at least 1")
+        check_least(self, 0, "lr", "weight_decay")
+        check_least(self, 1, "global_batch", "eval_examples")
+        check_share(self, "dropout")
         check(0 <= self.prompt_loss <= 1, f"sft.prompt_loss={self.prompt_loss} must be in [0, 1]")
 
 
@@ -300,8 +332,9 @@ class Reward:
 
     def __post_init__(self):
         check_optimizer(self)
-        check(self.global_batch >= 1, f"reward.global_batch={self.global_batch} must be at least 1")
-        check(self.center_coef >= 0, f"reward.center_coef={self.center_coef} must be 0 or more")
+        check_least(self, 0, "lr", "weight_decay", "center_coef")
+        check_least(self, 1, "global_batch", "eval_examples")
+        check_share(self, "dropout")
 
 
 @dataclass
@@ -350,15 +383,16 @@ class Ppo:
     def __post_init__(self):
         check_optimizer(self)
         check_choice("ppo.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
-        check(self.ppo_epochs >= 1, f"ppo.ppo_epochs={self.ppo_epochs} must be at least 1")
+        check_least(self, 1, "rollout_batch", "minibatches", "ppo_epochs", "kl_horizon", "eval_prompts")
+        check_least(self, 0, "actor_lr", "critic_lr", "actor_weight_decay", "critic_weight_decay", "critic_warmup")
+        check_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "ptx_coef")
+        check_above(self, 0, "kl_target", "cliprange", "cliprange_value", "log_ratio_clamp", "early_stop_kl")
+        check_share(self, "ema_decay")
         check(self.temperature > 0, f"ppo.temperature={self.temperature} must be above 0: PPO needs samples, not the greedy answer")
         check(0 < self.top_p <= 1, f"ppo.top_p={self.top_p} must be in (0, 1]; 1 is off")
         check(self.top_k >= 0, f"ppo.top_k={self.top_k} must be 0 (off) or more")
         check(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, f"ppo.gamma={self.gamma} and ppo.lam={self.lam} must be in [0, 1]")
         check(self.dual_clip == 0 or self.dual_clip > 1, f"ppo.dual_clip={self.dual_clip} must be 0 (off) or above 1")
-        check(0 <= self.ema_decay < 1, f"ppo.ema_decay={self.ema_decay} must be 0 (off) or below 1")
-        check(self.kl_target is None or self.kl_target > 0, f"ppo.kl_target={self.kl_target} must be null (fixed kl_coef) or above 0")
-        check(self.minibatches >= 1, f"ppo.minibatches={self.minibatches} must be at least 1")
         check(
             self.rollout_batch % self.minibatches == 0,
             f"ppo.rollout_batch={self.rollout_batch} does not divide into ppo.minibatches={self.minibatches}",
@@ -417,7 +451,8 @@ class Config:
     def __post_init__(self):
         check_choice("stage", self.stage, STAGES)
         check(self.seed >= 0, f"seed={self.seed} must be 0 or more")
-        check("/" not in self.name and self.name not in ("", ".", ".."), f"name={self.name!r} names a folder under runs/: it may not hold a slash")
+        plain = "/" not in self.name and self.name not in ("", ".", "..")
+        check(plain, f"name={self.name!r} names a folder under runs/: it may not hold a slash")
 
 
 # --- the door ---------------------------------------------------------------------------------------------------------
@@ -432,21 +467,38 @@ def load(composed: DictConfig | str | Path) -> Config:
     if not isinstance(composed, DictConfig):
         composed = OmegaConf.load(composed)
     try:
-        missing = sorted(OmegaConf.missing_keys(composed))
-        if missing:
-            raise UserError(f"{missing[0]} has no value: type {missing[0]}=...")
+        if missing := next(open_keys(OmegaConf.to_container(composed)), None):
+            raise UserError(f"{missing} has no value: type {missing}=...")
         values = OmegaConf.to_container(composed, resolve=True)
+        chosen = values.get("stage")
+        for stage in STAGES:  # an experiment may fill blocks that the chosen stage does not read
+            if chosen in STAGES and stage not in (chosen, *PARENTS[chosen]):
+                values.pop(stage, None)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
     except ConfigKeyError as error:
         key = error.full_key or str(error.key)
         raise UserError(f"unknown key {key}{did_you_mean(key, known_keys())}") from error
-    except (InterpolationResolutionError, MissingMandatoryValue) as error:
-        raise UserError(f"{error.full_key}: {error.msg or error}") from error
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} has no value: type {error.full_key}=...") from error
     except OmegaConfBaseException as error:
         what = str(error).splitlines()[0]
+        if wrong := re.fullmatch(r"Value '(.*)' of type '.*' could not be converted to (\w+)", what):
+            raise UserError(f"{error.full_key}={wrong[1]} must be {KINDS.get(wrong[2], wrong[2])}") from error
         raise UserError(f"{error.full_key}: {what}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
+
+
+def open_keys(node: object, prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose value is still '???'. OmegaConf's own search resolves interpolations, and dies of those that lead to one."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from open_keys(value, f"{prefix}.{key}" if prefix else str(key))
+    elif node == "???":
+        yield prefix
 
 
 def known_keys(node: type = Config, prefix: str = "") -> List[str]:
@@ -459,7 +511,7 @@ def known_keys(node: type = Config, prefix: str = "") -> List[str]:
         if is_dataclass(kind):
             keys += known_keys(kind, key + ".")
         elif kind == Dict[str, Source]:
-            keys += [key + ".*"] + known_keys(Source, key + ".*.")
+            keys += [key + ".*", *known_keys(Source, key + ".*.")]
         elif str(kind).startswith("typing.Dict"):
             keys.append(key + ".*")
     return keys
@@ -469,8 +521,9 @@ def did_you_mean(word: str, choices: List[str]) -> str:
     """' (did you mean X?)', or nothing when no choice resembles the word."""
     import difflib
 
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f" (did you mean {near[0]}?)" if near else ""
+    whole = [choice for choice in choices if choice.rpartition(".")[2] == word]  # the end of a dotted key
+    near = whole or difflib.get_close_matches(word, choices, n=1, cutoff=0.7)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def _bare(kind):

@@ -78,7 +78,11 @@ def _common(cfg: Config, micro_batch: int) -> dict:
 
 
 def _zero3(offload_params: bool, accelerator: str) -> dict:
-    zero = {"stage3_param_persistence_threshold": 10_000, "stage3_max_live_parameters": 30_000_000, "stage3_prefetch_bucket_size": 30_000_000}
+    zero = {
+        "stage3_param_persistence_threshold": 10_000,
+        "stage3_max_live_parameters": 30_000_000,
+        "stage3_prefetch_bucket_size": 30_000_000,
+    }
     if offload_params:
         zero["offload_param"] = {"device": "cpu", "pin_memory": accelerator == "cuda"}
     return zero

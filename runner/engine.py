@@ -115,7 +115,9 @@ def align_overflow(*engines) -> None:
     """
     if not engines[0].fp16_enabled():
         return
-    overflowed = torch.tensor([any(not g.isfinite().all() for g in _gradients(e)) for e in engines], dtype=torch.int32, device=engines[0].device)
+    overflowed = torch.tensor(
+        [any(not g.isfinite().all() for g in _gradients(e)) for e in engines], dtype=torch.int32, device=engines[0].device
+    )
     dist.all_reduce(overflowed, op=dist.ReduceOp.MAX)
     if overflowed.any():
         for one in engines:

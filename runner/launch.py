@@ -33,7 +33,6 @@ def launch(cfg: Config, step: Step, inputs: dict | None, run_dir: Path) -> bool:
         _link(run_dir / step.stage, step.folder)
         if step.done:
             return False
-        _check_devices(cfg)
         _write_inputs(cfg, step, inputs)
         code = _run(command(cfg, step.folder), step, _environment(cfg), held)
         if code != 0 or not step.done:
@@ -58,21 +57,6 @@ def _write_inputs(cfg: Config, step: Step, inputs: dict) -> None:
     facts = {"stage": step.stage, "key": step.key, "parents": step.parents, **inputs}
     (step.folder / "step.json").write_text(json.dumps(facts, indent=2))
     (step.folder / "ds_config.json").write_text(json.dumps(engine_configs(cfg, step.stage), indent=2))
-
-
-def _check_devices(cfg: Config) -> None:
-    h = cfg.hardware
-    if h.accelerator != "cuda" or h.nodes > 1:
-        return
-    import torch
-
-    found = torch.cuda.device_count()
-    if found < h.gpus:
-        instead = f"hardware.gpus={found}" if found else "hardware=cpu"
-        raise UserError(
-            f"hardware={h.name} wants {h.gpus} GPU{'s' * (h.gpus > 1)}, this machine shows {found} "
-            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}). Type {instead}, or dry_run=true to see the plan only"
-        )
 
 
 def _environment(cfg: Config) -> dict[str, str]:

@@ -60,14 +60,21 @@ class RunLog:
         self.phases[name] += time.monotonic() - start
         self.step_phases[name] += time.monotonic() - start
 
-    def log(self, step: int, metrics: dict[str, float], headline: str = "", tokens: float = 0) -> None:
-        """Record the metrics of a finished step (counted from 1). tokens: processed in this step, over all ranks."""
+    def log(self, step: int, metrics: dict[str, float], headline: str = "", tokens: float = 0, parameters: int = 0) -> None:
+        """Record the metrics of a finished step (counted from 1).
+
+        tokens: real ones, over all ranks. parameters: of the model they were trained on, for the model FLOPs utilisation,
+        which counts 6 FLOPs per parameter and token and no recomputation (arXiv 2204.02311).
+        """
         now = time.monotonic()
         row = {"step": step, **metrics}
         seconds = now - self._step_started
         row |= {f"time/{name}": value for name, value in self.step_phases.items()} | {"time/step": seconds}
         if tokens:
             row["perf/tokens_per_sec"] = tokens / seconds
+            if parameters:
+                peak = self.cfg.hardware.tflops * 1e12 * ranks.world()
+                row["perf/mfu"] = 6 * parameters * tokens / seconds / peak
         if self.device.type == "cuda":
             row["perf/gpu_mem_peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         self.step_phases.clear()

@@ -1,11 +1,10 @@
-"""Models: the table of families, the actor and the scalar model (reward model, critic), LoRA, loading and saving.
+"""Models: the actor and the scalar model (reward model, critic), LoRA, loading and saving.
 
 Both wrappers take right-, left- or un-padded token ids with an attention mask; positions follow from the mask and are passed
 explicitly. What comes out is fp32. Saved folders are plain Hugging Face checkpoints in safetensors.
 """
 
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,50 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from runner.config import Lora
 from runner.errors import UserError
+from runner.families import FAMILIES, Family
 from runner.losses import entropy, token_logprobs, warp_logits
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the code must know of a family of models."""
-
-    attention: tuple[str, ...]  # implementations that transformers has for it, the fastest first
-    position_ids: bool  # False: takes none (ALiBi: positions come from the attention mask)
-    layers: str  # name of the list of decoder layers, below the body
-    lora_targets: tuple[str, ...]  # linear layers that get adapters
-    dropouts: tuple[str, ...]  # config fields that hold a dropout probability
-
-
-FAMILIES = {
-    "opt": Family(
-        ("sdpa", "eager", "flash_attention_2"),
-        True,
-        "decoder.layers",
-        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-        ("dropout", "attention_dropout", "activation_dropout", "layerdrop"),
-    ),
-    "bloom": Family(
-        ("eager",),
-        False,
-        "h",
-        ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
-        ("hidden_dropout", "attention_dropout"),
-    ),
-    "llama": Family(
-        ("sdpa", "eager", "flash_attention_2"),
-        True,
-        "layers",
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        ("attention_dropout",),
-    ),
-    "gpt_neox": Family(
-        ("sdpa", "eager", "flash_attention_2"),
-        True,
-        "layers",
-        ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
-        ("attention_dropout", "hidden_dropout"),
-    ),
-}
 
 
 def positions_from_mask(mask: Tensor) -> Tensor:
@@ -165,7 +122,7 @@ def load_causal(path: str, tokenizer, **options) -> PreTrainedModel:
 
 def load_scalar(path: str, tokenizer, *, fresh_head: bool, seed: int, **options) -> PreTrainedModel:
     """A one-label classifier: from a language model with a fresh head, or from a trained reward model."""
-    model = _load(AutoModelForSequenceClassification, path, num_labels=1, **options)
+    model = _load(AutoModelForSequenceClassification, path, num_labels=1, seed=seed, **options)
     _fit_tokenizer(model, tokenizer)
     score = model.score
     model.score = Fp32Linear(score.in_features, 1, bias=False, device="meta")
@@ -203,10 +160,21 @@ def family_of(config, path: str) -> Family:
 
 def _fit_tokenizer(model: PreTrainedModel, tokenizer) -> None:
     """Rows for all tokens, and PAD and EOS as the tokenizer has them."""
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+        # The mean of the old rows, not random ones: actor and reference stay alike, and unknown tokens unlikely
+        for table in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+            with gathered([table.weight], modify=True) as writes, torch.no_grad():
+                if writes:
+                    table.weight[known:] = table.weight[:known].float().mean(dim=0).to(table.weight.dtype)
     for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
         setattr(model.config, name, getattr(tokenizer, name))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of the whole model, also where ZeRO-3 has left a piece."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:

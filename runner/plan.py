@@ -12,15 +12,14 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from runner.config import Config, ModelPart
-from runner.data.sources import data_key, is_local
+from runner.config import PARENTS, Config, ModelPart
+from runner.data.sources import data_key, is_local, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.errors import UserError
 
 # Raise it when the code changes what a step computes
 VERSION = 1
 
-PARENTS = {"sft": (), "reward": (), "ppo": ("sft", "reward")}
 # Settings that do not shape the result
 NOT_HASHED = ("use", "eval_every", "eval_examples", "eval_prompts")
 
@@ -51,6 +50,8 @@ def plan(cfg: Config) -> list[Step]:
     data = data_key(cfg.dataset)
     steps: dict[str, Step] = {}
     for stage in (*PARENTS[cfg.stage], cfg.stage):
+        if getattr(cfg, stage) is None:
+            raise UserError(f"stage={cfg.stage} needs the block {stage}: leave out ~{stage}")
         accumulation(cfg, stage)
         parents = {parent: steps[parent] for parent in PARENTS[stage]}
         pinned = getattr(cfg, stage).use
@@ -58,7 +59,20 @@ def plan(cfg: Config) -> list[Step]:
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
         folder = Path(cfg.store).expanduser().absolute() / f"{stage}-{key}"
         steps[stage] = Step(stage, key, folder, pinned, {name: step.model for name, step in parents.items()})
+        if not steps[stage].done:
+            _check_share(cfg, stage)
     return list(steps.values())
+
+
+def _check_share(cfg: Config, stage: str) -> None:
+    """A stage without a share of the prompts has nothing to learn from."""
+    dataset = cfg.dataset
+    demonstrations = stage == "sft" and any(source.sft_only for source in sources_of(dataset).values())
+    if getattr(dataset.split, stage) or demonstrations:
+        return
+    others = f"give it a share, for example dataset.split.{stage}=1, or pin a checkpoint with {stage}.use=..."
+    only = "type stage=sft, " if stage != "sft" and not (dataset.split.reward or dataset.split.ppo) else ""
+    raise UserError(f"dataset={dataset.name} leaves no rows to stage {stage}, for dataset.split.{stage}=0: {only}{others}")
 
 
 def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dict:
@@ -69,7 +83,8 @@ def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dic
     facts["text"] = [model.family, model.chat_template, model.end_token, model.max_prompt_tokens, model.max_response_tokens]
     parts = {"sft": {"actor": model.actor}, "reward": {"reward": model.reward}}
     # PPO takes its weights from its parents; of the model block it reads the adapters only
-    facts["parts"] = {n: asdict(p) for n, p in parts[stage].items()} if stage in parts else [asdict(model.actor.lora), asdict(model.reward.lora)]
+    adapters = [asdict(model.actor.lora), asdict(model.reward.lora)]
+    facts["parts"] = {n: asdict(p) for n, p in parts[stage].items()} if stage in parts else adapters
     if any(p.init == "random" for p in (model.actor, model.reward)):
         facts["tokenizer_vocab"] = model.tokenizer_vocab
     return facts
@@ -81,7 +96,12 @@ def _pinned_facts(stage: str, path: str) -> dict:
         return {"use": path}
     folder = Path(path).expanduser()
     if not (folder / "config.json").exists():
-        raise UserError(f"{stage}.use={path} is no Hugging Face checkpoint: there is no {folder / 'config.json'}")
+        inside = f". Type {stage}.use={folder / 'model'}" if (folder / "model" / "config.json").exists() else ""
+        raise UserError(f"{stage}.use={path} is no Hugging Face checkpoint: there is no {folder / 'config.json'}{inside}")
+    kinds = json.loads((folder / "config.json").read_text()).get("architectures") or ()
+    if kinds and (stage == "reward") != kinds[0].endswith("ForSequenceClassification"):
+        wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"
+        raise UserError(f"{stage}.use={path} holds {kinds[0]}, but {stage} is {wanted}: name the folder of such a one")
     return {"use": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]}
 
 
@@ -157,7 +177,8 @@ def show(cfg: Config, steps: list[Step], details: bool) -> None:
     h = cfg.hardware
     unit = "GPU" if h.accelerator == "cuda" else "process"
     machine = f"{h.nodes} x {h.gpus} {unit}" if h.nodes > 1 else f"{h.gpus} {unit}"
-    print(f"\n{cfg.name}: {cfg.stage} of model={cfg.model.name} on dataset={cfg.dataset.name}, hardware={h.name} ({machine}, {h.precision}), seed {cfg.seed}")
+    where = f"hardware={h.name} ({machine}, {h.precision})"
+    print(f"\n{cfg.name}: {cfg.stage} of model={cfg.model.name} on dataset={cfg.dataset.name}, {where}, seed {cfg.seed}")
     table = Table(box=None, pad_edge=False)
     for column in ("step", "", "batch = micro x ranks x accumulation", "folder"):
         table.add_column(column)

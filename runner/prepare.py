@@ -10,6 +10,8 @@ import os
 import shutil
 import socket
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,11 +27,12 @@ def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
     missing = [step for step in steps if not step.done]
     if not missing:
         return {}
+    _check_devices(cfg)
     _go_offline_without_network(cfg, missing)
 
     from runner.data import cache
 
-    store = Path(cfg.store).expanduser().absolute()
+    store = _writable(cfg.store)
     by_stage = {step.stage: step for step in steps}
     tokenizers = _tokenizers(cfg, store, by_stage)
     inputs = {}
@@ -44,6 +47,32 @@ def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
             build = cache.build_pretrain if cfg.dataset.pretrain else lambda *a: cache.build(a[0], a[1], "sft", *a[2:])
             inputs["ppo"]["ptx"] = str(build(store, cfg.dataset, tokenizer, cfg.model))
     return inputs
+
+
+def _writable(store: str) -> Path:
+    path = Path(store).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"store={store} cannot be made ({error.strerror}): type store=/a/folder/of/yours") from error
+    return path
+
+
+def _check_devices(cfg: Config) -> None:
+    """Enough GPUs for this machine's share. A job of several nodes may be started from one that has none."""
+    h = cfg.hardware
+    if h.accelerator != "cuda" or h.nodes > 1:
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < h.gpus:
+        instead = f"hardware.gpus={found}" if found else "hardware=cpu"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+        raise UserError(
+            f"hardware={h.name} wants {h.gpus} GPU{'s' * (h.gpus > 1)}, this machine shows {found} (CUDA_VISIBLE_DEVICES={visible}). "
+            f"Type {instead}, or dry_run=true to see the plan only"
+        )
 
 
 def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
@@ -119,7 +148,8 @@ def base_model(cfg: Config, store: Path, part: ModelPart, tokenizer) -> str:
         except (OSError, ValueError) as error:
             raise UserError(_cannot_load(part.path, error)) from error
         if config.model_type != cfg.model.family:
-            raise UserError(f"{part.path} is a {config.model_type} model, but model.family={cfg.model.family}: type model.family={config.model_type}")
+            found = config.model_type
+            raise UserError(f"{part.path} is a {found} model, but model.family={cfg.model.family}: type model.family={found}")
         _check_context(cfg, part.path, config)
         return part.path
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
@@ -157,9 +187,9 @@ def _cannot_load(path: str, error: Exception) -> str:
         return f"model folder {path} cannot be loaded: {str(error).splitlines()[0]}"
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         return (
-            f"model {path} is not in the local Hugging Face cache, and the hub cannot be reached. Download it where there is a network "
-            f"(`hf download {path}`) and name the folder: model.actor.path=/models/... (or model.reward.path); behind a proxy set HTTPS_PROXY; "
-            "without any model: model=tiny, or random weights with model.actor.init=random model.reward.init=random"
+            f"model {path} is not in the local Hugging Face cache, and the hub cannot be reached. Download it where there is a "
+            f"network (`hf download {path} --local-dir FOLDER`) and type model.actor.path=FOLDER (or model.reward.path); behind a proxy "
+            "set HTTPS_PROXY; without any model: model=tiny, or random weights with model.actor.init=random model.reward.init=random"
         )
     return f"model {path} cannot be loaded: {str(error).splitlines()[0]}. Check the name; a gated model needs `hf auth login`"
 
@@ -175,17 +205,24 @@ def _go_offline_without_network(cfg: Config, steps: list[Step]) -> None:
     needed = [name for name in names if not is_local(name)]
     if not needed:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    elif "HF_HUB_OFFLINE" not in os.environ and not _hub_answers():
+    elif "HF_HUB_OFFLINE" not in os.environ and not hub_answers():
         print(f"the Hugging Face hub cannot be reached: looking for {', '.join(needed)} in the local cache only", file=sys.stderr)
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def _hub_answers(seconds: float = 3.0) -> bool:
+def hub_answers(seconds: float = 3.0) -> bool:
     """Whether a connection to the hub, or to the proxy that leads there, can be opened."""
     target = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     url = urlsplit(target if "://" in target else f"http://{target}")
-    try:
-        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=seconds).close()
-    except (OSError, TypeError):
-        return False
-    return True
+    answered = threading.Event()
+
+    def probe() -> None:
+        with suppress(OSError, TypeError):
+            socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=seconds).close()
+            answered.set()
+
+    # In a thread, because looking up the name knows no time limit
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answered.is_set()

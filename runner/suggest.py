@@ -1,57 +1,102 @@
 """Typos on the command line, found before Hydra runs: Hydra has no did-you-mean, and its hint to add a `+` is harmful here."""
 
+import importlib.util
 import re
 from pathlib import Path
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from runner.config import STAGES, did_you_mean, known_keys
 from runner.errors import UserError
 
+# Options of Hydra that take the next word
+TAKES_A_WORD = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir", "-i", "--info")
+LAUNCHERS = {"joblib": "hydra_joblib_launcher", "submitit": "hydra_submitit_launcher"}
 
-def check_overrides(argv: list[str], conf: Path) -> None:
-    """Raise UserError for an unknown key, group option, or a key of a stage that the chosen one does not consume."""
+
+def check_overrides(argv: list[str], conf: Path) -> list[str]:
+    """Raise UserError for an unknown key, group option, or a key of a stage that the chosen one does not consume.
+
+    Returns argv as Hydra wants it: keys inside our free mappings (hardware.deepspeed, say) get the ++ that Hydra asks for.
+    """
     groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in conf.iterdir() if p.is_dir()}
-    known = known_keys() + list(groups)
     chosen = _chosen_stage(argv, conf)
-    for argument in argv:
-        match = re.fullmatch(r"(\+{0,2}|~?)([A-Za-z_][\w./@-]*)=(.*)", argument, re.DOTALL)
-        if not match or match[2].startswith(("hydra.", "hydra/")):
-            _check_bare(argument, known)
-            continue
-        _, key, value = match.groups()
-        if key in groups:
-            _check_options(key, value, groups[key])
-            continue
-        if not _is_known(key, known):
-            raise UserError(f"unknown key {key}{did_you_mean(key, known)}. `python run.py --cfg job` prints all keys")
-        block = key.split(".")[0]
-        if block in STAGES and "." in key and block not in _consumed(chosen, conf):
-            raise UserError(f"{key}: stage={chosen} does not use the {block} block. Leave it out, or type stage={block}")
+    sweeps = any(a in ("-m", "--multirun") or a.startswith(("sweep=", "hydra.mode=")) for a in argv)
+    parser = OverridesParser.create()
+    checked = []
+    for before, argument in zip(["", *argv], argv, strict=False):
+        if not argument.startswith("-") and before not in TAKES_A_WORD:
+            override = _parse(parser, argument, known_keys())
+            _check_sweep(override, sweeps)
+            argument = _check_key(argument, override, groups, chosen, conf)
+        checked.append(argument)
+    return checked
 
 
-def _check_bare(argument: str, known: list[str]) -> None:
-    """A word that is neither an option nor key=value."""
-    if not argument.startswith(("-", "hydra", "+hydra", "~")) and "=" not in argument and not argument.isidentifier():
-        raise UserError(f"{argument!r} is no override: type key=value{did_you_mean(argument, known)}")
+def _parse(parser: OverridesParser, argument: str, known: list[str]):
+    if "=" not in argument[1:] and not argument.startswith("~"):
+        raise UserError(f"{argument!r} is no override: type key=value{did_you_mean(argument.strip('='), known)}")
+    try:
+        return parser.parse_override(argument)
+    except HydraException as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"cannot read {argument} ({why}). Brackets, spaces and = in a value want quotes: 'key=\"value\"'") from error
+
+
+def _check_sweep(override, sweeps: bool) -> None:
+    if override.is_sweep_override() and not sweeps:
+        raise UserError(f"{override.input_line} names several values: type -m for a sweep, or quote the comma: 'key=\"a,b\"'")
+
+
+def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: str, conf: Path) -> str:
+    key, value = override.key_or_group, argument.partition("=")[2]
+    known = known_keys() + list(groups)
+    if key == "hydra/launcher":
+        _check_launcher(value)
+    if key.startswith(("hydra.", "hydra/")):
+        return argument
+    if key in groups:
+        _check_options(key, value, groups[key])
+        return argument
+    if not _is_known(key, known):
+        raise UserError(f"unknown key {key}{did_you_mean(key, known)}. `python run.py --cfg job` prints all keys")
+    block = key.split(".")[0]
+    if block in STAGES and "." in key and block not in _consumed(chosen, conf):
+        raise UserError(f"{key}: stage={chosen} does not use the {block} block. Leave it out, or type stage={block}")
+    adds = _is_free(key, known) or (value.startswith("{") and (f"{key}.*" in known or key.startswith("dataset.sources.")))
+    return f"++{argument}" if adds and argument.startswith(key) else argument
+
+
+def _check_launcher(name: str) -> None:
+    plugin = next((module for prefix, module in LAUNCHERS.items() if name.startswith(prefix)), None)
+    if plugin and importlib.util.find_spec(f"hydra_plugins.{plugin}") is None:
+        raise UserError(f"hydra/launcher={name} is not installed: type .venv/bin/pip install -c constraints.txt -e '.[sweep]'")
 
 
 def _check_options(group: str, value: str, options: list[str]) -> None:
     for option in value.strip("[]'\"").split(","):
-        if option and option != "null" and option not in options and "(" not in value:
+        absent = option == "null" and group in ("experiment", "sweep")
+        if option and not absent and option not in options and "(" not in value:
             raise UserError(f"{group}={option} does not exist{did_you_mean(option, options)}. There are: {', '.join(options)}")
 
 
 def _is_known(key: str, known: list[str]) -> bool:
     """Whether a dotted key is in the schema; `x.*` allows anything below x."""
     parts = key.split(".")
-    for pattern in known:
-        pieces = pattern.split(".")
-        if len(pieces) == len(parts) and all(p in ("*", k) for p, k in zip(pieces, parts, strict=True)):
-            return True
-        if pieces[-1] == "*" and "sources" not in pieces and parts[: len(pieces) - 1] == pieces[:-1]:
-            return True
-    return False
+    return _is_free(key, known) or any(_fits(pattern.split("."), parts) for pattern in known)
+
+
+def _is_free(key: str, known: list[str]) -> bool:
+    """Whether a key lies inside a mapping whose keys are not ours to know: a DeepSpeed block, a model's shape, a field map."""
+    parts = key.split(".")
+    frees = [pattern.split(".")[:-1] for pattern in known if pattern.endswith(".*") and pattern != "dataset.sources.*"]
+    return any(len(parts) > len(free) and _fits(free, parts[: len(free)]) for free in frees)
+
+
+def _fits(pattern: list[str], parts: list[str]) -> bool:
+    return len(pattern) == len(parts) and all(p in ("*", k) for p, k in zip(pattern, parts, strict=True))
 
 
 def _chosen_stage(argv: list[str], conf: Path) -> str:
@@ -69,3 +114,14 @@ def _consumed(stage: str, conf: Path) -> set[str]:
     path = conf / "stage" / f"{stage}.yaml"
     defaults = (yaml.safe_load(path.read_text()) or {}).get("defaults", []) if path.exists() else []
     return {stage}.union(*(_consumed(d, conf) for d in defaults if d != "_self_"))
+
+
+def in_words(error: Exception) -> str:
+    """What Hydra or OmegaConf has to say, without the hint to add a `+`: it would add a key that nothing reads."""
+    found = re.search(r"Could not override '(.+?)'", str(error))
+    if not found:
+        return str(error).split("\n    full_key:")[0]
+    key = found[1]
+    if key.startswith(("dataset.path", "dataset.fields")):
+        return f"{key}: the chosen data set names its own source. Type dataset=jsonl (a file) or dataset=hub beside it"
+    return f"{key} is not there to be changed in what you chose. The same command with --cfg all shows what is"

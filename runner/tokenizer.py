@@ -11,15 +11,20 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from runner.families import FAMILIES
+
 Turn = dict[str, str]
 
-# Kept by checkpoints for padding or for later use: preferred over a new embedding row
-SPARE_PAD_TOKENS = ("<pad>", "<|padding|>", "[PAD]", "<|finetune_right_pad_id|>")
 NEW_PAD_TOKEN = "<|pad|>"
 
 
 def load_tokenizer(
-    path: str, *, revision: str | None = None, end_token: str | None = None, chat_template: str | None = None, trust_remote_code: bool = False
+    path: str,
+    *,
+    revision: str | None = None,
+    end_token: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer and give it a PAD of its own, the token that ends a response, and the chat template.
 
@@ -30,7 +35,9 @@ def load_tokenizer(
         tokenizer.add_special_tokens({"eos_token": end_token})
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         vocabulary = tokenizer.get_vocab()
-        spare = next((t for t in SPARE_PAD_TOKENS if t in vocabulary and t != tokenizer.eos_token), NEW_PAD_TOKEN)
+        spare = next(
+            (t for family in FAMILIES.values() for t in family.pads if t in vocabulary and t != tokenizer.eos_token), NEW_PAD_TOKEN
+        )
         tokenizer.add_special_tokens({"pad_token": spare})
     if chat_template is not None:
         # Encoding never adds special tokens, so a family that starts with BOS says so in its template

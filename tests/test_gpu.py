@@ -25,7 +25,15 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_all_stages_on_the_gpu(name, tmp_path):
-    command = [sys.executable, str(ROOT / "run.py"), "experiment=debug", "hardware=h200", "wandb.mode=disabled", "name=gpu", f"store={tmp_path}"]
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "experiment=debug",
+        "hardware=h200",
+        "wandb.mode=disabled",
+        "name=gpu",
+        f"store={tmp_path}",
+    ]
     done = subprocess.run([*command, *VARIANTS[name]], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = next(tmp_path.glob("ppo-*"))

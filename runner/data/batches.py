@@ -23,7 +23,9 @@ class Batches:
         drop_last: leave out the rows of an epoch that fill no batch; otherwise its last batch has empty slots (-1).
     """
 
-    def __init__(self, lengths, global_batch: int, micro_batch: int, *, world: int, rank: int, seed: int, drop_last: bool = False, pool: int = POOL):
+    def __init__(
+        self, lengths, global_batch: int, micro_batch: int, *, world: int, rank: int, seed: int, drop_last: bool = False, pool: int = POOL
+    ):
         self.lengths, self.seed, self.pool = np.asarray(lengths), seed, pool
         self.global_batch, self.micro_batch, self.world, self.rank = global_batch, micro_batch, world, rank
         self.per_epoch = len(self.lengths) // global_batch if drop_last else math.ceil(len(self.lengths) / global_batch)

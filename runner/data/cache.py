@@ -11,11 +11,13 @@ longer ones are dropped. Everything that is cut or dropped is counted.
 import hashlib
 import json
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import Progress
 
 from runner.config import Dataset, Model, Source
@@ -101,6 +103,8 @@ class Encoder:
         """(row, prompt hash) for every example that is kept."""
         if self.stage == "reward":
             batch = self._keep(batch, lambda e: e.rejected is not None, "no rejected response")
+        if not batch:
+            return []
         prompts = [self._cut(ids) for ids in encode_prompts(self.tokenizer, [e.prompt for _, e, _ in batch])]
         encode = {"sft": self._sft, "reward": self._reward, "ppo": self._ppo}[self.stage]
         made = encode([e for _, e, _ in batch], prompts)
@@ -205,7 +209,9 @@ def load(folder: Path):
     """The memory-mapped rows of a cache folder, and its counts: (train, eval, counts)."""
     import datasets
 
-    train, held = (datasets.Dataset.from_file(str(folder / f"{part}.arrow")) for part in ("train", "eval"))
+    train, held = datasets.Dataset.from_file(str(folder / "train.arrow")), folder / "eval.arrow"
+    # Text for the ptx mixture holds nothing out: a file without rows has no schema to read
+    held = datasets.Dataset.from_file(str(held)) if held.stat().st_size else train.select([])
     return train, held, json.loads((folder / "counts.json").read_text())
 
 
@@ -226,7 +232,10 @@ def _cached(store: Path, name: str, fill) -> Path:
 
 
 def _encoded(source: Iterator, encoder: Encoder, title: str) -> Iterator[tuple[dict, int]]:
-    with Progress(transient=True) as progress:
+    live = sys.stderr.isatty()
+    if not live:
+        print(title, file=sys.stderr, flush=True)
+    with Progress("{task.description}: {task.completed} rows", console=Console(stderr=True), transient=True, disable=not live) as progress:
         task = progress.add_task(title, total=None)
         batch = []
         for item in source:
@@ -252,7 +261,9 @@ def _write(folder: Path, stage: str, dataset: Dataset, made: Iterator[tuple[dict
                 train.add(row)
     share = getattr(dataset.split, stage)
     why = f"dataset.split.{stage}={share:g}" if share == 0 else _why_empty(counts)
-    _finish(folder, counts, f"stage {stage} has no rows to {'train on' if not counts.train else 'evaluate on'} in dataset={dataset.name}: {why}")
+    _finish(
+        folder, counts, f"stage {stage} has no rows to {'train on' if not counts.train else 'evaluate on'} in dataset={dataset.name}: {why}"
+    )
 
 
 def _why_empty(counts: Counts) -> str:

@@ -33,9 +33,7 @@ def generate(actor: Actor, prompts: Tensor, prompt_lengths: Tensor, uniform: Ten
     pick = InverseSampling(uniform.to(prompts.device), actor.sampling, width)
     # A config of our own: generate would otherwise mix in the checkpoint's (and top_k=50)
     config = GenerationConfig(max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=eos)
-    rows = actor.hf.generate(
-        input_ids=prompts, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([pick])
-    )
+    rows = actor.hf.generate(input_ids=prompts, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([pick]))
     responses = rows[:, width:]
     is_eos = responses == eos
     ended = is_eos.any(dim=1)

@@ -74,7 +74,9 @@ class Rollout:
         same = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         for name, value in same.items():
             if value.dim() == 2:
-                same[name] = widen(value, int(widths[0 if name == "prompts" else 1]), pad if not value.is_floating_point() else 0, left=name == "prompts")
+                same[name] = widen(
+                    value, int(widths[0 if name == "prompts" else 1]), pad if not value.is_floating_point() else 0, left=name == "prompts"
+                )
         return Rollout(**{name: _interleave(value, world) for name, value in same.items()})
 
 

@@ -13,7 +13,11 @@ from runner.tokenizer import load_tokenizer
 
 def tokenizer_for(cfg: Config, path: str, revision: str | None = None):
     return load_tokenizer(
-        path, revision=revision, end_token=cfg.model.end_token, chat_template=cfg.model.chat_template, trust_remote_code=cfg.model.trust_remote_code
+        path,
+        revision=revision,
+        end_token=cfg.model.end_token,
+        chat_template=cfg.model.chat_template,
+        trust_remote_code=cfg.model.trust_remote_code,
     )
 
 
@@ -37,7 +41,15 @@ def load_actor(
 
 
 def load_reward(
-    cfg: Config, path: str, tokenizer, ds_config: dict, *, dropout: float | None, lora: Lora | None, fresh_head: bool, checkpointing: bool = False
+    cfg: Config,
+    path: str,
+    tokenizer,
+    ds_config: dict,
+    *,
+    dropout: float | None,
+    lora: Lora | None,
+    fresh_head: bool,
+    checkpointing: bool = False,
 ) -> Scalar:
     """A one-label classifier in its wrapper: reward model or critic."""
     with engines.building(ds_config):
@@ -72,4 +84,3 @@ def _finish(model, lora: Lora | None, checkpointing: bool):
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
-

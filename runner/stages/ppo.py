@@ -115,11 +115,16 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         # 8. Log, evaluate and save
         metrics |= {"episode": done * ppo.rollout_batch, "lr/actor": ppo.actor_lr * share, "lr/critic": ppo.critic_lr * share}
         tokens = int(rollout.lengths.sum() + rollout.prompt_lengths.sum())
-        log.log(done, metrics, f"score {metrics['objective/scores']:+.2f}  kl {kl:.2f}  length {metrics['rollout/response_length_mean']:.0f}", tokens)
+        log.log(
+            done,
+            metrics,
+            f"score {metrics['objective/scores']:+.2f}  kl {kl:.2f}  length {metrics['rollout/response_length_mean']:.0f}",
+            tokens,
+        )
         log.histogram(done, "rollout/scores", rollout.scores.tolist())
         if ppo.eval_every and done % ppo.eval_every == 0 and done < total:
             evaluator(done, state)
-        if cfg.checkpoint.every and done % cfg.checkpoint.every == 0 and done < total:
+        if checkpoint.due(cfg.checkpoint.every, done, total):
             with log.phase("checkpoint"):
                 checkpoint.save(step.folder, done, engines, vars(state), ema.state() if ema else None, cfg.checkpoint.keep_last)
 
@@ -270,7 +275,10 @@ def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray,
     tokens = float(rollout.lengths[torch.as_tensor(chosen, device=device)].sum())
     texts, text_tokens = text or ([], 0.0)
     names = ("policy_loss", "value_loss", "ptx_loss", "ratio", "ratio_error", "clipfrac", "approxkl", "value_clipfrac", "entropy")
-    sums = dict.fromkeys(names, torch.zeros((), device=device)) | {"tokens": tokens / ranks.world(), "ptx_tokens": text_tokens / ranks.world()}
+    sums = dict.fromkeys(names, torch.zeros((), device=device)) | {
+        "tokens": tokens / ranks.world(),
+        "ptx_tokens": text_tokens / ranks.world(),
+    }
     norms: dict[str, float] = {}
 
     def add(facts: dict) -> None:
@@ -344,7 +352,9 @@ class Evaluator:
         if calibrate:
             state.score_mean, state.score_std = float(rollout.scores.mean()), max(float(rollout.scores.std()), 1e-3)
         scores = (rollout.scores - state.score_mean) / state.score_std
-        responses = [decode_response(self.tokenizer, ids[:n]) for ids, n in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)]
+        responses = [
+            decode_response(self.tokenizer, ids[:n]) for ids, n in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)
+        ]
         judged = [toy.judge(r) for r in responses] if self.judged else [None] * len(responses)
         facts = {
             "score": float(scores.mean()),
@@ -355,7 +365,8 @@ class Evaluator:
         }
         judge = f"  judge {facts['judge']:+.3f}" if self.judged else ""
         headline = f"held-out score {facts['score']:+.2f}  kl {facts['kl']:.2f}  length {facts['length']:.0f}{judge}"
-        self.log.record(done, {f"eval/{k}": v for k, v in facts.items() if v is not None}, headline)
+        metrics = {f"eval/{k}": v for k, v in facts.items() if v is not None}
+        self.log.record(done, metrics | {"episode": done * self.cfg.ppo.rollout_batch}, headline)
         asked = [t[-1]["content"] for t in self.turns]
         rows = zip(asked, responses, scores.tolist(), judged, strict=True)
         return facts, [{"prompt": p, "response": r, "score": s, "judge": j} for p, r, s, j in rows]

@@ -11,7 +11,7 @@ from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pair_batch, pick, shard, subset, to
 from runner.losses import learning_rate, pairwise_loss, wilson_interval
 from runner.metrics import RunLog
-from runner.models import save_adapter, save_model
+from runner.models import count_parameters, save_adapter, save_model
 from runner.plan import engine_configs
 from runner.stages.build import load_reward, tokenizer_for
 from runner.worker import Inputs
@@ -32,12 +32,15 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     # 2. The model in its engine
     ds_config = engine_configs(cfg, "reward")["reward"]
     checkpointing = cfg.hardware.gradient_checkpointing.critic
-    wrapper = load_reward(cfg, step.base, tokenizer, ds_config, dropout=rm.dropout, lora=part.lora, fresh_head=True, checkpointing=checkpointing)
+    wrapper = load_reward(
+        cfg, step.base, tokenizer, ds_config, dropout=rm.dropout, lora=part.lora, fresh_head=True, checkpointing=checkpointing
+    )
     options = {"weight_decay": rm.weight_decay, "betas": rm.betas, "eps": rm.eps}
     model = engine.trainable(wrapper, ds_config, lr=rm.lr, lora_lr=part.lora.lr, **options)
 
     # 3. Go on from the newest checkpoint, if there is one
-    first, state, _ = checkpoint.restore(step.folder, {"reward": model})
+    parameters = count_parameters(wrapper)
+    first, _, _ = checkpoint.restore(step.folder, {"reward": model})
     log.begin(first, total)
 
     # 4. One optimizer step per turn
@@ -52,7 +55,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             for numbers in batches.micro_batches(s):
                 batch = to(pair_batch(pick(rows, numbers), tokenizer.pad_token_id), device)
                 chosen, rejected = last_scores(model, batch)
-                # An empty slot is compared with itself shifted out of the sum: it weighs nothing
+                # A micro batch of empty slots still takes part in the collective backward
                 real = batch["real"].bool()
                 loss = pairwise_loss(chosen[real], rejected[real], rm.center_coef) + 0.0 * chosen.sum()
                 engine.backward(model, loss, pairs)
@@ -66,12 +69,12 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         metrics = {"train/loss": mean["loss"], "train/accuracy": mean["correct"], "train/margin": mean["chosen"] - mean["rejected"]}
         metrics |= {"reward/chosen_mean": mean["chosen"], "reward/rejected_mean": mean["rejected"], "lr": rm.lr * share, "grad_norm": norm}
         tokens = 2 * int(lengths[here[here != EMPTY]].sum())
-        log.log(done, metrics, f"loss {mean['loss']:.3f}  accuracy {mean['correct']:.2f}", tokens)
+        log.log(done, metrics, f"loss {mean['loss']:.3f}  accuracy {mean['correct']:.2f}", tokens, parameters)
 
         # 5. Evaluate and save now and then
         if rm.eval_every and done % rm.eval_every == 0 and done < total:
             evaluation(model, held, rm.eval_examples, micro, tokenizer.pad_token_id, log, done)
-        if cfg.checkpoint.every and done % cfg.checkpoint.every == 0 and done < total:
+        if checkpoint.due(cfg.checkpoint.every, done, total):
             with log.phase("checkpoint"):
                 checkpoint.save(step.folder, done, {"reward": model}, {}, None, cfg.checkpoint.keep_last)
 

@@ -12,7 +12,7 @@ from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pick, sft_batch, shard, subset, to
 from runner.losses import learning_rate, sft_loss
 from runner.metrics import RunLog
-from runner.models import save_adapter, save_model
+from runner.models import count_parameters, save_adapter, save_model
 from runner.plan import engine_configs
 from runner.stages.build import load_actor, tokenizer_for
 from runner.worker import Inputs
@@ -39,6 +39,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     actor = engine.trainable(wrapper, ds_config, lr=sft.lr, lora_lr=part.lora.lr, **options)
 
     # 3. Go on from the newest checkpoint, if there is one
+    parameters = count_parameters(wrapper)
     first, state, _ = checkpoint.restore(step.folder, {"actor": actor})
     log.begin(first, total)
     tokens_seen = state.get("num_tokens", 0)
@@ -72,16 +73,24 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         done, tokens = s + 1, int(lengths[here].sum())
         tokens_seen += tokens
         loss = ranks.total({"loss": loss_sum}, device)["loss"] / weight
-        metrics = {"train/loss": loss, "lr": sft.lr * share, "grad_norm": norm, "num_tokens": tokens_seen, "epoch": done / batches.per_epoch}
+        metrics = {
+            "train/loss": loss,
+            "lr": sft.lr * share,
+            "grad_norm": norm,
+            "num_tokens": tokens_seen,
+            "epoch": done / batches.per_epoch,
+        }
         metrics["perf/padding_fraction"] = padding(lengths, here, micro)
-        log.log(done, metrics, f"loss {loss:.3f}", tokens)
+        log.log(done, metrics, f"loss {loss:.3f}", tokens, parameters)
 
         # 5. Evaluate and save now and then
         if sft.eval_every and done % sft.eval_every == 0 and done < total:
             latest = evaluation(done)
-        if cfg.checkpoint.every and done % cfg.checkpoint.every == 0 and done < total:
+        if checkpoint.due(cfg.checkpoint.every, done, total):
             with log.phase("checkpoint"):
-                checkpoint.save(step.folder, done, {"actor": actor}, {"before": before, "num_tokens": tokens_seen}, None, cfg.checkpoint.keep_last)
+                checkpoint.save(
+                    step.folder, done, {"actor": actor}, {"before": before, "num_tokens": tokens_seen}, None, cfg.checkpoint.keep_last
+                )
 
     # 6. Export, and the facts for the summary
     latest = evaluation(total)

@@ -14,7 +14,12 @@ from runner import engine, ranks
 def main() -> None:
     device = ranks.start("cuda")
     for stage in (0, 2, 3):
-        config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "fp16": {"enabled": True}, "zero_allow_untested_optimizer": True}
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "fp16": {"enabled": True},
+            "zero_allow_untested_optimizer": True,
+        }
         config["zero_optimization"] = {"stage": stage}
         engines = []
         for _ in range(2):

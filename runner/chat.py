@@ -1,0 +1,145 @@
+"""Talk to an exported actor: `python -m runner.chat runs/store/ppo-<hash>/model`. A Hugging Face id does as well.
+
+The dialogue becomes text through the tokenizer's chat template, as in training; the oldest turns are forgotten when it
+outgrows the model's context. /clear begins anew, /quit or Ctrl-D ends, Ctrl-C cuts an answer short.
+"""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+from runner.errors import UserError
+
+TEMPLATE = Path(__file__).parent.parent / "conf" / "model" / "family" / "base.yaml"
+
+
+def find(path: str) -> str:
+    """The checkpoint that `path` means: itself, the model/ of a step folder, the actor of a run folder, or a hub id."""
+    folder = Path(path).expanduser()
+    if not folder.exists() and path.count("/") < 2 and not path.startswith((".", "/", "~", "runs")):
+        return path
+    inside = [folder / name for name in ("", "model", "ppo/model", "sft/model") if (folder / name / "config.json").is_file()]
+    if not inside:
+        raise UserError(f"{path} {'is no checkpoint: it has no config.json' if folder.exists() else 'does not exist'}. {instead()}")
+    if inside[0] != folder:
+        print(f"using {inside[0]}", file=sys.stderr)
+    return str(inside[0])
+
+
+def instead() -> str:
+    """What to type: the actor trained last under runs/store, if there is one."""
+    actors = [p.parent for stage in ("ppo", "sft") for p in Path("runs/store").glob(f"{stage}-*/model/config.json")]
+    newest = max(actors, key=lambda p: p.stat().st_mtime, default="FOLDER (the model/ of an SFT or PPO step)")
+    return f"Type python -m runner.chat {newest}"
+
+
+def load(path: str):
+    """Tokenizer and model, on the GPU if there is one. Raises UserError for whatever cannot talk."""
+    from runner.prepare import hub_answers
+
+    if not Path(path).exists() and "HF_HUB_OFFLINE" not in os.environ and not hub_answers():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # its client would retry for half a minute
+    import torch
+    import transformers
+    import yaml
+
+    from runner.tokenizer import load_tokenizer
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)  # half precision is slow on most CPUs
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
+            raise UserError("it is a reward model or critic, which scores dialogues and writes none")
+        tokenizer = load_tokenizer(path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    except Exception as error:  # whatever transformers, safetensors and the hub raise
+        raise UserError(f"{path} cannot talk: {(str(error) or repr(error)).splitlines()[0]}. {instead()}") from error
+    # A model that was not trained here may have no template: then ours
+    tokenizer.chat_template = tokenizer.chat_template or yaml.safe_load(TEMPLATE.read_text())["chat_template"]
+    return tokenizer, model
+
+
+def fit(turns: list[dict[str, str]], tokenizer, room: float) -> tuple[list[dict[str, str]], list[int]]:
+    """The dialogue as turns and token ids, without its oldest turns if they do not fit into `room` tokens."""
+    from runner.tokenizer import encode_prompts
+
+    kept = turns
+    while len(ids := encode_prompts(tokenizer, [kept])[0]) > room and len(kept) > 1:
+        kept = kept[2:]
+    if len(ids) > room:
+        raise UserError(f"the message has {len(ids)} tokens; more than {room} leave no room for an answer: shorten it")
+    if len(kept) < len(turns):
+        print(f"(the context is full: the oldest {len(turns) - len(kept)} turns are forgotten)")
+    return kept, ids
+
+
+def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | None) -> str:
+    """Generate an answer and print it as it comes. temperature: None takes the likeliest token."""
+    import torch
+    from transformers import GenerationConfig, TextStreamer
+
+    class Screen(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            # A model may well have learnt to write terminal escapes
+            print("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text), end="", flush=True)
+
+    prompt = torch.tensor([ids], device=model.device)
+    # A config of our own: generate would otherwise mix in the checkpoint's, and top_k=50
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    how |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "max_new_tokens": longest}
+    screen = Screen(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    print("Assistant:", end="", flush=True)
+    rows = model.generate(prompt, attention_mask=prompt * 0 + 1, generation_config=GenerationConfig(**how), streamer=screen)
+    print()
+    return tokenizer.decode(rows[0, len(ids) :], skip_special_tokens=True).strip()
+
+
+def talk(tokenizer, model, longest: int | None, temperature: float | None) -> None:
+    """Read messages and answer them until the end of the input."""
+    longest = longest or model.generation_config.max_new_tokens or 256
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf  # ALiBi knows no limit
+    if longest >= context:
+        raise UserError(f"answers of {longest} tokens leave no room in the context of {context}: lower --max-new-tokens")
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")
+    turns: list[dict[str, str]] = []
+    while (message := input("\nHuman: ").strip()) != "/quit":
+        try:
+            if message == "/clear":
+                turns = []
+            elif message.startswith("/"):
+                print("(there are /clear and /quit)")
+            elif message:
+                kept, ids = fit([*turns, {"role": "user", "content": message}], tokenizer, context - longest)
+                turns = [*kept, {"role": "assistant", "content": answer(ids, tokenizer, model, longest, temperature)}]
+        except UserError as error:
+            print(f"({error})")
+        except KeyboardInterrupt:
+            print(" (cut short, and forgotten)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m runner.chat", description="Talk to an exported actor. /clear begins anew, /quit ends.")
+    parser.add_argument("path", help="folder of an SFT or PPO model (or of its step, or of a run), or a Hugging Face id")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: what the model was trained with")
+    parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="default 0.7; 1 is what PPO has trained")
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    args = parser.parse_args()
+    if args.temperature <= 0 or (args.max_new_tokens is not None and args.max_new_tokens < 1):
+        parser.error("--temperature must be above 0 (for the likeliest token: --greedy), and --max-new-tokens at least 1")
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  arrow keys and history in input()
+    try:
+        talk(*load(find(args.path)), args.max_new_tokens, None if args.greedy else args.temperature)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
+if __name__ == "__main__":
+    main()

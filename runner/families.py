@@ -1,0 +1,51 @@
+"""The one table of what the code must know of each family of models. No torch: the launcher reads it too."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the code must know of a family of models."""
+
+    attention: tuple[str, ...]  # implementations that transformers has for it, the fastest first
+    position_ids: bool  # False: takes none (ALiBi: positions come from the attention mask)
+    layers: str  # name of the list of decoder layers, below the body
+    lora_targets: tuple[str, ...]  # linear layers that get adapters
+    dropouts: tuple[str, ...]  # config fields that hold a dropout probability
+    pads: tuple[str, ...]  # tokens that its checkpoints keep for padding: taken where PAD would be missing or EOS
+
+
+FAMILIES = {
+    "opt": Family(
+        ("sdpa", "eager", "flash_attention_2"),
+        True,
+        "decoder.layers",
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        ("dropout", "attention_dropout", "activation_dropout", "layerdrop"),
+        ("<pad>",),
+    ),
+    "bloom": Family(
+        ("eager",),
+        False,
+        "h",
+        ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+        ("hidden_dropout", "attention_dropout"),
+        ("<pad>",),
+    ),
+    "llama": Family(
+        ("sdpa", "eager", "flash_attention_2"),
+        True,
+        "layers",
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        ("attention_dropout",),
+        ("<pad>", "<|finetune_right_pad_id|>"),
+    ),
+    "gpt_neox": Family(
+        ("sdpa", "eager", "flash_attention_2"),
+        True,
+        "layers",
+        ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+        ("attention_dropout", "hidden_dropout"),
+        ("<|padding|>",),
+    ),
+}

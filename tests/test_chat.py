@@ -1,0 +1,173 @@
+"""Talking to an exported model: what it is given, what is shown, what is refused."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import SHAPES
+
+from runner import chat
+from runner.errors import UserError
+from runner.tokenizer import encode_prompts, render_prompt
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTEXT, ANSWER = SHAPES["opt"]["max_position_embeddings"], 12
+
+
+@pytest.fixture(scope="session")
+def step(tokenizer, tmp_path_factory) -> Path:
+    """A step folder as PPO leaves it: model/ and critic/, with random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("store") / "ppo-0123456789"
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = AutoConfig.for_model("opt", vocab_size=len(tokenizer), **SHAPES["opt"], **ids)
+    actor = AutoModelForCausalLM.from_config(config)
+    actor.generation_config = GenerationConfig(max_new_tokens=ANSWER, **ids)
+    config.num_labels = 1
+    for model, name in ((actor, "model"), (AutoModelForSequenceClassification.from_config(config), "critic")):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def typed(monkeypatch, text: str, *arguments: str) -> None:
+    """Run the program in this process with `text` on its standard input."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    monkeypatch.setattr("sys.argv", ["chat", *map(str, arguments)])
+    chat.main()
+
+
+@pytest.fixture
+def given(monkeypatch) -> list[list[int]]:
+    """The token ids that each answer is generated from; the answers are 'Yes 1.', 'Yes 2.', ..."""
+    seen: list[list[int]] = []
+
+    def answer(ids, *_):
+        seen.append(ids)
+        return f"Yes {len(seen)}."
+
+    monkeypatch.setattr(chat, "answer", answer)
+    return seen
+
+
+# --- which checkpoint -------------------------------------------------------------------------------------------------
+
+
+def test_a_step_folder_and_a_run_folder_lead_to_their_actor(step, tmp_path, capsys):
+    (tmp_path / "ppo").symlink_to(step)
+    assert chat.find(str(step / "model")) == str(step / "model")
+    assert chat.find(str(step)) == str(step / "model")
+    assert chat.find(str(tmp_path)) == str(tmp_path / "ppo" / "model")
+    assert capsys.readouterr().err.count("using") == 2  # it says so when it looks further
+    assert chat.find("facebook/opt-125m") == "facebook/opt-125m"
+
+
+@pytest.mark.parametrize("path, why", [("/nowhere/model", "does not exist"), (".", "no config.json")])
+def test_what_is_no_checkpoint_is_named_with_what_to_type(path, why, step, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"{why}.* Type python -m runner.chat FOLDER"):
+        chat.find(path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "store").symlink_to(step.parent)
+    with pytest.raises(UserError, match=r"Type python -m runner.chat runs/store/ppo-0123456789/model$"):
+        chat.find(path)
+
+
+def test_a_reward_model_and_broken_weights_are_refused_in_one_line(step, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"^error: .*critic cannot talk: it is a reward model[^\n]*$"):
+        typed(monkeypatch, "Hello\n", step / "critic")
+    for file in (step / "model").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[:100] if file.suffix == ".safetensors" else file.read_bytes())
+    with pytest.raises(SystemExit, match=r"^error: .*cannot talk: [^\n]*$"):
+        typed(monkeypatch, "Hello\n", tmp_path)
+
+
+# --- the dialogue -----------------------------------------------------------------------------------------------------
+
+
+def test_every_turn_sees_the_dialogue_in_the_training_format(step, tokenizer, given, monkeypatch, capsys):
+    typed(monkeypatch, "Please describe the river.\n\nAnd now?\n/clear\n/help\nHello.\n/quit\nunread\n", step / "model")
+    user, reply = ({"role": "user", "content": "Please describe the river."}, {"role": "assistant", "content": "Yes 1."})
+    dialogues = [[user], [user, reply, {"role": "user", "content": "And now?"}], [{"role": "user", "content": "Hello."}]]
+    assert given == encode_prompts(tokenizer, dialogues)
+    assert render_prompt(tokenizer, dialogues[1]).startswith("\n\nHuman: Please describe the river.\n\nAssistant: Yes 1.\n\nHuman:")
+    assert "(there are /clear and /quit)" in capsys.readouterr().out
+
+
+def test_the_oldest_turns_make_room_and_it_says_so(step, tokenizer, given, monkeypatch, capsys):
+    typed(monkeypatch, "".join(f"Please describe the river for Ann {n}.\n" for n in range(8)), step / "model")
+    room = CONTEXT - ANSWER
+    assert max(map(len, given)) <= room < sum(map(len, given))
+    last = tokenizer.decode(given[-1])
+    assert "Ann 7." in last and "Ann 0." not in last
+    assert last.startswith("\n\nHuman:")  # no answer without its question
+    assert "turns are forgotten)" in capsys.readouterr().out
+
+
+def test_a_message_longer_than_the_context_is_refused_and_the_dialogue_goes_on(step, tokenizer, given, monkeypatch, capsys):
+    typed(monkeypatch, f"Hello.\n{'word ' * 200}\nAnd now?\n", step / "model")
+    assert f"more than {CONTEXT - ANSWER} leave no room for an answer: shorten it" in capsys.readouterr().out
+    assert [tokenizer.decode(ids).count("Human:") for ids in given] == [1, 2]
+
+
+def test_answers_need_room(step, monkeypatch):
+    with pytest.raises(SystemExit, match="lower --max-new-tokens"):
+        typed(monkeypatch, "Hello.\n", step / "model", "--max-new-tokens", CONTEXT)
+    with pytest.raises(SystemExit):
+        typed(monkeypatch, "Hello.\n", step / "model", "--temperature", "0")
+
+
+# --- the answer -------------------------------------------------------------------------------------------------------
+
+
+def test_answers_stream_and_are_what_the_model_says(step, capsys, monkeypatch):
+    import torch
+
+    tokenizer, model = chat.load(str(step / "model"))
+    ids = encode_prompts(tokenizer, [[{"role": "user", "content": "Please describe the river."}]])[0]
+    expected, row = [], list(ids)
+    with torch.no_grad():
+        for _ in range(5):
+            row.append(int(model(torch.tensor([row])).logits[0, -1].argmax()))
+            expected.append(row[-1])
+    pieces = []
+    monkeypatch.setattr("builtins.print", lambda *words, **_: pieces.append("".join(words)))
+    text = chat.answer(ids, tokenizer, model, 5, None)
+    assert text == tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert len(pieces) > 3  # "Assistant:", pieces of the answer, the line's end
+    shown = "".join(pieces)
+    assert all(c.isprintable() or c in "\n\t" for c in shown)
+
+
+def test_answers_are_sampled_from_the_whole_vocabulary(step, monkeypatch):
+    """generate would take the 50 likeliest tokens only, unless told otherwise."""
+    import torch
+
+    tokenizer, model = chat.load(str(step / "model"))
+    likeliest = set(model(torch.tensor([[5, 6, 7]])).logits[0, -1].topk(50).indices.tolist())
+    drawn = []
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: drawn.extend(torch.as_tensor(ids).flatten().tolist()[-1:]) or "")
+    torch.manual_seed(0)
+    for _ in range(20):
+        chat.answer([5, 6, 7], tokenizer, model, 1, 100.0)
+    assert set(drawn) - likeliest
+
+
+def test_it_works_through_a_pipe(step):
+    """As `python -m runner.chat PATH < messages`: no terminal, and no UTF-8 to rely on."""
+    done = subprocess.run(
+        [sys.executable, "-m", "runner.chat", str(step), "--max-new-tokens", "4"],
+        input=b"Please describe the river.\nAnd \xff now?\n",
+        capture_output=True,
+        cwd=ROOT,
+        timeout=120,
+        env={"PATH": "", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.count(b"Assistant:") == 2
+    assert b"Traceback" not in done.stderr

@@ -1,0 +1,786 @@
+"""Data: who gets which prompt, which rows a step sees, how dialogues become tokens, files and caches, and the toy judge."""
+
+import gzip
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from runner.config import PhaseSplit
+from runner.data import cache, sources, toy
+from runner.data.batches import EMPTY, Batches, pad, pair_batch, pick, sft_batch, shard, subset
+from runner.data.cache import Counts, copies_of, examples
+from runner.data.split import held_out, phase_of, prompt_hash
+from runner.errors import UserError
+from runner.tokenizer import (
+    decode_response,
+    encode_prompts,
+    encode_responses,
+    fingerprint,
+    load_tokenizer,
+    render_prompt,
+    same_tokens,
+    train_tokenizer,
+)
+
+fuzz = settings(deadline=None, max_examples=50, derandomize=True)
+STAGES = ("sft", "reward", "ppo")
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def asked(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+# --- the split --------------------------------------------------------------------------------------------------------
+
+SPLIT = PhaseSplit(2, 4, 4)
+
+
+def test_the_split_is_proportional_and_the_holdout_cuts_every_stage_alike():
+    numbers = [prompt_hash(asked(f"question {i}")) for i in range(20_000)]
+    of = {stage: [n for n in numbers if phase_of(n, SPLIT) == stage] for stage in STAGES}
+    for stage, share in zip(STAGES, (0.2, 0.4, 0.4), strict=True):
+        assert len(of[stage]) == pytest.approx(20_000 * share, abs=4 * (20_000 * share * (1 - share)) ** 0.5)
+        held = sum(held_out(n, 0.1) for n in of[stage])
+        assert held == pytest.approx(0.1 * len(of[stage]), abs=4 * (0.09 * len(of[stage])) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    "number, stage",
+    [(0, "sft"), (int(0.1999 * 2**64), "sft"), (int(0.2001 * 2**64), "reward"), (int(0.6001 * 2**64), "ppo"), (int(0.9999 * 2**64), "ppo")],
+)
+def test_edges_of_the_split(number, stage):
+    assert phase_of(number, SPLIT) == stage
+    assert phase_of(number, PhaseSplit(0, 1, 0)) == "reward"
+    assert phase_of(number, PhaseSplit(0.4, 0.8, 0.8)) == stage  # shares, not counts
+
+
+def test_the_first_human_turn_decides_without_case_punctuation_and_spacing():
+    reference = prompt_hash(asked("What is  a river?"))
+    assert (
+        reference
+        == prompt_hash(asked("what is a River"))
+        == prompt_hash([{"role": "system", "content": "Be kind."}, *asked("What is a river?!")])
+    )
+    assert reference == prompt_hash([*asked("What is a river?"), {"role": "assistant", "content": "Water."}, *asked("Where?")])
+    assert reference != prompt_hash(asked("What is a lake?"))
+    assert prompt_hash(asked("???")) != prompt_hash(asked("!!!"))  # without words, what is there counts
+    assert prompt_hash(asked("什么是河?")) == prompt_hash(asked("什么是河")) != prompt_hash(asked("什么是湖"))
+
+
+@fuzz
+@given(st.text(), st.permutations([0, 1.5, 4]))
+def test_a_prompt_never_goes_to_a_stage_without_a_share(text, shares):
+    split = PhaseSplit(*shares)
+    stage = phase_of(prompt_hash(asked(text)), split)
+    assert stage in STAGES and getattr(split, stage) > 0
+
+
+def test_copies_of():
+    assert [copies_of(w, 7) for w in (1.0, 2.0, 0.5)] == [1, 2, 1]
+    numbers = [prompt_hash(asked(f"question {i}")) for i in range(5000)]
+    for weight in (0.3, 1.0, 2.5):
+        copies = [copies_of(weight, n) for n in numbers]
+        assert set(copies) <= {int(weight), int(weight) + 1}
+        assert np.mean(copies) == pytest.approx(weight, abs=0.03)
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def lengths_of(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, 100, n)
+
+
+def make(n: int, world: int = 1, rank: int = 0, **changes) -> Batches:
+    options = {"global_batch": 8, "micro_batch": 2, "seed": 1} | changes
+    return Batches(lengths_of(n), options.pop("global_batch"), options.pop("micro_batch"), world=world, rank=rank, **options)
+
+
+@pytest.mark.parametrize("n", [1, 8, 37, 300])
+@pytest.mark.parametrize("pool", [1, 16])
+def test_every_row_once_per_epoch(n, pool):
+    batches = make(n, pool=pool)
+    assert batches.per_epoch == -(-n // 8)
+    orders = []
+    for epoch in range(2):
+        slots = np.concatenate([batches.rows(epoch * batches.per_epoch + s) for s in range(batches.per_epoch)])
+        assert len(slots) == 8 * batches.per_epoch
+        assert sorted(slots[slots != EMPTY]) == list(range(n))
+        orders.append(slots.tolist())
+    assert batches.per_epoch == 1 or orders[0] != orders[1]
+
+
+def test_empty_slots_are_at_the_end_of_one_batch():
+    """37 rows in batches of 8: one batch has 5 rows and 3 empty slots, the others none."""
+    batches = make(37)
+    empty = [(batches.rows(s) == EMPTY).sum() for s in range(5)]
+    assert sorted(empty) == [0, 0, 0, 0, 3]
+    assert (batches.rows(empty.index(3))[-3:] == EMPTY).all()
+
+
+def test_drop_last_leaves_out_the_rest():
+    batches = make(37, drop_last=True)
+    assert batches.per_epoch == 4
+    slots = np.concatenate([batches.rows(s) for s in range(4)])
+    assert EMPTY not in slots and len(set(slots)) == 32
+    # Another epoch leaves out others
+    assert set(slots) != set(np.concatenate([batches.rows(s) for s in range(4, 8)]))
+    assert make(7, drop_last=True).steps(3, None) == 0
+
+
+@pytest.mark.parametrize("n", [5, 37, 64])
+def test_the_global_batch_does_not_depend_on_the_number_of_ranks(n):
+    for step in range(3):
+        whole = make(n).rows(step)
+        for world in (1, 2, 4):
+            ranks = [make(n, world, rank).micro_batches(step) for rank in range(world)]
+            assert {len(micro) for micros in ranks for micro in micros} == {2}
+            assert {len(micros) for micros in ranks} == {8 // (2 * world)}  # equally many backward passes
+            dealt = np.concatenate([micro for micros in ranks for micro in micros])
+            assert sorted(dealt) == sorted(whole)
+
+
+def test_the_step_is_the_whole_position():
+    used, fresh = make(37), make(37)
+    for s in range(7):
+        used.rows(s)
+    for s in (7, 3, 12):
+        assert used.rows(s).tolist() == fresh.rows(s).tolist() == make(37).rows(s).tolist()
+    assert make(37).rows(0).tolist() != make(37, seed=2).rows(0).tolist()
+
+
+@pytest.mark.parametrize("epochs, limit, expected", [(1, None, 5), (2, None, 10), (0.5, None, 3), (0.01, None, 1), (2, 4, 4)])
+def test_steps(epochs, limit, expected):
+    assert make(37).steps(epochs, limit) == expected  # 5 batches per epoch
+
+
+def padded(batches: Batches, steps: int) -> float:
+    groups = [batches.lengths[m[m != EMPTY]] for s in range(steps) for m in batches.micro_batches(s)]
+    return 1 - sum(g.sum() for g in groups) / sum(g.max() * len(g) for g in groups)
+
+
+def test_grouping_by_length_saves_padding_and_batches_stay_mixed():
+    """Lengths 3 to 99 in pairs: at random 1 - 51 / 67 = 24 % is padding."""
+    n = 1024
+    assert padded(make(n, pool=16), 128) < 0.02
+    shuffled = np.random.default_rng(0).permutation(n).reshape(-1, 2)
+    assert 0.2 < 1 - lengths_of(n)[shuffled].sum() / (2 * lengths_of(n)[shuffled].max(1).sum()) < 0.3
+    # In random order: the first tenth of the steps does not hold the longest rows of a pool only
+    means = [make(n).lengths[make(n).rows(s)].mean() for s in range(128)]
+    assert abs(np.corrcoef(means, range(128))[0, 1]) < 0.3
+
+
+@pytest.mark.parametrize("n, micro, world", [(10, 2, 1), (10, 2, 4), (1, 4, 2), (16, 2, 4)])
+def test_shard(n, micro, world):
+    ranks = [shard(n, micro, world, rank) for rank in range(world)]
+    assert {len(micros) for micros in ranks} == {-(-n // (micro * world))}
+    assert {len(m) for micros in ranks for m in micros} == {micro}
+    dealt = np.concatenate([m for micros in ranks for m in micros])
+    assert sorted(dealt[dealt != EMPTY]) == list(range(n))
+
+
+def test_subset_is_always_the_same_and_in_order():
+    assert subset(5, 9).tolist() == [0, 1, 2, 3, 4]
+    some = subset(1000, 50)
+    assert len(set(some)) == 50 and (np.diff(some) > 0).all() and some.tolist() == subset(1000, 50).tolist()
+    assert some.max() > 800  # from everywhere, not the first ones
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def test_pad():
+    ids, mask = pad([[5, 6], [7], []], 9)
+    assert ids.tolist() == [[5, 6], [7, 9], [9, 9]] and mask.tolist() == [[1, 1], [1, 0], [1, 0]]
+    ids, mask = pad([[5, 6], [7], []], 9, left=True)
+    assert ids.tolist() == [[5, 6], [9, 7], [9, 9]] and mask.tolist() == [[1, 1], [0, 1], [0, 1]]
+    assert pad([[]], 9)[0].tolist() == [[9]]
+
+
+SFT_ROWS = [
+    {"input_ids": [11, 12, 13, 14, 15], "prompt_length": 3, "length": 5},
+    None,
+    {"input_ids": [21, 22], "prompt_length": 0, "length": 2},  # packed text: no prompt
+    {"input_ids": [31, 32, 33], "prompt_length": 1, "length": 3},
+]
+
+
+def test_sft_batch_counts_responses_only():
+    """Width 5. Token j of row i is predicted at position 5 i + j - 1."""
+    batch = sft_batch(SFT_ROWS, 0, prompt_loss=0.0)
+    assert batch["index"].tolist() == [2, 3, 10, 15, 16]
+    assert batch["targets"].tolist() == [14, 15, 22, 32, 33]
+    assert batch["weights"].tolist() == [1.0] * 5
+    assert batch["ids"].tolist()[:3] == [[11, 12, 13, 14, 15], [0] * 5, [21, 22, 0, 0, 0]]
+    assert batch["mask"].sum(1).tolist() == [5, 1, 2, 3]
+
+
+def test_sft_batch_with_prompt_loss():
+    """The very first token of a row is never predicted; the other prompt tokens weigh a half."""
+    batch = sft_batch(SFT_ROWS, 0, prompt_loss=0.5)
+    assert batch["index"].tolist() == [0, 1, 2, 3, 10, 15, 16]
+    assert batch["targets"].tolist() == [12, 13, 14, 15, 22, 32, 33]
+    assert batch["weights"].tolist() == [0.5, 0.5, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("prompt_loss", [0.0, 0.5])
+def test_loss_weights_of_the_data_are_those_of_the_batches(prompt_loss):
+    """SFT divides by the weights of the whole step, which it knows from lengths alone."""
+    from runner.stages.sft import loss_weights
+
+    for row in (r for r in SFT_ROWS if r):
+        expected = sft_batch([row], 0, prompt_loss)["weights"].sum()
+        assert loss_weights(np.array([row["length"]]), np.array([row["prompt_length"]]), prompt_loss)[0] == pytest.approx(expected.item())
+
+
+def test_a_batch_of_empty_slots_only():
+    batch = sft_batch([None, None], 0, 0.0)
+    assert batch["ids"].shape == (2, 1) and batch["index"].shape == batch["weights"].shape == (0,)
+    assert batch["index"].dtype == batch["targets"].dtype == torch.long
+
+
+def test_pair_batch():
+    rows = [{"chosen_ids": [1, 2, 3], "rejected_ids": [1, 4]}, None]
+    batch = pair_batch(rows, 9)
+    assert batch["ids"].tolist() == [[1, 2, 3], [9, 9, 9], [1, 4, 9], [9, 9, 9]]
+    assert batch["mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]]
+    assert batch["real"].tolist() == [1.0, 0.0]
+
+
+def test_pick():
+    assert pick(["a", "b", "c"], np.array([2, EMPTY, 0])) == ["c", None, "a"]
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+DIALOGUE = [*asked("Please describe the river for Ann."), {"role": "assistant", "content": "The river is calm."}, *asked("And the lake?")]
+RESPONSES = ["The lake is bright.", "  Calm, and fresh. \n", "(1) lake", "bright"]
+ALPHABET = [
+    "\n\nHuman: Please describe the river for Ann.\n\nAssistant: The river is calm.",
+    "And the lake? bright fresh Calm, (1) and: is :",
+] * 3
+
+
+def byte_level(folder: Path) -> str:
+    train_tokenizer(ALPHABET, 300).save_pretrained(folder)
+    return str(folder)
+
+
+def starting_with_bos(folder: Path) -> str:
+    """Puts <s> before every text, as LLaMA does."""
+    made = train_tokenizer(ALPHABET, 300)
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made.save_pretrained(folder)
+    return str(folder)
+
+
+def opt_like(folder: Path) -> str:
+    """BOS and EOS are the same token, and every text begins with it."""
+    made = train_tokenizer(ALPHABET, 300)
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    made.add_special_tokens({"bos_token": "</s>"})
+    made.save_pretrained(folder)
+    return str(folder)
+
+
+def gpt2_like(folder: Path) -> str:
+    """EOS is all it has, and serves as PAD."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.train_from_iterator(
+        ALPHABET, trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    )
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    return str(folder)
+
+
+def sentencepiece_like(folder: Path) -> str:
+    """A mark for each space, one put before the text, BOS before that: LLaMA's."""
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace(prepend_scheme="first")
+    core.train_from_iterator(ALPHABET, trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return str(folder)
+
+
+KINDS = [byte_level, starting_with_bos, opt_like, gpt2_like, sentencepiece_like]
+
+
+@pytest.fixture(params=KINDS, ids=[k.__name__ for k in KINDS])
+def loaded(request, cfg, tmp_path):
+    return load_tokenizer(request.param(tmp_path), chat_template=cfg.model.chat_template)
+
+
+def test_pad_is_never_eos(loaded):
+    assert loaded.pad_token_id is not None and loaded.eos_token_id is not None
+    assert loaded.pad_token_id != loaded.eos_token_id
+    assert loaded.padding_side == loaded.truncation_side == "left"
+    assert len({loaded.pad_token_id, loaded.eos_token_id, *loaded("a b c", add_special_tokens=False).input_ids}) > 2
+
+
+def test_spare_pad_tokens_are_used_before_a_new_one(tmp_path):
+    made = train_tokenizer(ALPHABET, 300)
+    size = len(made)
+    made.pad_token = made.eos_token
+    made.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert again.pad_token == "<pad>" and len(again) == size
+
+
+def test_bos_stands_in_the_template_where_the_tokenizer_adds_one(loaded, request, cfg):
+    begins = {"starting_with_bos": [1], "opt_like": [2], "sentencepiece_like": [1]}
+    ids = encode_prompts(loaded, [DIALOGUE])[0]
+    first = begins.get(request.node.callspec.id.split("-")[-1], [])
+    assert ids[: len(first)] == first
+    special = {loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id}
+    assert not special & set(ids[len(first) :])  # once, and nothing else
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+def test_prompt_and_response_make_the_whole_dialogue(loaded, response):
+    """render(prompt) + ' ' + response is the chat template's own rendering, as text and as tokens."""
+    full = [*DIALOGUE, {"role": "assistant", "content": response.strip()}]
+    text = loaded.apply_chat_template(full, tokenize=False)
+    assert render_prompt(loaded, DIALOGUE) + " " + response.strip() == text
+    joined = encode_prompts(loaded, [DIALOGUE])[0] + encode_responses(loaded, [response])[0]
+    assert joined == [*loaded(text, add_special_tokens=False).input_ids, loaded.eos_token_id]
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+def test_responses_end_with_eos_and_decode_to_themselves(loaded, response):
+    ids = encode_responses(loaded, [response])[0]
+    assert ids[-1] == loaded.eos_token_id and loaded.eos_token_id not in ids[:-1]
+    assert decode_response(loaded, ids) == response.strip()
+    assert decode_response(loaded, [*ids, loaded.pad_token_id, loaded.pad_token_id]) == response.strip()
+
+
+def test_end_token(cfg, tmp_path):
+    path = byte_level(tmp_path)
+    made = load_tokenizer(path, end_token="<|end|>", chat_template=cfg.model.chat_template)
+    assert made.eos_token == "<|end|>" and made.eos_token_id == len(train_tokenizer(ALPHABET, 300))
+    assert encode_responses(made, ["calm"])[0][-1] == made.eos_token_id
+    assert load_tokenizer(path, end_token="<s>").eos_token_id == 1
+
+
+def test_loading_again_changes_nothing(loaded, cfg, tmp_path):
+    loaded.save_pretrained(tmp_path / "saved")
+    for template in (None, cfg.model.chat_template):
+        again = load_tokenizer(str(tmp_path / "saved"), chat_template=template)
+        assert same_tokens(loaded, again) and len(again) == len(loaded)
+        assert again.chat_template == loaded.chat_template
+
+
+def test_fingerprints_differ_where_tokenisation_does(cfg, tmp_path):
+    made = [load_tokenizer(kind(tmp_path / kind.__name__), chat_template=cfg.model.chat_template) for kind in KINDS]
+    assert len({fingerprint(t) for t in made}) == len(KINDS)
+    before = fingerprint(made[0])
+    made[0].chat_template = "{{ messages[0]['content'] }}"
+    assert fingerprint(made[0]) != before and not same_tokens(made[0], made[1])
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+ROWS = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)]
+
+
+def write(path: Path, rows: list) -> Path:
+    """Rows in the format that the name of the file says."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    text = lines if ".jsonl" in path.suffixes else json.dumps(rows)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    elif path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix:
+        path.write_text(text)
+    else:
+        import datasets
+
+        datasets.Dataset.from_list(rows).save_to_disk(str(path))
+    return path
+
+
+def read(path: Path, **changes) -> list:
+    return list(sources.rows(replace(sources.plain_source(str(path), False), **changes), 0))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.json.gz", "a.parquet", "folder"])
+def test_rows_of_every_format(name, tmp_path):
+    path = write(tmp_path / name, ROWS)
+    found = read(path)
+    assert [row for _, row in found] == ROWS
+    assert found[3][0] == (f"{path}:4" if "jsonl" in name else f"{path} row 4")
+
+
+def test_other_shapes_of_json(tmp_path):
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
+    (tmp_path / "wrapped.json").write_text(json.dumps({"version": 1, "data": ROWS}))
+    (tmp_path / "one.json").write_text(json.dumps(ROWS[0]))
+    (tmp_path / "gaps.jsonl").write_text("\n".join(["", *map(json.dumps, ROWS), ""]))
+    assert [row for _, row in read(tmp_path / "lines.json")] == ROWS
+    assert [row for _, row in read(tmp_path / "wrapped.json")] == ROWS
+    assert [row for _, row in read(tmp_path / "one.json")] == ROWS[:1]
+    assert [where for where, _ in read(tmp_path / "gaps.jsonl")] == [f"{tmp_path}/gaps.jsonl:{n}" for n in range(2, 7)]
+
+
+def test_folder_with_splits(tmp_path):
+    import datasets
+
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:2])}).save_to_disk(
+        str(tmp_path / "d")
+    )
+    assert len(read(tmp_path / "d")) == 5 and len(read(tmp_path / "d", split="test")) == 2
+    with pytest.raises(UserError, match=r"has no split validation; it has train, test"):
+        read(tmp_path / "d", split="validation")
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path):
+    write(tmp_path / "pairs.jsonl", ROWS)
+    with pytest.raises(UserError, match=r"data file .*/pears.jsonl does not exist .*there are: pairs.jsonl"):
+        read(tmp_path / "pears.jsonl")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", b"x,y\n", "unknown format; use one of .json, .jsonl"),
+        ("a.jsonl", b'{"prompt": "\xff"}\n', "cannot be read: .*UTF-8"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 100)[:-20], "cannot be read"),
+        ("a.json", b'[{"prompt": "x"},\n oops]', r"a.json:2: not valid JSON"),
+        ("a.parquet", b"nothing", "is no Parquet file"),
+    ],
+)
+def test_unreadable_files(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    with pytest.raises(UserError, match="was not written by datasets' save_to_disk"):
+        read(folder)
+
+
+# --- caches -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(cfg, tmp_path):
+    """make(rows, **changes of the Dataset, weight) -> Dataset of one jsonl file."""
+
+    def make(rows: list, name: str = "a.jsonl", weight: float = 1.0, **changes):
+        path = write(tmp_path / name, rows)
+        source = replace(sources.plain_source(str(path), False), weight=weight)
+        return replace(cfg.dataset, name="mine", toy_rows=0, **({"sources": {"mine": source}, "holdout": 0.2} | changes))
+
+    return make
+
+
+@pytest.fixture
+def build(cfg, tokenizer, tmp_path):
+    """build(dataset, stage, prompt, response) -> (train rows, eval rows, counts)"""
+
+    def build(dataset, stage: str, prompt: int = 60, response: int = 20):
+        model = replace(cfg.model, max_prompt_tokens=prompt, max_response_tokens=response)
+        train, held, counts = cache.load(cache.build(tmp_path, dataset, stage, tokenizer, model))
+        return list(train), list(held), counts
+
+    return build
+
+
+def pairs(n: int, start: int = 0) -> list[dict]:
+    return [{"prompt": f"Say {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(start, start + n)]
+
+
+def test_cached_rows_are_the_tokens_of_the_dialogues(data, build, tokenizer):
+    dataset, seen = data(pairs(60)), {}
+    for stage in STAGES:
+        train, held, counts = build(dataset, stage)
+        assert (len(train), len(held)) == (counts["train"], counts["eval"]) and counts["dropped"] == {}
+        for row in train + held:
+            ids = row["chosen_ids"] if stage == "reward" else row["input_ids"]
+            prompt = tokenizer.decode(ids if stage == "ppo" else ids[: row["prompt_length"]])
+            number = int(prompt.removeprefix("\n\nHuman: Say ").removesuffix("\n\nAssistant:"))
+            assert number not in seen
+            seen[number] = stage
+            assert row["source"] == "mine"
+            if stage == "ppo":
+                assert json.loads(row["turns"]) == asked(f"Say {number}") and row["length"] == len(ids)
+                continue
+            assert tokenizer.decode(ids[row["prompt_length"] :]) == f" good {number}</s>"
+            if stage == "reward":
+                assert tokenizer.decode(row["rejected_ids"]) == f"{prompt} bad {number}</s>"
+                assert row["length"] == max(len(ids), len(row["rejected_ids"]))
+            else:
+                assert row["length"] == len(ids)
+    assert set(seen) == set(range(60))  # every row has its place, in one stage
+
+
+def test_a_prompt_has_one_stage_across_sources(data, tmp_path, cfg):
+    """The same questions in two files, in other words of case and punctuation."""
+    shouted = [row | {"prompt": row["prompt"].upper() + "!"} for row in pairs(60)]
+    both = data(pairs(60)).sources | {"other": sources.plain_source(str(write(tmp_path / "b.jsonl", shouted)), False)}
+    dataset = replace(data(pairs(60)), sources=both)
+    of: dict[str, set[str]] = {}
+    for stage in STAGES:
+        for name, example, _ in examples(dataset, stage, Counts()):
+            of.setdefault(example.prompt[0]["content"].lower().rstrip("!"), set()).add(stage)
+            assert name in both
+    assert len(of) == 60 and all(len(stages) == 1 for stages in of.values())
+
+
+def test_demonstrations_do_not_give_away_prompts_of_other_stages(data, tmp_path):
+    """sft_only rows whose prompt reward model or PPO owns are taken out of SFT, and counted."""
+    extra = [{"prompt": f"say {i}!", "response": f"fine {i}"} for i in range(40, 80)]
+    dataset = data(pairs(60), sft_only=[str(write(tmp_path / "extra.jsonl", extra))])
+    split = dataset.split
+    owners = {i: phase_of(prompt_hash(asked(f"Say {i}")), split) for i in range(60)}
+    counts = Counts()
+    found = [example.prompt[0]["content"] for name, example, _ in examples(dataset, "sft", counts) if name == "sft_only_0"]
+    expected = [i for i in range(40, 80) if owners.get(i, "sft") == "sft"]
+    assert found == [f"say {i}!" for i in expected]
+    taken = sum(owners[i] != "sft" for i in range(40, 60))
+    assert 0 < taken < 20 and counts.dropped == Counter({"prompt belongs to another stage": taken})
+    for stage in ("reward", "ppo"):  # and they stay in SFT
+        assert {name for name, _, _ in examples(dataset, stage, Counts())} == {"mine"}
+
+
+def test_weights_repeat_training_rows_and_leave_the_held_out_alone(data, build):
+    train, held, _ = build(data(pairs(200)), "reward")
+    for weight in (2.0, 0.5):
+        more, same, counts = build(data(pairs(200), weight=weight), "reward")
+        numbers = [prompt_hash(asked(p)) for p in (f"Say {i}" for i in range(200))]
+        mine = [n for n in numbers if phase_of(n, SPLIT) == "reward" and not held_out(n, 0.2)]
+        assert len(more) == counts["train"] == sum(copies_of(weight, n) for n in mine)
+        assert len(same) == len(held)
+    assert len(train) == len(mine)
+
+
+def only(stage: str) -> dict:
+    return {"split": PhaseSplit(*(float(s == stage) for s in STAGES))}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_long_prompts_lose_their_beginning(stage, data, build, tokenizer):
+    long = [{"prompt": f"{'before ' * 20} Say {i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
+    train, held, counts = build(data(long + pairs(20), **only(stage)), stage, prompt=30)
+    assert counts["truncated"] == 20
+    for row in train + held:
+        ids = row["chosen_ids"] if stage == "reward" else row["input_ids"]
+        size = row["length"] if stage == "ppo" else row["prompt_length"]
+        assert size <= 30 and tokenizer.decode(ids[:size]).endswith("\n\nAssistant:")
+        if stage != "ppo":  # the response is whole, with EOS
+            assert tokenizer.decode(ids[size:]).endswith("</s>") and "good" in tokenizer.decode(ids[size:])
+
+
+def test_truncation_keeps_bos(cfg, data, tmp_path):
+    made = load_tokenizer(starting_with_bos(tmp_path / "bos"), chat_template=cfg.model.chat_template)
+    model = replace(cfg.model, max_prompt_tokens=12, max_response_tokens=20)
+    folder = cache.build(
+        tmp_path, data([{"prompt": f"Please describe river {i}", "chosen": "calm"} for i in range(30)], **only("ppo")), "ppo", made, model
+    )
+    rows = [row["input_ids"] for part in cache.load(folder)[:2] for row in part]
+    end = encode_prompts(made, [asked("x")])[0][-8:]
+    for ids in rows:
+        assert len(ids) == 12 and ids[0] == made.bos_token_id and made.bos_token_id not in ids[1:]
+        assert ids[-3:] == end[-3:]
+
+
+def test_long_responses_are_dropped_whole_and_counted(data, build, tokenizer):
+    rows = pairs(30)
+    rows[3]["chosen"] = rows[4]["rejected"] = "x y z " * 20
+    train, held, counts = build(data(rows, **only("reward")), "reward")
+    assert counts["dropped"] == {"response longer than 20 tokens": 2} and len(train) + len(held) == 28
+    train, held, counts = build(data(rows, **only("sft")), "sft")
+    assert counts["dropped"] == {"response longer than 20 tokens": 1} and len(train) + len(held) == 29
+    # The limit counts EOS: exactly as long as allowed is kept
+    exact = len(encode_responses(tokenizer, ["good 1"])[0])
+    assert len(build(data([{"prompt": f"Say {i}", "chosen": "good 1"} for i in range(30)], **only("sft")), "sft", response=exact)[0]) > 0
+    with pytest.raises(UserError, match=rf"dropped: 30 response longer than {exact - 1} tokens"):
+        build(data([{"prompt": f"Say {i}", "chosen": "good 1"} for i in range(30)], **only("sft")), "sft", response=exact - 1)
+
+
+def test_the_same_prompt_is_answered_once_in_ppo(data, build):
+    rows = pairs(30) + pairs(10)
+    train, held, counts = build(data(rows, **only("ppo")), "ppo")
+    assert counts["dropped"] == {"same prompt again": 10} and len(train) + len(held) == 30
+
+
+def test_demonstrations_cannot_train_a_reward_model(data, build):
+    with pytest.raises(
+        UserError, match=r"stage reward has no rows to train on in dataset=mine: 0 train, 0 held out, dropped: 30 no rejected response"
+    ):
+        build(data([{"prompt": f"Say {i}", "response": "good"} for i in range(30)], **only("reward")), "reward")
+
+
+def test_an_empty_share_says_so(data, build):
+    with pytest.raises(UserError, match=r"stage ppo has no rows to train on in dataset=mine: dataset.split.ppo=0$"):
+        build(data(pairs(30), split=PhaseSplit(1, 1, 0)), "ppo")
+    with pytest.raises(
+        UserError,
+        match=r"stage sft has no rows to evaluate on in dataset=mine: 1 train, 0 held out.*change dataset.split or dataset.holdout",
+    ):
+        build(data(pairs(1), **only("sft"), holdout=1e-9), "sft")
+
+
+BROKEN = [json.dumps(row) for row in pairs(30)]
+BROKEN[6] = '{"prompt": "Say", '
+BROKEN[9] = "[1, 2]"
+BROKEN[12] = json.dumps({"prompt": "Say 12"})
+BROKEN[20] = json.dumps({"prompt": "Say 20", "chosen": 5})
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (7, r"not valid JSON \(.*\)"),
+        (10, "a row must be a JSON object, this is a list"),
+        (13, "no response among the fields prompt; tried chosen, response,"),
+        (21, "field chosen is of type int, not a text"),
+    ],
+)
+def test_a_broken_row_stops_with_its_line(line, message, data, build, tmp_path):
+    dataset = data(pairs(30), **only("sft"))
+    lines = [json.dumps(row) for row in pairs(30)]
+    lines[line - 1] = BROKEN[line - 1]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=rf"a.jsonl:{line}: {message}.*dataset.on_bad_row=skip"):
+        build(dataset, "sft")
+
+
+def test_broken_rows_are_skipped_and_counted_on_demand(data, build, tmp_path):
+    dataset = data(pairs(30), **only("sft"), on_bad_row="skip")
+    (tmp_path / "a.jsonl").write_text("\n".join(BROKEN))
+    train, held, counts = build(dataset, "sft")
+    assert counts["dropped"] == {"broken row": 4} and len(train) + len(held) == 26
+
+
+def test_max_rows(data, build):
+    train, held, _ = build(data(pairs(60), **only("sft"), max_rows=20), "sft")
+    assert len(train) + len(held) == 20
+
+
+def test_a_cache_is_reused_until_something_changes(data, cfg, tokenizer, tmp_path, monkeypatch):
+    dataset = data(pairs(60))
+
+    def folder(dataset=dataset, stage="sft", **changes):
+        return cache.build(tmp_path, dataset, stage, tokenizer, replace(cfg.model, **changes))
+
+    first = folder()
+    before = (first / "train.arrow").stat().st_mtime_ns
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "examples", lambda *_: pytest.fail("read again"))
+        assert folder() == first and (first / "train.arrow").stat().st_mtime_ns == before
+        # Where the file lies, and which model trains on it, is not content
+        moved = write(tmp_path / "elsewhere.jsonl", pairs(60))
+        assert folder(replace(dataset, sources={"mine": replace(dataset.sources["mine"], path=str(moved))}), name="other") == first
+    others = {
+        folder(stage="reward"),
+        folder(max_prompt_tokens=50),
+        folder(replace(dataset, holdout=0.3)),
+        folder(replace(dataset, split=PhaseSplit(1, 1, 1))),
+        folder(data(pairs(60)[:-1] + pairs(1, start=99))),  # one row of the file has changed
+    }
+    assert len(others) == 5 and first not in others
+    assert not list((tmp_path / "data").glob("*.tmp"))
+
+
+def test_an_interrupted_cache_is_built_anew(data, build, tmp_path, monkeypatch):
+    dataset = data(pairs(60))
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build(dataset, "sft")
+    train, held, _ = build(dataset, "sft")
+    assert len(train) + len(held) > 5
+
+
+def test_pretraining_text_is_packed_into_full_blocks(data, cfg, tokenizer, tmp_path):
+    texts = [f"The river number {i} is calm." for i in range(20)]
+    path = write(tmp_path / "text.jsonl", [{"text": t} for t in texts])
+    model = replace(cfg.model, max_prompt_tokens=20, max_response_tokens=12)
+    dataset = replace(data(pairs(5)), pretrain=[str(path)])
+    rows, held, counts = cache.load(cache.build_pretrain(tmp_path, dataset, tokenizer, model))
+    stream = [token for text in texts for token in [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]]
+    assert len(rows) == counts["train"] == len(stream) // 32 and len(held) == 0
+    assert [token for row in rows for token in row["input_ids"]] == stream[: 32 * len(rows)]
+    assert {(row["length"], row["prompt_length"]) for row in rows} == {(32, 0)}
+    # All but the first token of a block is learned
+    assert sft_batch([rows[0]], 0, 0.0)["targets"].tolist() == stream[1:32]
+    with pytest.raises(UserError, match="fewer than the 812 tokens of one block"):
+        cache.build_pretrain(tmp_path, dataset, tokenizer, replace(model, max_prompt_tokens=800))
+    write(path, [{"text": "fine"}, {"content": "no"}])
+    with pytest.raises(UserError, match=r"text.jsonl:2: a pretraining row needs a field 'text'"):
+        cache.build_pretrain(tmp_path, dataset, tokenizer, model)
+
+
+# --- the toy ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "response, score",
+    [
+        ("The river is calm, bright and fresh.", 1.0),
+        ("Fresh and calm it is, and BRIGHT.", 1.0),
+        ("", 0.0),
+        ("The river is calm.", 1 / 3),
+        ("The river is calm, bright and fresh", 2 / 3),  # no full stop
+        ("The river is calm, bright, fresh and warm.", 2 / 3),  # one too many
+        ("The river is calm, calm and calm.", -1 / 3),  # 1 - 2 repetitions
+        ("The river is calm, dull and bright", 0.0),  # 2 - 1 unkind - 1 for the end
+        ("The river is ugly.", -1 / 3),
+        ("The river is there.", 0.0),
+    ],
+)
+def test_toy_judge(response, score):
+    assert toy.judge(response) == pytest.approx(score)
+
+
+def test_toy_rows_are_always_the_same_and_the_judge_agrees_with_them():
+    rows = [toy.row(i) for i in range(300)]
+    random.seed(5)  # whatever the global state is
+    assert rows == [toy.row(i) for i in range(300)]
+    assert len({json.dumps(row) for row in rows}) == 300
+    for row in rows:
+        assert toy.judge(row["chosen"]) - toy.judge(row["rejected"]) > 0.6
+        assert [t["role"] for t in row["prompt"]] in (["user"], ["user", "assistant", "user"])
+    assert 0.2 < np.mean([len(row["prompt"]) == 3 for row in rows]) < 0.45
+    assert toy.judge(rows[0]["chosen"]) <= 1
+
+
+# --- real data --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (REAL / "hh_helpful_pairs.jsonl.gz").exists(), reason="no ../shared/data")
+def test_real_data_is_read_and_split_without_overlap(cfg):
+    """6183 pairs of people, and demonstrations of two other sources on top: all rows are accounted for, no prompt in two stages."""
+    files = {name: str(REAL / name) for name in ("hh_helpful_pairs.jsonl.gz", "alpaca_sft.jsonl.gz", "dolly_sft.jsonl.gz")}
+    hh, *demonstrations = files.values()
+    dataset = replace(cfg.dataset, toy_rows=0, sources={"hh": sources.plain_source(hh, False)}, sft_only=demonstrations)
+    found, counts = {}, {stage: Counts() for stage in STAGES}
+    for stage in STAGES:
+        found[stage] = list(examples(dataset, stage, counts[stage]))
+        for _, example, _ in found[stage]:
+            assert example.prompt[-1]["role"] == "user" and example.chosen
+    numbers = {stage: {n for _, _, n in found[stage]} for stage in STAGES}
+    assert not (numbers["sft"] & numbers["reward"] or numbers["sft"] & numbers["ppo"] or numbers["reward"] & numbers["ppo"])
+    by_source = Counter(name for stage in STAGES for name, _, _ in found[stage])
+    sizes = {name: sum(1 for _ in gzip.open(path)) for name, path in files.items()}
+    assert by_source["hh"] == sizes["hh_helpful_pairs.jsonl.gz"] == 6183
+    assert len(found["reward"]) == pytest.approx(0.4 * 6183, rel=0.08)
+    dropped = sum(counts["sft"].dropped.values())
+    assert by_source["sft_only_0"] + by_source["sft_only_1"] + dropped == sum(sizes.values()) - 6183
