@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--store", default="runs/store")
     parser.add_argument("--out", help="write the rows as JSON")
     parser.add_argument("overrides", nargs="*", help="more overrides for run.py")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     seeds = range(1, 1 + (options.seeds or {"toy": 5, "hh": 3}[options.task]))
     task = ["dataset=toy"] if options.task == "toy" else HH + [f"dataset.path={options.data}"]
     epochs = (1, 4) if options.task == "toy" else (1,)

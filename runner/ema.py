@@ -40,6 +40,11 @@ class Ema:
     def _write(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self.live, values, strict=True):
             self._local(parameter).copy_(value)
+        # ZeRO-3 keeps small parameters whole on every rank, and would go on reading those copies
+        whole = [p for p in self.live if getattr(p, "ds_persist", False)]
+        if whole:
+            whole[0].partition(whole)
+            whole[0].all_gather(whole)
 
     def state(self) -> dict[str, Tensor]:
         return {str(i): s for i, s in enumerate(self.shadow)}

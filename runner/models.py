@@ -230,7 +230,7 @@ def _entered(context, value):
 def full_state_dict(wrapper: Wrapper, dtype: torch.dtype) -> dict[str, Tensor]:
     """All weights of the Hugging Face model on the CPU of rank 0, adapters merged; empty on other ranks. Collective."""
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    state = {}
+    state, copies = {}, {}
     for name, module in wrapper.hf.named_modules():
         own = dict(module.named_parameters(recurse=False)) | dict(_persistent_buffers(module))
         adapter = list(module.parameters()) if _is_lora_layer(module) else []
@@ -241,7 +241,10 @@ def full_state_dict(wrapper: Wrapper, dtype: torch.dtype) -> dict[str, Tensor]:
                 state |= _merged(name, module, dtype)
             elif rank == 0:
                 for key, tensor in own.items():
-                    state[_plain_name(f"{name}.{key}" if name else key)] = tensor.detach().to("cpu", dtype, copy=True)
+                    # Tied weights stay one tensor: then they are written once
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = tensor.detach().to("cpu", dtype, copy=True)
+                    state[_plain_name(f"{name}.{key}" if name else key)] = copies[id(tensor)]
     return state
 
 

@@ -61,6 +61,7 @@ def plan(cfg: Config) -> list[Step]:
         steps[stage] = Step(stage, key, folder, pinned, {name: step.model for name, step in parents.items()})
         if not steps[stage].done:
             _check_share(cfg, stage)
+            command(cfg, folder)
     return list(steps.values())
 
 

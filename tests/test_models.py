@@ -66,6 +66,20 @@ def test_positions_from_mask():
 
 
 @every_family
+def test_positions_are_passed_explicitly(name):
+    """Not left to what transformers makes of a mask. BLOOM takes none."""
+    model, given = actor(name), {}
+    model.hf.base_model.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
+    ids, mask = pad(ROWS, PAD, left=True)
+    model.hidden_states(ids, mask)
+    assert torch.equal(given["attention_mask"], mask)
+    if name == "bloom":
+        assert "position_ids" not in given
+    else:
+        assert given["position_ids"][mask.bool()].tolist() == [j for row in ROWS for j in range(len(row))]
+
+
+@every_family
 def test_padding_changes_neither_logprobs_nor_gradients(name):
     model = actor(name)
     alone = torch.cat([logprobs(model, [row], left=False) for row in ROWS])
@@ -258,6 +272,12 @@ def test_train_rest_trains_all_but_the_matrices_below_the_adapters(name):
     below = {n for n in plain if n.endswith("weight") and any(f".{t}.weight" in n for t in model.family.lora_targets)}
     assert len(below) == 2 * len(model.family.lora_targets)
     assert {n.removeprefix("model.base_model.model.").replace(".base_layer", "") for n in frozen} == below
+    # Of a scalar head the trained copy moves, and the original that peft keeps beside it does not
+    scalars = adapted(name, Scalar, train_rest=True)
+    assert {n.split("score.")[1]: p.requires_grad for n, p in scalars.named_parameters() if "score." in n} == {
+        "original_module.weight": False,
+        "modules_to_save.default.weight": True,
+    }
 
 
 @every_family
@@ -289,6 +309,35 @@ def test_merged_state_dict_with_other_targets():
     plain = causal("llama", seed=9)
     plain.load_state_dict(full_state_dict(model, torch.float32))
     torch.testing.assert_close(plain_outputs(plain), outputs(model), rtol=1e-4, atol=1e-4)
+
+
+# --- activation checkpointing -----------------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_activation_checkpointing_changes_no_gradient(name, with_lora):
+    """The layers run again in the backward pass, with frozen embeddings too, and give the same gradients."""
+    from runner.stages.build import _finish
+
+    found, runs = [], []
+    for checkpointing in (False, True):
+        model = Actor(_finish(causal(name), lora() if with_lora else None, checkpointing), family(name), 0)
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if "lora_B" in n:
+                    p.fill_(0.05)
+        layer = next(m for n, m in model.named_modules() if n.endswith((".layers.0", ".h.0")))
+        first = next(m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear))
+        calls = []
+        first.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model.train()
+        logp = logprobs(model, ROWS, left=False)
+        found.append(gradients(model, (logp * WEIGHTS).sum()))
+        runs.append(len(calls))
+    assert runs == [1, 2]
+    assert largest(found[0], found[1]) < 1e-5
+    assert all(g.abs().sum() > 0 for g in found[1].values()) or not with_lora
 
 
 # --- saved folders ----------------------------------------------------------------------------------------------------

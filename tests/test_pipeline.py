@@ -21,7 +21,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 # Few and small steps of everything, with a checkpoint after each
-SMALL = ["experiment=debug", "debug=false", "name=test", "dataset.toy_rows=3000", "ppo.rollout_batch=32", "ppo.eval_prompts=8", "model.max_response_tokens=16"]
+SMALL = ["experiment=debug", "debug=false", "name=test", "dataset.toy_rows=3000", "model.max_response_tokens=16"]
+SMALL += ["hardware.micro_batch.ppo=4", "hardware.micro_batch.sft=8"]
+SMALL_PPO = ["ppo.rollout_batch=32", "ppo.eval_prompts=8"]
 
 
 def command(store: Path, *overrides: str) -> list[str]:
@@ -55,7 +57,7 @@ def step_folder(store: Path, stage: str) -> Path:
 def metrics(folder: Path) -> list[dict]:
     """Rows of metrics.jsonl without what the clock decides."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/tokens"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/tokens", "perf/mfu"))} for row in rows]
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
@@ -72,7 +74,15 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
     return store, succeed(store, *STATEFUL)
 
 
-STATEFUL = ["ppo.ema_decay=0.9", "ppo.ptx_coef=0.5", "ppo.kl_target=1.0", "ppo.kl_horizon=100", "ppo.ppo_epochs=2", "sft.dropout=0.1"]
+STATEFUL = [
+    *SMALL_PPO,
+    "ppo.ema_decay=0.9",
+    "ppo.ptx_coef=0.5",
+    "ppo.kl_target=1.0",
+    "ppo.kl_horizon=100",
+    "ppo.ppo_epochs=2",
+    "sft.dropout=0.1",
+]
 STATEFUL += ["sft.max_steps=4", "reward.max_steps=4", "ppo.max_steps=3", "sft.eval_every=0", "reward.eval_every=0", "ppo.eval_every=0"]
 
 
@@ -205,7 +215,7 @@ VARIANTS = {
 def test_families_ranks_zero_stages_and_adapters(name, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    succeed(tmp_path, *VARIANTS[name])
+    succeed(tmp_path, *SMALL_PPO, *VARIANTS[name])
     folder = step_folder(tmp_path, "ppo")
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert all(p.isfinite().all() for p in model.parameters())
@@ -219,7 +229,9 @@ def test_families_ranks_zero_stages_and_adapters(name, tmp_path):
 @pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
 def test_real_dialogues_with_demonstrations_beside_them(tmp_path):
     pairs, demonstrations = DATA / "hh_helpful_pairs.jsonl.gz", DATA / "dolly_sft.jsonl.gz"
-    printed = succeed(tmp_path, "dataset=jsonl", f"dataset.path={pairs}", f"dataset.sft_only=[{demonstrations}]", "dataset.max_rows=600")
+    printed = succeed(
+        tmp_path, "dataset=jsonl", f"dataset.path={pairs}", f"dataset.sft_only=[{demonstrations}]", "dataset.max_rows=600", *SMALL_PPO
+    )
     reward = json.loads((step_folder(tmp_path, "reward") / "result.json").read_text())
     assert 0 < reward["accuracy_low"] <= reward["accuracy"] <= reward["accuracy_high"] < 1
     sft = json.loads((step_folder(tmp_path, "sft") / "result.json").read_text())

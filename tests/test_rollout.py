@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from runner.rollout import hf
 from runner.rollout.collect import Models, Reader, final_scores, join, response_logprobs, response_values, sample, score
 from runner.rollout.record import Rollout
 from runner.rollout.sampling import invert, uniforms
+from runner.stages.ppo import State, fill_rewards
 
 every_family = pytest.mark.parametrize("name", NAMES)
 
@@ -38,7 +40,7 @@ def responses(rollout: Rollout) -> list[list[int]]:
 
 def test_uniforms_are_a_function_of_seed_episode_and_token():
     some = uniforms(7, [3, 0, 3, 10**6, 2**40], 5)
-    assert some.dtype == torch.float64 and some.shape == (5, 5) and 0 <= some.min() and some.max() < 1
+    assert some.dtype == torch.float64 and some.shape == (5, 5) and some.min() >= 0 and some.max() < 1
     assert torch.equal(some[0], some[2])
     assert torch.equal(some, uniforms(7, [3, 0, 3, 10**6, 2**40], 9)[:, :5])  # more tokens begin alike
     others = torch.cat([some[[0, 1, 3, 4]], uniforms(8, [3], 5)])
@@ -270,6 +272,42 @@ def test_rows_trims_without_changing_anything(name):
         torch.testing.assert_close(response_values(models.critic, part), rollout.values[chosen, :2], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(final_scores(models.reward, part), rollout.scores[chosen], rtol=1e-5, atol=1e-5)
     assert torch.equal(part.mask, rollout.mask[chosen, :2])
+
+
+def test_rewards_of_a_rollout(cfg):
+    """Scores in standard deviations above the SFT model's, clipped, less the penalty where there is no EOS; then KL, GAE, metrics."""
+    rollout = record([[5, 6], [7], [8]], [[9, EOS], [10, 11], [EOS]])
+    rollout.scores = torch.tensor([3.0, 2.0, 100.0])
+    rollout.logprobs = torch.tensor([[-1.0, -2.0], [-1.0, -1.0], [-3.0, 0.0]])
+    rollout.ref_logprobs = torch.tensor([[-1.5, -1.0], [-1.0, -1.2], [-2.0, 0.0]])
+    rollout.values = torch.tensor([[0.5, 1.0], [0.0, 0.5], [2.0, 0.0]])
+    ppo = replace(cfg.ppo, score_clip=5.0, missing_eos_penalty=1.0, kl_estimator="k1", gamma=1.0, lam=0.5, whiten_advantages=False)
+    found = fill_rewards(replace(cfg, ppo=ppo), rollout, State(kl_coef=0.1, score_mean=1.0, score_std=2.0))
+    # Scores (3 - 1) / 2 = 1; (2 - 1) / 2 - 1 = -0.5 as it does not end; 49.5 clipped to 5
+    # KL 0.5, -1; 0, 0.2; -1, times -0.1, and the score on the last token
+    torch.testing.assert_close(rollout.rewards, torch.tensor([[-0.05, 1.1], [0.0, -0.52], [5.1, 0.0]]))
+    # First row: 1.1 - 1 = 0.1, and -0.05 + 1 - 0.5 + 0.5 * 0.1 = 0.5; second: -0.52 - 0.5 = -1.02, and 0.5 - 0 - 0.51 = -0.01
+    torch.testing.assert_close(rollout.advantages, torch.tensor([[0.5, 0.1], [-0.01, -1.02], [3.1, 0.0]]))
+    torch.testing.assert_close(rollout.returns, torch.tensor([[1.0, 1.1], [-0.01, -0.52], [5.1, 0.0]]))
+    expected = {
+        "objective/scores": (1 - 0.5 + 5) / 3,
+        "objective/kl": (-0.5 + 0.2 - 1) / 3,
+        "objective/non_score_reward": 0.13 / 3,
+        "objective/rlhf_reward": (5.5 + 0.13) / 3,
+        "objective/entropy": (1 + 2 + 1 + 1 + 3) / 5,
+        "rollout/response_length_mean": 5 / 3,
+        "rollout/truncated_rate": 1 / 3,
+        "rollout/score_mean": 35.0,
+        "val/num_eos_tokens": 2,
+        "perf/padding_fraction": 1 - (4 + 5) / 12,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    # Switches
+    ppo = replace(ppo, score_clip=0.0, missing_eos_penalty=0.0)
+    assert fill_rewards(replace(cfg, ppo=ppo), rollout, State(0.1))["objective/scores"] == pytest.approx(35.0)
+    fill_rewards(replace(cfg, ppo=replace(ppo, whiten_advantages=True)), rollout, State(0.1))
+    real = rollout.advantages[rollout.mask.bool()]
+    assert abs(real.mean()) < 1e-6 and real.std(unbiased=False) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_response_index_and_spread_are_inverse():

@@ -5,7 +5,7 @@ random numbers of response i come from (seed, i) alone. Dropout is off in all fo
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -149,12 +149,12 @@ def build(cfg: Config, step: Inputs, tokenizer, device: torch.device) -> Models:
     checkpointing = cfg.hardware.gradient_checkpointing
     options = {"betas": ppo.betas, "eps": ppo.eps}
 
-    args = {"dropout": 0.0, "lora": actor_part.lora, "checkpointing": checkpointing.actor, "sampling": sampling}
+    args = {"dropout": 0.0, "lora": replace(actor_part.lora, dropout=0.0), "checkpointing": checkpointing.actor, "sampling": sampling}
     actor = load_actor(cfg, step.parents["sft"], tokenizer, configs["actor"], **args)
     actor = engine.trainable(
         actor, configs["actor"], lr=ppo.actor_lr, lora_lr=actor_part.lora.lr, weight_decay=ppo.actor_weight_decay, **options
     )
-    args = {"dropout": 0.0, "lora": reward_part.lora, "fresh_head": False, "checkpointing": checkpointing.critic}
+    args = {"dropout": 0.0, "lora": replace(reward_part.lora, dropout=0.0), "fresh_head": False, "checkpointing": checkpointing.critic}
     critic = load_reward(cfg, step.parents["reward"], tokenizer, configs["critic"], **args)
     critic = engine.trainable(
         critic, configs["critic"], lr=ppo.critic_lr, lora_lr=reward_part.lora.lr, weight_decay=ppo.critic_weight_decay, **options

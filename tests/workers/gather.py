@@ -1,4 +1,4 @@
-"""One of two ranks that gather a rollout: `python gather.py <folder> <rank>`, started by tests/test_rollout.py. Imports little but torch."""
+"""One of two ranks that gather a rollout: `python gather.py <folder> <rank>`, started by tests/test_rollout.py. It imports torch alone."""
 
 import sys
 from pathlib import Path

@@ -1,12 +1,15 @@
 """Optimizer steps of every stage, for comparison: the same work on any number of ranks, under any ZeRO stage.
 
-`python update.py <folder> <ZeRO stages>` with RANK, WORLD_SIZE and so on in the environment is one rank. tests/test_engine.py
-prepares the folder, starts the ranks, and compares <folder>/<world>x<zero>.pt, what `updates` returns.
+`python update.py <folder> <world> ...` runs groups of `world` ranks, one group after the other. tests/test_engine.py prepares the
+folder and compares <folder>/<world>x<zero>.pt, what `updates` returns. Ranks are forked: they share the seconds that imports take.
 """
 
 import json
 import os
+import socket
 import sys
+import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +22,18 @@ from safetensors.torch import load_file
 from tiny import EOS, PAD, causal, classifier, configured, rows
 
 from runner import engine, ranks
-from runner.config import Config
+from runner.config import Config, ZeroStages
 from runner.ema import Ema
 from runner.metrics import RunLog
 from runner.models import full_state_dict
-from runner.rollout.collect import Models, Reader, collect
+from runner.rollout.collect import Models, Reader, collect, response_logprobs
 from runner.rollout.record import Rollout
 from runner.stages import ppo, reward, sft
 from runner.worker import Inputs
 
 # So large that AdamW's step is smooth in the gradient: with a small one, a gradient of rounding noise moves a weight as far as any other
 EPS = "1.0"
+ZERO_STAGES = (0, 2, 3)
 LENGTHS = [9, 4, 17, 6, 12, 3, 8, 21, 5, 7, 10]
 PROMPTS = rows([5, 2, 9, 6, 3, 7, 4, 8], seed=3)
 RESPONSES = [1, 9, 3, 2, 6, 4, 8, 5]
@@ -37,23 +41,17 @@ RESPONSES = [1, 9, 3, 2, 6, 4, 8, 5]
 
 def configuration(world: int, zero: int) -> Config:
     """Global batch 8, micro batch 2: on 1, 2 and 4 ranks 4, 2 and 1 micro batches are accumulated."""
-    overrides = [f"hardware.gpus={world}", f"hardware.zero.actor={zero}", f"hardware.zero.critic={zero}"]
-    overrides += [f"hardware.zero.{name}={3 if zero == 3 else 0}" for name in ("ref", "reward")]
-    overrides += [f"hardware.micro_batch.{name}=2" for name in ("sft", "reward", "ppo", "rollout", "score")]
+    overrides = [f"hardware.micro_batch.{name}=2" for name in ("sft", "reward", "ppo", "rollout", "score")]
     # Vectors stay whole under ZeRO-3, matrices are partitioned
     overrides += ["+hardware.deepspeed.zero_optimization.stage3_param_persistence_threshold=64", "hardware.logits_chunk=8"]
     for stage, lr in (("sft", "lr"), ("reward", "lr"), ("ppo", "actor_lr")):
         overrides += [f"{stage}.eps={EPS}", f"{stage}.{lr}=1.0", f"{stage}.warmup=0", f"{stage}.lr_schedule=constant"]
-    overrides += [
-        "sft.global_batch=8",
-        "reward.global_batch=8",
-        "sft.max_steps=2",
-        "reward.max_steps=2",
-        "sft.dropout=0",
-        "sft.prompt_loss=0.5",
-    ]
-    overrides += ["sft.weight_decay=0.1", "ppo.critic_lr=2.0", "ppo.rollout_batch=16", "ppo.minibatches=2"]
-    return configured("model.max_response_tokens=10", "wandb.mode=disabled", "ppo.ptx_coef=0.5", *overrides)
+    overrides += [f"{stage}.{limit}" for stage in ("sft", "reward") for limit in ("global_batch=8", "max_steps=2")]
+    overrides += ["sft.dropout=0", "sft.prompt_loss=0.5", "sft.weight_decay=0.1"]
+    overrides += ["ppo.critic_lr=2.0", "ppo.rollout_batch=16", "ppo.minibatches=2"]
+    cfg = configured("model.max_response_tokens=10", "wandb.mode=disabled", "ppo.ptx_coef=0.5", *overrides)
+    frozen = 3 if zero == 3 else 0
+    return replace(cfg, hardware=replace(cfg.hardware, gpus=world, zero=ZeroStages(zero, zero, frozen, frozen)))
 
 
 def prepare(folder: Path, tokenizer) -> None:
@@ -115,11 +113,13 @@ def fixed_rollout() -> Rollout:
 
 
 def flat(state: dict[str, Tensor]) -> Tensor:
-    return torch.cat([state[name].double().flatten() for name in sorted(state)]) if state else torch.empty(0)
+    """All weights in one vector. The output matrix is the embedding again."""
+    names = [name for name in sorted(state) if name != "lm_head.weight"]
+    return torch.cat([state[name].double().flatten() for name in names]) if names else torch.empty(0)
 
 
 def weights(trained) -> Tensor:
-    """All weights in one vector, on rank 0."""
+    """The engine's weights, on rank 0."""
     return flat(full_state_dict(trained.module, torch.float32))
 
 
@@ -160,20 +160,59 @@ def ppo_update(cfg: Config, folder: Path, device: torch.device) -> dict:
     found["ppo/norms"] = torch.tensor([norms[n] for n in sorted(norms)])
     found |= {"actor": weights(models.actor), "critic": weights(models.critic)}
     ema.update()
+    found["logprobs/own"] = own_logprobs(models)
     with ema.swapped_in():
         found["ema"] = weights(models.actor)
-    found["actor/after"] = weights(models.actor)
+    found["logprobs/again"] = own_logprobs(models)
     return found
+
+
+@torch.no_grad()
+def own_logprobs(models: Models) -> Tensor:
+    return response_logprobs(models.actor, fixed_rollout())[0]
+
+
+def rank(folder: Path, world: int, number: int, port: int) -> None:
+    """The whole life of one rank."""
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    device = ranks.start("cpu")
+    for zero in ZERO_STAGES:
+        found = updates(folder, zero, device)
+        if number == 0:
+            torch.save(found, folder / f"{world}x{zero}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def fork(folder: Path, world: int) -> bool:
+    """Start `world` ranks that have all imports behind them already, and wait. Returns whether all went well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for number in range(world):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        code = 1
+        try:
+            rank(folder, world, number, port)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    return all([os.waitpid(child, 0)[1] == 0 for child in children])
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     engine.skip_cpu_op_builds()
-    device = ranks.start("cpu")
     folder = Path(sys.argv[1])
-    for zero in sys.argv[2].split(","):
-        found = updates(folder, int(zero), device)
-        if ranks.rank() == 0:
-            torch.save(found, folder / f"{ranks.world()}x{zero}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    configuration(1, 0)
+    import torch._inductor.compile_fx  # DeepSpeed's ZeRO would, four seconds in each rank
+
+    sys.exit(0 if all(fork(folder, int(world)) for world in sys.argv[2:]) else 1)

@@ -1,0 +1,561 @@
+"""Engines: one update is the same on any number of ranks and under any ZeRO stage; averages and checkpoints are exact."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache as cached
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import EOS, NAMES, PAD, actor, causal, config, family, predictions, rows, scalar
+from workers import update
+
+from runner import checkpoint, engine
+from runner.config import Lora
+from runner.data import cache
+from runner.data.batches import EMPTY, Batches, pad, pair_batch, pick, sft_batch
+from runner.ema import Ema
+from runner.errors import UserError
+from runner.losses import pairwise_loss, policy_loss, sft_loss, value_loss
+from runner.models import Actor, Scalar, add_lora, full_state_dict, load_causal, load_scalar, parameter_groups
+from runner.plan import engine_configs
+from runner.rollout.collect import Reader, collect, response_logprobs, response_values
+from runner.stages import ppo
+from runner.stages.reward import last_scores
+from runner.stages.sft import loss_weights
+from runner.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# --- one update, whatever the machine ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, tokenizer) -> Path:
+    made = tmp_path_factory.mktemp("updates")
+    update.prepare(made, tokenizer)
+    return made
+
+
+@pytest.fixture(scope="session")
+def on_one_rank(folder, alone):
+    """on_one_rank(zero) -> what `update.updates` gives in this process."""
+    return cached(lambda zero: update.updates(folder, zero, alone))
+
+
+@pytest.fixture(scope="session")
+def on_ranks(folder):
+    """on_ranks(world, zero) -> the same from 2 or 4 processes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, update.__file__, str(folder), "2", "4"]
+    with (folder / "ranks.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(timeout=280)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the ranks too, if they hang
+    assert code == 0, (folder / "ranks.log").read_text()[-5000:]
+    return lambda world, zero: torch.load(folder / f"{world}x{zero}.pt", weights_only=True)
+
+
+BEFORE = {"sft": "actor/before", "reward": "critic/before", "actor": "actor/before", "critic": "critic/before", "ema": "actor/before"}
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    """Weights by how they moved: to 1e-5 of the whole movement. Tokens exactly, other numbers to 1e-5."""
+    assert found.keys() == expected.keys()
+    for name, before in BEFORE.items():
+        moved, wanted = found[name] - found[before], expected[name] - expected[before]
+        assert wanted.norm() > 0.2
+        assert (moved - wanted).norm() < 1e-5 * wanted.norm(), name
+    for name in expected.keys() - BEFORE.keys():
+        exact = not expected[name].is_floating_point() or name.endswith("/before")
+        tolerance = 0 if exact else 1e-5
+        torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_zero_stages_make_the_same_updates(zero, on_one_rank):
+    assert_same(on_one_rank(zero), on_one_rank(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_ranks_makes_the_same_updates(world, zero, on_ranks, on_one_rank):
+    """Two steps of SFT and reward model, the second with empty slots; a rollout; a step of PPO with text beside it."""
+    assert_same(on_ranks(world, zero), on_one_rank(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 3])
+def test_the_average_is_exported_and_the_own_weights_come_back(zero, on_one_rank):
+    found = on_one_rank(zero)
+    # Decay 0.75: a quarter of the way
+    torch.testing.assert_close(found["ema"], 0.75 * found["actor/before"] + 0.25 * found["actor"], rtol=1e-6, atol=1e-6)
+    assert torch.equal(found["logprobs/own"], found["logprobs/again"])
+
+
+def plain_model(folder: Path, stage: str):
+    """The model of a stage without DeepSpeed, as it begins."""
+    cfg = update.configuration(1, 0)
+    tokenizer = load_tokenizer(str(folder / "tokenizer"), chat_template=cfg.model.chat_template)
+    options = {"dtype": torch.float32, "attention": "auto", "dropout": 0.0, "seed": cfg.seed}
+    if stage in ("sft", "actor"):
+        return Actor(load_causal(str(folder / "actor"), tokenizer, **options), "opt", 0)
+    return Scalar(load_scalar(str(folder / "reward"), tokenizer, fresh_head=stage == "reward", **options), "opt")
+
+
+def plain_steps(model, losses, *, lr: float, weight_decay: float, betas) -> tuple[torch.Tensor, list[float]]:
+    """AdamW steps on whole batches. Returns the weights and the gradient norms."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr, lr, weight_decay), lr=lr, betas=tuple(betas), eps=1.0)
+    norms = []
+    for loss in losses:
+        optimizer.zero_grad()
+        loss().backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+    return update.flat(full_state_dict(model, torch.float32)), norms
+
+
+def assert_moved_alike(found, expected, before) -> None:
+    assert (found - expected).norm() < 1e-5 * (expected - before).norm()
+
+
+def whole_batches(folder: Path, stage: str) -> list[list[dict]]:
+    """The rows of each of the two steps, in one batch."""
+    train = cache.load(folder / "data" / stage)[0]
+    batches = Batches(train["length"], 8, 8, world=1, rank=0, seed=update.configuration(1, 0).seed)
+    found = [pick(train, batches.rows(s)[batches.rows(s) != EMPTY]) for s in (0, 1)]
+    assert sorted(map(len, found)) == [3, 8]
+    return found
+
+
+@pytest.mark.slow
+def test_sft_is_plain_gradient_descent_on_whole_batches(folder, on_one_rank):
+    """Mean loss over all (weighted) tokens of the global batch: accumulation, ranks and empty slots leave no trace."""
+    model, sft = plain_model(folder, "sft"), update.configuration(1, 0).sft
+    before, values = update.flat(full_state_dict(model, torch.float32)), []
+
+    def loss_of(made: list[dict]):
+        def loss():
+            batch = sft_batch(made, PAD, sft.prompt_loss)
+            total = loss_weights(np.array([r["length"] for r in made]), np.array([r["prompt_length"] for r in made]), sft.prompt_loss).sum()
+            logprobs, _ = model(batch["ids"], batch["mask"], batch["index"], batch["targets"])
+            assert total == pytest.approx(batch["weights"].sum().item())
+            values.append(sft_loss(logprobs, batch["weights"]) / total)
+            return values[-1]
+
+        return loss
+
+    losses = [loss_of(made) for made in whole_batches(folder, "sft")]
+    weights, norms = plain_steps(model, losses, lr=sft.lr, weight_decay=sft.weight_decay, betas=sft.betas)
+    found = on_one_rank(0)
+    assert_moved_alike(found["sft"], weights, before)
+    logged = found["sft/metrics"].tolist()  # eval, (loss, norm), (loss, norm), eval
+    assert logged[1:5] == pytest.approx([values[0].item(), norms[0], values[1].item(), norms[1]], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_reward_model_is_plain_gradient_descent_on_whole_batches(folder, on_one_rank):
+    model, rm = plain_model(folder, "reward"), update.configuration(1, 0).reward
+    before, values = update.flat(full_state_dict(model, torch.float32)), []
+
+    def loss_of(made: list[dict]):
+        def loss():
+            values.append(pairwise_loss(*last_scores(model, pair_batch(made, PAD)), rm.center_coef) / len(made))
+            return values[-1]
+
+        return loss
+
+    losses = [loss_of(made) for made in whole_batches(folder, "reward")]
+    weights, norms = plain_steps(model, losses, lr=rm.lr, weight_decay=rm.weight_decay, betas=rm.betas)
+    found = on_one_rank(0)
+    assert_moved_alike(found["reward"], weights, before)
+    logged = found["reward/metrics"].tolist()  # (loss, norm, accuracy, mean of the chosen) twice
+    assert [logged[0], logged[1], logged[4], logged[5]] == pytest.approx([values[0].item(), norms[0], values[1].item(), norms[1]], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_ppo_minibatch_is_plain_gradient_descent_on_the_whole_minibatch(folder, on_one_rank, alone):
+    block, rollout = update.configuration(1, 0).ppo, update.fixed_rollout()
+    tokens, mask = float(rollout.lengths.sum()), rollout.mask
+    clip = {"cliprange": block.cliprange, "dual_clip": block.dual_clip, "log_ratio_clamp": block.log_ratio_clamp}
+    models = {name: plain_model(folder, name) for name in ("actor", "critic")}
+    before = {name: update.flat(full_state_dict(model, torch.float32)) for name, model in models.items()}
+    made, facts = whole_batches(folder, "sft")[0], {}
+
+    def actor_loss():
+        logprobs, _ = response_logprobs(models["actor"], rollout)
+        loss, sums = policy_loss(logprobs, rollout.logprobs, rollout.advantages, mask, **clip)
+        facts.update(policy=loss.item(), **{name: value.item() for name, value in sums.items()})
+        text = sft_batch(made, PAD, 0.0)
+        ptx = sft_loss(models["actor"](text["ids"], text["mask"], text["index"], text["targets"])[0], text["weights"])
+        facts["ptx"] = ptx.item()
+        return loss / tokens + block.ptx_coef * ptx / text["weights"].sum()
+
+    def critic_loss():
+        values = response_values(models["critic"], rollout)
+        loss, sums = value_loss(values, rollout.values, rollout.returns, mask, cliprange_value=block.cliprange_value)
+        facts.update(value=loss.item(), **{name: value.item() for name, value in sums.items()})
+        return loss / tokens
+
+    found, norms = on_one_rank(0), {}
+    for name, loss in (("actor", actor_loss), ("critic", critic_loss)):
+        weights, norms[name] = plain_steps(models[name], [loss], lr=getattr(block, f"{name}_lr"), weight_decay=0.0, betas=block.betas)
+        assert_moved_alike(found[name], weights, before[name])
+    assert found["ppo/norms"].tolist() == pytest.approx(norms["actor"] + norms["critic"], rel=1e-5)
+    assert 0.1 < facts["clipfrac"] / tokens < 0.9  # the fixed rollout has clipped and unclipped tokens
+    order = ("policy", "value", "ptx", "ratio", None, "clipfrac", "approxkl", "value_clipfrac")
+    for name, value in zip(order, found["ppo/sums"].tolist(), strict=False):
+        assert name is None or value == pytest.approx(facts[name], rel=1e-5), name
+
+
+# --- the passes over a rollout ----------------------------------------------------------------------------------------
+
+
+def answered(cfg, models, device: torch.device):
+    """A scored rollout of 16 responses, with rewards."""
+    found = collect(models, Reader(PAD, EOS, 10, 4, 4, device), rows(list(range(2, 18)), seed=4), seed=3, episodes=list(range(16)))
+    ppo.fill_rewards(cfg, found, ppo.State(kl_coef=0.1))
+    return found
+
+
+def ppo_models(folder: Path, device: torch.device, lora: Lora | None = None, **changes):
+    """(config, models, their rollout)"""
+    cfg = update.configuration(1, 0)
+    cfg = replace(cfg, ppo=replace(cfg.ppo, ptx_coef=0.0, eps=1e-5, actor_lr=1e-3, critic_lr=1e-3, **changes))
+    if lora:
+        cfg = replace(cfg, model=replace(cfg.model, **{n: replace(getattr(cfg.model, n), lora=lora) for n in ("actor", "reward")}))
+    step = update.inputs(folder, "ppo", folder)
+    models = ppo.build(cfg, step, ppo.tokenizer_for(cfg, step.tokenizer), device)
+    return cfg, models, answered(cfg, models, device)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_ratio_of_the_first_minibatch_is_1(adapters, folder, alone):
+    """Scoring and updating compute the same numbers; dropout is off, that of the adapters too."""
+    lora = Lora(dim=4, alpha=8, dropout=0.5, lr=1e-2, targets=[], train_rest=False) if adapters else None
+    cfg, models, rollout = ppo_models(folder, alone, lora, ppo_epochs=2, early_stop_kl=None)
+    assert (models.ref is None) == adapters
+    torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs, rtol=1e-5, atol=1e-5)
+    first = ppo.update(cfg, models, rollout, None, 0)
+    assert first["policy/updates"] == 4 and first["policy/approxkl_avg"] > 1e-5
+    # The adapters have left zero, where no dropout could be seen
+    rollout = answered(cfg, models, alone)
+    assert (rollout.logprobs - rollout.ref_logprobs).abs().max() > 0.01
+    second = ppo.update(cfg, models, rollout, None, 1)
+    assert max(found["val/first_ratio_error"] for found in (first, second)) < 1e-5
+    with pytest.raises(RuntimeError, match="ratio of the first minibatch is off"):
+        ppo.update(cfg, models, rollout, None, 2)  # the old log-probabilities are not this actor's any more
+
+
+def test_a_rollout_of_another_actor_is_noticed(folder, alone):
+    cfg, models, rollout = ppo_models(folder, alone)
+    rollout.logprobs = rollout.logprobs + 0.01 * rollout.mask
+    with pytest.raises(RuntimeError, match=r"ratio of the first minibatch is off by 0.01 on average \(bound 0.001 in fp32\)"):
+        ppo.update(cfg, models, rollout, None, 0)
+
+
+def test_early_stop_leaves_the_remaining_passes(folder, alone):
+    cfg, models, rollout = ppo_models(folder, alone, ppo_epochs=4, early_stop_kl=1e-9)
+    assert ppo.update(cfg, models, rollout, None, 0)["policy/updates"] == 2  # one pass of two minibatches
+
+
+def test_in_the_warmup_of_the_critic_the_actor_rests(folder, alone):
+    cfg, models, rollout = ppo_models(folder, alone, critic_warmup=1)
+    before = [update.weights(one) for one in (models.actor, models.critic)]
+    found = ppo.update(cfg, models, rollout, None, 0)
+    after = [update.weights(one) for one in (models.actor, models.critic)]
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+    assert "grad_norm/actor" not in found and found["grad_norm/critic"] > 0
+    ppo.update(cfg, models, rollout, None, 1)
+    assert not torch.equal(before[0], update.weights(models.actor))
+
+
+# --- engines in this process ------------------------------------------------------------------------------------------
+
+
+def trainable(model, zero: int = 0, **changes):
+    """An engine with micro batch 2 and 4 accumulation steps."""
+    options = {"lr": 0.1, "lora_lr": 0.3, "weight_decay": 0.01, "betas": (0.9, 0.95), "eps": 1e-8} | changes
+    return engine.trainable(model, engine_configs(update.configuration(1, zero), "sft")["actor"], **options)
+
+
+def bits(trained) -> dict[str, torch.Tensor]:
+    return full_state_dict(trained.module, torch.float32)
+
+
+def train(trained, steps: int) -> float:
+    """Optimizer steps on random rows, drawn from all three generators. Returns the last gradient norm."""
+    trained.train()
+    for _ in range(4 * steps):
+        lengths = [random.randint(4, 9), *np.random.randint(4, 9, 1)]
+        made = [torch.randint(3, 96, (n,)).tolist() for n in lengths]
+        ids, mask = pad(made, PAD)
+        logprobs, _ = trained(ids, mask, *predictions(made, ids.size(1), False))
+        engine.backward(trained, sft_loss(logprobs, torch.ones_like(logprobs)), 50.0)
+        norm = engine.step(trained)
+    return norm
+
+
+def test_set_learning_rate(alone):
+    """Every group gets its share of its own peak."""
+    model = Actor(add_lora(causal("llama"), Lora(dim=2, alpha=4, dropout=0, lr=0.3, targets=[], train_rest=True)), "llama", 0)
+    trained = trainable(model)
+    for share in (0.5, 0.1):
+        engine.set_learning_rate(trained, share)
+        assert {g["peak_lr"]: g["lr"] for g in trained.optimizer.param_groups} == {0.1: 0.1 * share, 0.3: 0.3 * share}
+    engine.set_learning_rate(trained, 0.0)
+    before = bits(trained)
+    train(trained, 1)
+    assert all(torch.equal(before[n], after) for n, after in bits(trained).items())
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_step_returns_the_norm_of_the_whole_gradient_before_clipping(zero, alone):
+    """Stage 0 in fp32 keeps none of its own; before the boundary there is none to report."""
+    made = rows([7, 9])
+    ids, mask = pad(made, PAD)
+    where = predictions(made, ids.size(1), False)
+
+    def loss(model):
+        return sft_loss(model(ids, mask, *where)[0], torch.ones(len(where[0])))
+
+    model = actor("gpt_neox")
+    (loss(model) / 5).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    trained, norms = trainable(actor("gpt_neox"), zero), []
+    for _ in range(4):
+        engine.backward(trained, loss(trained), 4 * 5)  # four times a quarter of it
+        norms.append(engine.step(trained))
+    assert expected > 1.5  # above the clip
+    assert norms == pytest.approx([0.0, 0.0, 0.0, expected], rel=1e-5)
+
+
+def test_a_frozen_model_is_read_only(alone):
+    model = engine.frozen(actor("opt"), {}, alone)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero3_builds_the_checkpoint_and_its_frozen_model_reads_alike(name, alone, tokenizer, tmp_path):
+    """Loading under ZeRO-3, with an embedding that must grow, and a forward pass of a partitioned model."""
+    causal(name).save_pretrained(tmp_path)
+    options = {"dtype": torch.float32, "attention": "auto", "dropout": 0.0, "seed": 5}
+    ds_config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    made, found = rows([7, 4]), []
+    ids, mask = pad(made, PAD)
+    for part in ({}, ds_config):
+        with engine.building(part):
+            model = Actor(load_causal(str(tmp_path), tokenizer, **options), family(name), 0)
+            head = Scalar(load_scalar(str(tmp_path), tokenizer, fresh_head=True, **options), family(name))
+        states = [full_state_dict(m, torch.float32) for m in (model, head)]
+        model, head = (engine.frozen(m, part, alone) for m in (model, head))
+        with torch.no_grad():
+            found.append((states, model(ids, mask, *predictions(made, ids.size(1), False))[0], head(ids, mask)))
+    assert any(hasattr(p, "ds_id") for p in model.parameters())
+    (plain, logprobs, values), (partitioned, *outputs) = found
+    for a, b in zip(plain, partitioned, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    torch.testing.assert_close(outputs, [logprobs, values], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_lora_under_deepspeed_trains_adapters_only_and_exports_the_merged_model(zero, alone, tmp_path):
+    config("llama").save_pretrained(tmp_path)
+    ds_config = engine_configs(update.configuration(1, zero), "sft")["actor"]
+    causal("llama").save_pretrained(tmp_path)
+    tokenizer_like = type("Tokens", (), {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 1, "__len__": lambda self: 96})()
+    with engine.building(ds_config):
+        model = load_causal(str(tmp_path), tokenizer_like, dtype=torch.float32, attention="auto", dropout=0.0, seed=5)
+    model = Actor(add_lora(model, Lora(dim=2, alpha=4, dropout=0, lr=0.3, targets=["q_proj", "v_proj"], train_rest=False)), "llama", 0)
+    trained = trainable(model, zero)
+    before = bits(trained)
+    train(trained, 2)
+    after = bits(trained)
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed == {f"model.layers.{i}.self_attn.{m}_proj.weight" for i in (0, 1) for m in "qv"}
+    # What is exported is what the engine computes
+    plain = causal("llama")
+    plain.load_state_dict(after)
+    made = rows([7, 4])
+    ids, mask = pad(made, PAD)
+    where = predictions(made, ids.size(1), False)
+    trained.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(trained(ids, mask, *where)[0], Actor(plain, "llama", 0)(ids, mask, *where)[0], rtol=1e-4, atol=1e-4)
+
+
+# --- averaged weights -------------------------------------------------------------------------------------------------
+
+
+def test_the_average_moves_where_bf16_would_not():
+    """From 1 towards the next number of bf16, 1 + 1/128, with decay 0.992: 0.008 of it is 1/16000, which bf16 rounds away."""
+    model = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    model.weight.data.fill_(1.0)
+    ema = Ema(model, 0.992)
+    model.weight.data.fill_(1.0078125)
+    ema.update()
+    assert ema.shadow[0].item() == pytest.approx(1 + 0.008 * 0.0078125, abs=1e-7)
+    assert torch.tensor(1.0, dtype=torch.bfloat16).lerp(model.weight.data, 0.008).item() == 1.0
+    for _ in range(199):
+        ema.update()
+    assert ema.shadow[0].item() == pytest.approx(1.0078125 - 0.0078125 * 0.992**200, abs=1e-5)
+    with ema.swapped_in():
+        assert model.weight.item() == 1.0078125  # 1.00625 in bf16
+    assert ema.shadow[0].dtype == torch.float32
+
+
+def test_swapping_in_restores_every_bit_also_after_an_error():
+    model = actor("llama").bfloat16()
+    model.hf.model.embed_tokens.requires_grad_(False)
+    ema = Ema(model, 0.5)
+    own = {n: p.clone() for n, p in model.named_parameters()}
+    ema.shadow = [s + 0.25 for s in ema.shadow]
+    with pytest.raises(KeyError), ema.swapped_in():
+        inside = {n: p.clone() for n, p in model.named_parameters()}
+        raise KeyError
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, own[name])
+        moved = 0.0 if "embed_tokens" in name else 0.25  # what does not train is not averaged
+        torch.testing.assert_close(inside[name].float(), own[name].float() + moved, rtol=1e-2, atol=1e-2)
+
+
+def test_the_average_survives_a_checkpoint():
+    model = actor("llama")
+    first, second = Ema(model, 0.9), Ema(model, 0.9)
+    for parameter in model.parameters():
+        parameter.data.add_(1.0)
+    first.update()
+    second.load({name: tensor.clone() for name, tensor in first.state().items()})
+    for ema in (first, second):
+        ema.update()
+    assert all(torch.equal(a, b) for a, b in zip(first.shadow, second.shadow, strict=True))
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def seeded(seed: int) -> None:
+    torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+
+
+def with_dropout(seed: int, lora: bool):
+    torch.manual_seed(seed)
+    model = causal("opt", seed=0 if lora else seed)  # what adapters leave frozen comes back from the parent, not from the checkpoint
+    for module in model.modules():
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.1
+    if lora:
+        model = add_lora(model, Lora(dim=2, alpha=4, dropout=0.1, lr=0.3, targets=[], train_rest=False))
+    return Actor(model, "opt", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero, lora", [(0, False), (2, False), (3, False), (0, True), (2, True)])
+def test_a_resumed_run_is_the_same_bit_for_bit(zero, lora, alone, tmp_path):
+    """Weights, optimizer, random numbers of torch, numpy and Python, averaged weights, and the stage's own facts."""
+    first = trainable(with_dropout(1, lora), zero)
+    ema = Ema(first.module, 0.9)
+    seeded(11)
+    train(first, 2)
+    ema.update()
+    state = {"kl_coef": 0.1 + 0.2, "before": {"loss": 1 / 3}, "rows": [{"score": -0.5}]}
+    checkpoint.save(tmp_path, 2, {"actor": first}, state, ema.state(), keep_last=1)
+    assert torch.get_rng_state().equal(torch.load(tmp_path / "checkpoints/step_2/rank_0.pt", weights_only=True)["random"]["torch"])
+    train(first, 2)
+    ema.update()
+
+    seeded(99)
+    second = trainable(with_dropout(2, lora), zero)
+    other = Ema(second.module, 0.9)
+    begun = bits(second)
+    step, restored, tensors = checkpoint.restore(tmp_path, {"actor": second})
+    assert (step, restored) == (2, state)
+    other.load(tensors)
+    train(second, 2)
+    other.update()
+    expected, found = bits(first), bits(second)
+    assert any(not torch.equal(begun[n], found[n]) for n in found)
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+    assert all(torch.equal(a, b) for a, b in zip(ema.shadow, other.shadow, strict=True))
+
+
+@pytest.fixture(scope="module")
+def two_engines(alone):
+    return {"actor": trainable(actor("opt"), 2), "critic": trainable(scalar("opt"), 2)}
+
+
+def test_nothing_to_restore(two_engines, tmp_path):
+    assert checkpoint.restore(tmp_path, two_engines) == (0, {}, {})
+
+
+def test_both_engines_come_back(two_engines, tmp_path):
+    before = {name: bits(one) for name, one in two_engines.items()}
+    checkpoint.save(tmp_path, 1, two_engines, {}, None, keep_last=1)
+    train(two_engines["actor"], 1)
+    assert any(not torch.equal(before["actor"][n], t) for n, t in bits(two_engines["actor"]).items())
+    assert checkpoint.restore(tmp_path, two_engines)[0] == 1
+    for name, one in two_engines.items():
+        assert all(torch.equal(before[name][n], t) for n, t in bits(one).items())
+
+
+def test_keep_last_and_the_newest_by_number(two_engines, tmp_path):
+    for step in (2, 9, 10):
+        checkpoint.save(tmp_path, step, two_engines, {"at": step}, None, keep_last=2)
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_9", "step_10"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_10", "step_9"]
+    assert checkpoint.restore(tmp_path, two_engines)[:2] == (10, {"at": 10})
+    # Saving a step again replaces it
+    checkpoint.save(tmp_path, 10, two_engines, {"at": "again"}, None, keep_last=2)
+    assert checkpoint.restore(tmp_path, two_engines)[:2] == (10, {"at": "again"})
+
+
+def test_a_half_written_checkpoint_is_ignored(two_engines, tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 3, two_engines, {"at": 3}, None, keep_last=1)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        checkpoint.save(tmp_path, 4, two_engines, {"at": 4}, None, keep_last=1)
+    folder = tmp_path / "checkpoints"
+    assert (folder / "step_4.tmp" / "state.json").exists()
+    shutil.copytree(folder / "step_3", folder / "step_8")
+    (folder / "step_8" / "state.json").unlink()  # a copy that was cut short
+    assert checkpoint.restore(tmp_path, two_engines)[:2] == (3, {"at": 3})
+    # The next save clears the remains away
+    checkpoint.save(tmp_path, 4, two_engines, {"at": 5}, None, keep_last=1)
+    assert checkpoint.restore(tmp_path, two_engines)[:2] == (4, {"at": 5})
+    assert not (folder / "step_4.tmp").exists()
+
+
+def test_another_number_of_ranks_is_refused(two_engines, tmp_path):
+    checkpoint.save(tmp_path, 3, two_engines, {}, None, keep_last=1)
+    facts = tmp_path / "checkpoints" / "step_3" / "state.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"world_size": 2}))
+    with pytest.raises(UserError, match=r"step_3 was written by 2 ranks with ZeRO .*; this run has 1 with .*delete .*/checkpoints "):
+        checkpoint.restore(tmp_path, two_engines)
+
+
+def test_another_zero_stage_is_refused(two_engines, tmp_path):
+    checkpoint.save(tmp_path, 3, two_engines, {}, None, keep_last=1)
+    with pytest.raises(UserError, match=r"ZeRO \{'actor': 2, 'critic': 2\}; this run has 1 with \{'actor': 0, 'critic': 2\}"):
+        checkpoint.restore(tmp_path, two_engines | {"actor": trainable(actor("opt"), 0)})
+
+
+def test_the_exported_model_of_a_stage_is_its_engines(folder, on_one_rank):
+    """The file that SFT leaves behind, tied matrix once, holds the whole model."""
+    on_one_rank(0)
+    state = load_file(folder / "sft-1x0" / "model" / "model.safetensors")
+    assert "lm_head.weight" not in state and state["model.decoder.embed_tokens.weight"].shape == (320, 32)
