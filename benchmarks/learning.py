@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="more overrides for run.py")
     options = parser.parse_intermixed_args()
     seeds = range(1, 1 + (options.seeds or {"toy": 5, "hh": 3}[options.task]))
-    task = ["dataset=toy"] if options.task == "toy" else HH + [f"dataset.path={options.data}"]
+    task = ["dataset=toy"] if options.task == "toy" else [*HH, f"dataset.path={options.data}"]
     epochs = (1, 4) if options.task == "toy" else (1,)
     rows = [run(options, [*task, f"seed={seed}", f"ppo.ppo_epochs={n}"], seed, n) for seed in seeds for n in epochs]
     print(table(rows))

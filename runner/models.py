@@ -234,7 +234,7 @@ def full_state_dict(wrapper: Wrapper, dtype: torch.dtype) -> dict[str, Tensor]:
     for name, module in wrapper.hf.named_modules():
         own = dict(module.named_parameters(recurse=False)) | dict(_persistent_buffers(module))
         adapter = list(module.parameters()) if _is_lora_layer(module) else []
-        if not own and not adapter or _inside_adapter(name):
+        if not (own or adapter) or _inside_adapter(name):
             continue
         with gathered(adapter or list(own.values())), torch.no_grad():
             if rank == 0 and adapter:

@@ -7,7 +7,6 @@ it becomes text: training, rollouts, `runner.chat` and the exported checkpoint a
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -78,7 +77,7 @@ def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str
     """
     anchor = len(tokenizer(":", add_special_tokens=False).input_ids)
     texts = [": " + response.strip() for response in responses]
-    return [ids[anchor:] + [tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    return [[*ids[anchor:], tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -100,7 +99,3 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def same_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
     """Whether ids mean the same to both: then the reward model can read what the actor wrote."""
     return fingerprint(a) == fingerprint(b)
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    tokenizer.save_pretrained(folder)

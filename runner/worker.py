@@ -75,8 +75,9 @@ def out_of_memory(error: BaseException) -> str | None:
     if type(error).__name__ != "OutOfMemoryError":
         return None
     return (
-        f"the GPU is out of memory ({str(error).splitlines()[0]}). Lower hardware.micro_batch (sft, reward, ppo, rollout or score: the phase is in "
-        "the traceback), raise hardware.zero.actor to 3, set hardware.gradient_checkpointing.actor=true, or train adapters with model.actor.lora.dim=16"
+        f"the GPU is out of memory ({str(error).splitlines()[0]}). Lower hardware.micro_batch (sft, reward, ppo, rollout or score: the "
+        "phase is in the traceback), raise hardware.zero.actor to 3, set hardware.gradient_checkpointing.actor=true, or train adapters "
+        "with model.actor.lora.dim=16"
     )
 
 

@@ -29,7 +29,7 @@ from runner.losses import pairwise_loss, policy_loss, sft_loss, value_loss
 from runner.models import Actor, Scalar, add_lora, full_state_dict, load_causal, load_scalar, parameter_groups
 from runner.plan import engine_configs
 from runner.rollout.collect import Reader, collect, response_logprobs, response_values
-from runner.stages import ppo
+from runner.stages import ppo, ppo_update
 from runner.stages.reward import last_scores
 from runner.stages.sft import loss_weights
 from runner.tokenizer import load_tokenizer
@@ -251,37 +251,37 @@ def test_the_ratio_of_the_first_minibatch_is_1(adapters, folder, alone):
     cfg, models, rollout = ppo_models(folder, alone, lora, ppo_epochs=2, early_stop_kl=None)
     assert (models.ref is None) == adapters
     torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs, rtol=1e-5, atol=1e-5)
-    first = ppo.update(cfg, models, rollout, None, 0)
+    first = ppo_update.update(cfg, models, rollout, None, 0)
     assert first["policy/updates"] == 4 and first["policy/approxkl_avg"] > 1e-5
     # The adapters have left zero, where no dropout could be seen
     rollout = answered(cfg, models, alone)
     assert (rollout.logprobs - rollout.ref_logprobs).abs().max() > 0.01
-    second = ppo.update(cfg, models, rollout, None, 1)
+    second = ppo_update.update(cfg, models, rollout, None, 1)
     assert max(found["val/first_ratio_error"] for found in (first, second)) < 1e-5
     with pytest.raises(RuntimeError, match="ratio of the first minibatch is off"):
-        ppo.update(cfg, models, rollout, None, 2)  # the old log-probabilities are not this actor's any more
+        ppo_update.update(cfg, models, rollout, None, 2)  # the old log-probabilities are not this actor's any more
 
 
 def test_a_rollout_of_another_actor_is_noticed(folder, alone):
     cfg, models, rollout = ppo_models(folder, alone)
     rollout.logprobs = rollout.logprobs + 0.01 * rollout.mask
     with pytest.raises(RuntimeError, match=r"ratio of the first minibatch is off by 0.01 on average \(bound 0.001 in fp32\)"):
-        ppo.update(cfg, models, rollout, None, 0)
+        ppo_update.update(cfg, models, rollout, None, 0)
 
 
 def test_early_stop_leaves_the_remaining_passes(folder, alone):
     cfg, models, rollout = ppo_models(folder, alone, ppo_epochs=4, early_stop_kl=1e-9)
-    assert ppo.update(cfg, models, rollout, None, 0)["policy/updates"] == 2  # one pass of two minibatches
+    assert ppo_update.update(cfg, models, rollout, None, 0)["policy/updates"] == 2  # one pass of two minibatches
 
 
 def test_in_the_warmup_of_the_critic_the_actor_rests(folder, alone):
     cfg, models, rollout = ppo_models(folder, alone, critic_warmup=1)
     before = [update.weights(one) for one in (models.actor, models.critic)]
-    found = ppo.update(cfg, models, rollout, None, 0)
+    found = ppo_update.update(cfg, models, rollout, None, 0)
     after = [update.weights(one) for one in (models.actor, models.critic)]
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
     assert "grad_norm/actor" not in found and found["grad_norm/critic"] > 0
-    ppo.update(cfg, models, rollout, None, 1)
+    ppo_update.update(cfg, models, rollout, None, 1)
     assert not torch.equal(before[0], update.weights(models.actor))
 
 

@@ -268,7 +268,8 @@ def _write(folder: Path, stage: str, dataset: Dataset, made: Iterator[tuple[dict
 
 def _why_empty(counts: Counts) -> str:
     dropped = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.most_common() if n)
-    return f"{counts.train} train, {counts.eval} held out, dropped: {dropped or 'none'}. Give more rows, or change dataset.split or dataset.holdout"
+    found = f"{counts.train} train, {counts.eval} held out, dropped: {dropped or 'none'}"
+    return f"{found}. Give more rows, or change dataset.split or dataset.holdout"
 
 
 def copies_of(weight: float, number: int) -> int:

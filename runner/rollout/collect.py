@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -122,7 +121,3 @@ def final_scores(reward, part: Rollout) -> Tensor:
     ids, mask = part.sequences()
     last = part.prompts.size(1) + part.lengths - 1
     return reward(ids, mask).gather(1, last.unsqueeze(1)).squeeze(1)
-
-
-def episode_numbers(first: int, count: int) -> list[int]:
-    return list(np.arange(first, first + count))

@@ -4,17 +4,16 @@ Every rank holds the whole rollout batch, so statistics are global and minibatch
 random numbers of response i come from (seed, i) alone. Dropout is off in all four models.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from runner import checkpoint, engine, ranks
+from runner import checkpoint, engine
 from runner.config import Config
-from runner.data import cache, toy
-from runner.data.batches import Batches, pick, sft_batch, subset, to
+from runner.data import cache
+from runner.data.batches import Batches
 from runner.ema import Ema
 from runner.losses import (
     adapt_kl_coef,
@@ -23,26 +22,18 @@ from runner.losses import (
     kl_estimate,
     learning_rate,
     masked_mean,
-    policy_loss,
-    sft_loss,
     token_rewards,
-    value_loss,
     whiten,
 )
 from runner.metrics import RunLog
 from runner.models import save_adapter, save_model
-from runner.plan import accumulation, engine_configs, shares_reference, step_batch
-from runner.rollout.collect import Models, Reader, collect, response_logprobs, response_values
+from runner.plan import engine_configs, shares_reference
+from runner.rollout.collect import Models, Reader, collect
 from runner.rollout.record import Rollout
 from runner.stages.build import load_actor, load_reward, tokenizer_for
-from runner.stages.sft import loss_weights
-from runner.tokenizer import decode_response
+from runner.stages.heldout import Evaluator, paired
+from runner.stages.ppo_update import Mixture, update
 from runner.worker import Inputs
-
-# Largest mean |ratio - 1| before the first update of a rollout: scoring and updating must compute the same numbers
-RATIO_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
-# Held-out prompts have random numbers of their own, far from those of training
-EVAL_EPISODE = 2**40
 
 
 @dataclass
@@ -168,24 +159,6 @@ def build(cfg: Config, step: Inputs, tokenizer, device: torch.device) -> Models:
     return Models(actor, critic, ref, engine.frozen(reward, ds_config, device))
 
 
-class Mixture:
-    """The ptx batches: pretraining text or demonstrations, one micro batch beside each micro batch of PPO."""
-
-    def __init__(self, cfg: Config, folder: str, pad: int, device: torch.device):
-        self.rows, _, _ = cache.load(Path(folder))
-        self.pad, self.device = pad, device
-        lengths, prompts = np.asarray(self.rows["length"]), np.asarray(self.rows["prompt_length"])
-        self.weights = loss_weights(lengths, prompts, 0.0)
-        micro = cfg.hardware.micro_batch.ppo
-        self.batches = Batches(lengths, step_batch(cfg, "ppo"), micro, world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
-
-    def at(self, number: int) -> tuple[list[dict], float]:
-        """Micro batches of this rank for optimizer step `number`, and the tokens of the whole step."""
-        here = self.batches.rows(number)
-        micros = [to(sft_batch(pick(self.rows, n), self.pad, 0.0), self.device) for n in self.batches.micro_batches(number)]
-        return micros, float(self.weights[here[here >= 0]].sum())
-
-
 # --- one iteration ----------------------------------------------------------------------------------------------------
 
 
@@ -225,167 +198,7 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
     return {name: float(value) for name, value in facts.items()}
 
 
-def update(cfg: Config, models: Models, rollout: Rollout, mixture: Mixture | None, iteration: int) -> dict[str, float]:
-    """Several passes over a rollout, each in minibatches of one optimizer step. Returns metrics averaged over tokens."""
-    ppo, totals, norms = cfg.ppo, {}, {"grad_norm/actor": [], "grad_norm/critic": []}
-    size = step_batch(cfg, "ppo")
-    train_actor = iteration >= ppo.critic_warmup
-    models.actor.train(), models.critic.train()
-    number = iteration * ppo.ppo_epochs * ppo.minibatches
-    passes = 0
-    for epoch in range(ppo.ppo_epochs):
-        order = np.random.default_rng([cfg.seed, iteration, epoch]).permutation(len(rollout))
-        for k, chosen in enumerate(np.split(order, ppo.minibatches)):
-            text = mixture.at(number + epoch * ppo.minibatches + k) if mixture and train_actor else None
-            sums, grad_norms = minibatch(cfg, models, rollout, chosen[:size], text, train_actor)
-            sums = ranks.total(sums, rollout.lengths.device)
-            if epoch == k == 0:
-                error = sums["ratio_error"] / sums["tokens"]
-                check_first_ratio(error, cfg.hardware.precision)
-            totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
-            for name, norm in grad_norms.items():
-                norms[name].append(norm)
-            passes += 1
-        if ppo.early_stop_kl is not None and sums["approxkl"] / sums["tokens"] > ppo.early_stop_kl:
-            break
-    mean = {name: value / totals["tokens"] for name, value in totals.items()}
-    facts = {
-        "policy/approxkl_avg": mean["approxkl"],
-        "policy/clipfrac_avg": mean["clipfrac"],
-        "policy/entropy_avg": mean["entropy"],
-        "loss/policy_avg": mean["policy_loss"],
-        "loss/value_avg": mean["value_loss"],
-        "val/ratio": mean["ratio"],
-        "val/clipfrac_avg": mean["value_clipfrac"],
-        "val/first_ratio_error": error,
-        "policy/updates": passes,
-    }
-    if text:
-        facts["loss/ptx_avg"] = totals["ptx_loss"] / totals["ptx_tokens"]
-    return facts | {name: float(np.mean(values)) for name, values in norms.items() if values}
-
-
-def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray, text, train_actor: bool) -> tuple[dict, dict]:
-    """One optimizer step of critic and actor. Returns sums over this rank's tokens, and the gradient norms."""
-    ppo, device = cfg.ppo, rollout.lengths.device
-    # The same rows whatever the number of ranks; neighbours in length share a micro batch
-    lengths = (rollout.prompt_lengths + rollout.lengths).cpu().numpy()
-    ordered = chosen[np.argsort(-lengths[chosen], kind="stable")]
-    mine = ordered[ranks.rank() :: ranks.world()]
-    tokens = float(rollout.lengths[torch.as_tensor(chosen, device=device)].sum())
-    texts, text_tokens = text or ([], 0.0)
-    names = ("policy_loss", "value_loss", "ptx_loss", "ratio", "ratio_error", "clipfrac", "approxkl", "value_clipfrac", "entropy")
-    sums = dict.fromkeys(names, torch.zeros((), device=device)) | {
-        "tokens": tokens / ranks.world(),
-        "ptx_tokens": text_tokens / ranks.world(),
-    }
-    norms: dict[str, float] = {}
-
-    def add(facts: dict) -> None:
-        for name, value in facts.items():
-            sums[name] = sums[name] + value.detach()
-
-    micros = np.split(mine, accumulation(cfg, "ppo"))
-    for m, numbers in enumerate(micros):
-        part = rollout.rows(torch.as_tensor(numbers, device=device))
-        mask, last = part.mask, m == len(micros) - 1
-        values = response_values(models.critic, part)
-        loss, facts = value_loss(values, part.values, part.returns, mask, cliprange_value=ppo.cliprange_value)
-        engine.backward(models.critic, loss, tokens)
-        add(facts | {"value_loss": loss})
-        steps = [(models.critic, "grad_norm/critic")]
-        if train_actor:
-            logprobs, entropies = response_logprobs(models.actor, part, with_entropy=True)
-            clip = {"cliprange": ppo.cliprange, "dual_clip": ppo.dual_clip, "log_ratio_clamp": ppo.log_ratio_clamp}
-            loss, facts = policy_loss(logprobs, part.logprobs, part.advantages, mask, **clip)
-            engine.backward(models.actor, loss, tokens)
-            error = ((logprobs - part.logprobs).exp() - 1).abs() * mask
-            add(facts | {"policy_loss": loss, "entropy": (entropies * mask).sum(), "ratio_error": error.sum()})
-            if texts:
-                engine.step(models.actor)  # not yet at the boundary: the text belongs to the same optimizer step
-                batch = texts[m]
-                logprobs, _ = models.actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
-                loss = sft_loss(logprobs, batch["weights"])
-                engine.backward(models.actor, ppo.ptx_coef * loss, text_tokens)
-                add({"ptx_loss": loss})
-            steps.append((models.actor, "grad_norm/actor"))
-        if last and ppo.align_overflow and train_actor:
-            engine.align_overflow(models.actor, models.critic)
-        for trained, name in steps:
-            norm = engine.step(trained)
-            if last:
-                norms[name] = norm
-    return sums, norms
-
-
-def check_first_ratio(error: float, precision: str) -> None:
-    """Before the first update of a rollout, actor and rollout are the same: the ratio must be 1."""
-    if not error <= RATIO_TOLERANCE[precision]:
-        raise RuntimeError(
-            f"the probability ratio of the first minibatch is off by {error:.2g} on average (bound {RATIO_TOLERANCE[precision]:g} in {precision}): "
-            "the update does not compute what the rollout was scored with"
-        )
-
-
-# --- evaluation and export --------------------------------------------------------------------------------------------
-
-
-class Evaluator:
-    """Responses to held-out prompts, always with the same random numbers: differences are the actor's."""
-
-    def __init__(self, cfg: Config, held, tokenizer, models: Models, reader: Reader, log: RunLog):
-        self.cfg, self.tokenizer, self.models, self.reader, self.log = cfg, tokenizer, models, reader, log
-        count = min(cfg.ppo.eval_prompts, len(held))
-        # Every rank answers equally many; with fewer prompts than ranks, some are asked twice
-        count = max(count // ranks.world(), 1) * ranks.world()
-        picked = np.resize(subset(len(held), count), count)
-        chosen = held.select(picked)
-        self.prompts = chosen["input_ids"]
-        self.turns = [json.loads(text) for text in chosen["turns"]]
-        self.judged = any(source.adapter == "toy" for source in cfg.dataset.sources.values())
-
-    def __call__(self, done: int, state: State, calibrate: bool = False) -> tuple[dict, list[dict]]:
-        """Returns mean facts, and one row per prompt. calibrate: set the score normaliser from these responses. Collective."""
-        with self.log.phase("eval"):
-            episodes = [EVAL_EPISODE + n for n in range(len(self.prompts))]
-            rollout = collect(self.models, self.reader, list(self.prompts), self.cfg.seed, episodes, with_values=False)
-        if calibrate:
-            state.score_mean, state.score_std = float(rollout.scores.mean()), max(float(rollout.scores.std()), 1e-3)
-        scores = (rollout.scores - state.score_mean) / state.score_std
-        responses = [
-            decode_response(self.tokenizer, ids[:n]) for ids, n in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)
-        ]
-        judged = [toy.judge(r) for r in responses] if self.judged else [None] * len(responses)
-        facts = {
-            "score": float(scores.mean()),
-            "kl": float(((rollout.logprobs - rollout.ref_logprobs) * rollout.mask).sum(1).mean()),
-            "length": float(rollout.lengths.float().mean()),
-            "truncated_rate": 1 - float(rollout.ended.float().mean()),
-            "judge": float(np.mean(judged)) if self.judged else None,
-        }
-        judge = f"  judge {facts['judge']:+.3f}" if self.judged else ""
-        headline = f"held-out score {facts['score']:+.2f}  kl {facts['kl']:.2f}  length {facts['length']:.0f}{judge}"
-        metrics = {f"eval/{k}": v for k, v in facts.items() if v is not None}
-        self.log.record(done, metrics | {"episode": done * self.cfg.ppo.rollout_batch}, headline)
-        asked = [t[-1]["content"] for t in self.turns]
-        rows = zip(asked, responses, scores.tolist(), judged, strict=True)
-        return facts, [{"prompt": p, "response": r, "score": s, "judge": j} for p, r, s, j in rows]
-
-
-def paired(before: list[dict], after: list[dict]) -> list[dict]:
-    """SFT's response beside PPO's, for every held-out prompt."""
-    return [
-        {
-            "prompt": old["prompt"],
-            "sft": old["response"],
-            "ppo": new["response"],
-            "sft_score": old["score"],
-            "ppo_score": new["score"],
-            "sft_judge": old["judge"],
-            "ppo_judge": new["judge"],
-        }
-        for old, new in zip(before, after, strict=True)
-    ]
+# --- export -----------------------------------------------------------------------------------------------------------
 
 
 def export(cfg: Config, folder: Path, models: Models, ema: Ema | None, tokenizer) -> dict[str, str | None]:

@@ -28,7 +28,7 @@ from runner.metrics import RunLog
 from runner.models import full_state_dict
 from runner.rollout.collect import Models, Reader, collect, response_logprobs
 from runner.rollout.record import Rollout
-from runner.stages import ppo, reward, sft
+from runner.stages import ppo, ppo_update, reward, sft
 from runner.worker import Inputs
 
 # So large that AdamW's step is smooth in the gradient: with a small one, a gradient of rounding noise moves a weight as far as any other
@@ -136,10 +136,10 @@ def updates(folder: Path, zero: int, device: torch.device) -> dict:
             names = ("train/loss", "grad_norm", "eval/loss", "train/accuracy", "reward/chosen_mean")
             found[f"{stage}/metrics"] = torch.tensor([line[name] for line in lines for name in names if name in line])
             found[stage] = flat(load_file(work / "model" / "model.safetensors"))
-    return found | ppo_update(cfg, folder, device)
+    return found | ppo_results(cfg, folder, device)
 
 
-def ppo_update(cfg: Config, folder: Path, device: torch.device) -> dict:
+def ppo_results(cfg: Config, folder: Path, device: torch.device) -> dict:
     """A rollout, one minibatch with ptx text on a fixed rollout, and the average of the weights before and after it."""
     step = inputs(folder, "ppo", folder)
     tokenizer = ppo.tokenizer_for(cfg, step.tokenizer)
@@ -154,8 +154,8 @@ def ppo_update(cfg: Config, folder: Path, device: torch.device) -> dict:
     models.actor.train(), models.critic.train()
     for one in (models.actor, models.critic):
         engine.set_learning_rate(one, 1.0)
-    text = ppo.Mixture(cfg, step.ptx, PAD, device).at(0)
-    sums, norms = ppo.minibatch(cfg, models, fixed_rollout(), np.array([3, 1, 7, 0, 2, 6, 4, 5]), text, train_actor=True)
+    text = ppo_update.Mixture(cfg, step.ptx, PAD, device).at(0)
+    sums, norms = ppo_update.minibatch(cfg, models, fixed_rollout(), np.array([3, 1, 7, 0, 2, 6, 4, 5]), text, train_actor=True)
     found["ppo/sums"] = torch.tensor(list(ranks.total(sums, device).values()))
     found["ppo/norms"] = torch.tensor([norms[n] for n in sorted(norms)])
     found |= {"actor": weights(models.actor), "critic": weights(models.critic)}

@@ -1,0 +1,139 @@
+"""The update of PPO: several passes over a rollout, in minibatches of one optimizer step of critic and actor each."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from runner import engine, ranks
+from runner.config import Config
+from runner.data import cache
+from runner.data.batches import Batches, pick, sft_batch, to
+from runner.losses import policy_loss, sft_loss, value_loss
+from runner.plan import accumulation, step_batch
+from runner.rollout.collect import Models, response_logprobs, response_values
+from runner.rollout.record import Rollout
+from runner.stages.sft import loss_weights
+
+# Largest mean |ratio - 1| before the first update of a rollout: scoring and updating must compute the same numbers
+RATIO_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
+
+
+class Mixture:
+    """The ptx batches: pretraining text or demonstrations, one micro batch beside each micro batch of PPO."""
+
+    def __init__(self, cfg: Config, folder: str, pad: int, device: torch.device):
+        self.rows, _, _ = cache.load(Path(folder))
+        self.pad, self.device = pad, device
+        lengths, prompts = np.asarray(self.rows["length"]), np.asarray(self.rows["prompt_length"])
+        self.weights = loss_weights(lengths, prompts, 0.0)
+        micro = cfg.hardware.micro_batch.ppo
+        self.batches = Batches(lengths, step_batch(cfg, "ppo"), micro, world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
+
+    def at(self, number: int) -> tuple[list[dict], float]:
+        """Micro batches of this rank for optimizer step `number`, and the tokens of the whole step."""
+        here = self.batches.rows(number)
+        micros = [to(sft_batch(pick(self.rows, n), self.pad, 0.0), self.device) for n in self.batches.micro_batches(number)]
+        return micros, float(self.weights[here[here >= 0]].sum())
+
+
+def update(cfg: Config, models: Models, rollout: Rollout, mixture: Mixture | None, iteration: int) -> dict[str, float]:
+    """Several passes over a rollout, each in minibatches of one optimizer step. Returns metrics averaged over tokens."""
+    ppo, totals, norms = cfg.ppo, {}, {"grad_norm/actor": [], "grad_norm/critic": []}
+    size = step_batch(cfg, "ppo")
+    train_actor = iteration >= ppo.critic_warmup
+    models.actor.train(), models.critic.train()
+    number = iteration * ppo.ppo_epochs * ppo.minibatches
+    passes = 0
+    for epoch in range(ppo.ppo_epochs):
+        order = np.random.default_rng([cfg.seed, iteration, epoch]).permutation(len(rollout))
+        for k, chosen in enumerate(np.split(order, ppo.minibatches)):
+            text = mixture.at(number + epoch * ppo.minibatches + k) if mixture and train_actor else None
+            sums, grad_norms = minibatch(cfg, models, rollout, chosen[:size], text, train_actor)
+            sums = ranks.total(sums, rollout.lengths.device)
+            if epoch == k == 0:
+                error = sums["ratio_error"] / sums["tokens"]
+                check_first_ratio(error, cfg.hardware.precision)
+            totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+            for name, norm in grad_norms.items():
+                norms[name].append(norm)
+            passes += 1
+        if ppo.early_stop_kl is not None and sums["approxkl"] / sums["tokens"] > ppo.early_stop_kl:
+            break
+    mean = {name: value / totals["tokens"] for name, value in totals.items()}
+    facts = {
+        "policy/approxkl_avg": mean["approxkl"],
+        "policy/clipfrac_avg": mean["clipfrac"],
+        "policy/entropy_avg": mean["entropy"],
+        "loss/policy_avg": mean["policy_loss"],
+        "loss/value_avg": mean["value_loss"],
+        "val/ratio": mean["ratio"],
+        "val/clipfrac_avg": mean["value_clipfrac"],
+        "val/first_ratio_error": error,
+        "policy/updates": passes,
+    }
+    if text:
+        facts["loss/ptx_avg"] = totals["ptx_loss"] / totals["ptx_tokens"]
+    return facts | {name: float(np.mean(values)) for name, values in norms.items() if values}
+
+
+def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray, text, train_actor: bool) -> tuple[dict, dict]:
+    """One optimizer step of critic and actor. Returns sums over this rank's tokens, and the gradient norms."""
+    ppo, device = cfg.ppo, rollout.lengths.device
+    # The same rows whatever the number of ranks; neighbours in length share a micro batch
+    lengths = (rollout.prompt_lengths + rollout.lengths).cpu().numpy()
+    ordered = chosen[np.argsort(-lengths[chosen], kind="stable")]
+    mine = ordered[ranks.rank() :: ranks.world()]
+    tokens = float(rollout.lengths[torch.as_tensor(chosen, device=device)].sum())
+    texts, text_tokens = text or ([], 0.0)
+    names = ("policy_loss", "value_loss", "ptx_loss", "ratio", "ratio_error", "clipfrac", "approxkl", "value_clipfrac", "entropy")
+    sums = dict.fromkeys(names, torch.zeros((), device=device)) | {
+        "tokens": tokens / ranks.world(),
+        "ptx_tokens": text_tokens / ranks.world(),
+    }
+    norms: dict[str, float] = {}
+
+    def add(facts: dict) -> None:
+        for name, value in facts.items():
+            sums[name] = sums[name] + value.detach()
+
+    micros = np.split(mine, accumulation(cfg, "ppo"))
+    for m, numbers in enumerate(micros):
+        part = rollout.rows(torch.as_tensor(numbers, device=device))
+        mask, last = part.mask, m == len(micros) - 1
+        values = response_values(models.critic, part)
+        loss, facts = value_loss(values, part.values, part.returns, mask, cliprange_value=ppo.cliprange_value)
+        engine.backward(models.critic, loss, tokens)
+        add(facts | {"value_loss": loss})
+        steps = [(models.critic, "grad_norm/critic")]
+        if train_actor:
+            logprobs, entropies = response_logprobs(models.actor, part, with_entropy=True)
+            clip = {"cliprange": ppo.cliprange, "dual_clip": ppo.dual_clip, "log_ratio_clamp": ppo.log_ratio_clamp}
+            loss, facts = policy_loss(logprobs, part.logprobs, part.advantages, mask, **clip)
+            engine.backward(models.actor, loss, tokens)
+            error = ((logprobs - part.logprobs).exp() - 1).abs() * mask
+            add(facts | {"policy_loss": loss, "entropy": (entropies * mask).sum(), "ratio_error": error.sum()})
+            if texts:
+                engine.step(models.actor)  # not yet at the boundary: the text belongs to the same optimizer step
+                batch = texts[m]
+                logprobs, _ = models.actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
+                loss = sft_loss(logprobs, batch["weights"])
+                engine.backward(models.actor, ppo.ptx_coef * loss, text_tokens)
+                add({"ptx_loss": loss})
+            steps.append((models.actor, "grad_norm/actor"))
+        if last and ppo.align_overflow and train_actor:
+            engine.align_overflow(models.actor, models.critic)
+        for trained, name in steps:
+            norm = engine.step(trained)
+            if last:
+                norms[name] = norm
+    return sums, norms
+
+
+def check_first_ratio(error: float, precision: str) -> None:
+    """Before the first update of a rollout, actor and rollout are the same: the ratio must be 1."""
+    if not error <= RATIO_TOLERANCE[precision]:
+        raise RuntimeError(
+            f"the probability ratio of the first minibatch is off by {error:.2g} on average (bound {RATIO_TOLERANCE[precision]:g} in "
+            f"{precision}): the update does not compute what the rollout was scored with"
+        )
