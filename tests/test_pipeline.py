@@ -172,7 +172,7 @@ def kill_worker_after(process: subprocess.Popen, happened) -> None:
 
 def test_a_sweep_trains_the_parents_once_and_ends_with_a_table(finished):
     store, _ = finished
-    printed = succeed(store, "-m", *STATEFUL, "ppo.kl_coef=0.05,0.2", "ppo.max_steps=1")
+    printed = succeed(store, *STATEFUL, "ppo.kl_coef=0.05,0.2", "ppo.max_steps=1", "-m")
     assert len(list(store.glob("sft-*"))) == len(list(store.glob("reward-*"))) == 1
     assert len(list(store.glob("ppo-*"))) == 3
     table = printed[printed.index("Sweep of") :]
