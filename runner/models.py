@@ -269,7 +269,7 @@ def _merged(name: str, module: nn.Module, dtype: torch.dtype) -> dict[str, Tenso
     base = module.base_layer
     weight = base.weight.float() + module.get_delta_weight("default").float()
     state = {f"{name}.weight": weight.to("cpu", dtype)}
-    if base.bias is not None:
+    if getattr(base, "bias", None) is not None:  # an embedding has none
         state[f"{name}.bias"] = base.bias.detach().to("cpu", dtype, copy=True)
     return state
 

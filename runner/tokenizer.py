@@ -61,9 +61,17 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
+def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Text without what the tokenizer would read as special tokens: a "</s>" in the data must not end a response."""
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    return text
+
+
 def render_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> str:
     """The text that the model is given: the dialogue so far and the opening of its reply."""
-    return tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False)
+    turns = [turn | {"content": plain(tokenizer, turn["content"])} for turn in turns]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Sequence[Turn]]) -> list[list[int]]:
@@ -76,7 +84,7 @@ def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str
     Tokenised behind a colon, which is then cut off: SentencePiece would put a second space before the first word.
     """
     anchor = len(tokenizer(":", add_special_tokens=False).input_ids)
-    texts = [": " + response.strip() for response in responses]
+    texts = [": " + plain(tokenizer, response).strip() for response in responses]
     return [[*ids[anchor:], tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
 

@@ -784,3 +784,11 @@ def test_real_data_is_read_and_split_without_overlap(cfg):
     assert len(found["reward"]) == pytest.approx(0.4 * 6183, rel=0.08)
     dropped = sum(counts["sft"].dropped.values())
     assert by_source["sft_only_0"] + by_source["sft_only_1"] + dropped == sum(sizes.values()) - 6183
+
+
+def test_special_tokens_in_the_text_of_a_dialogue_are_not_special(tokenizer):
+    eos = tokenizer.eos_token
+    (response,) = encode_responses(tokenizer, [f"calm {eos} bright"])
+    assert response.count(tokenizer.eos_token_id) == 1 and response[-1] == tokenizer.eos_token_id
+    (prompt,) = encode_prompts(tokenizer, [[{"role": "user", "content": f"calm {eos}{tokenizer.pad_token}"}]])
+    assert tokenizer.eos_token_id not in prompt and tokenizer.pad_token_id not in prompt

@@ -36,7 +36,7 @@ class Rollout:
         return (positions < self.lengths.unsqueeze(1)).float()
 
     def sequences(self) -> tuple[Tensor, Tensor]:
-        """Prompt and response in one row, and its attention mask, cut to the longest row. (B, P + R) each."""
+        """Prompt and response in one row, and its attention mask. (B, P + R) each."""
         ids = torch.cat([self.prompts, self.responses], dim=1)
         width = self.prompts.size(1)
         prompt_mask = torch.arange(width, device=ids.device) >= (width - self.prompt_lengths).unsqueeze(1)
