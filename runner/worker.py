@@ -5,22 +5,7 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a stage is given, from step.json."""
-
-    folder: Path
-    stage: str
-    key: str
-    parents: dict[str, str]  # stage -> model folder or hub id
-    tokenizer: str
-    base: str | None  # first weights of SFT and reward model
-    data: str  # cache folder of the tokenised data
-    ptx: str | None  # cache folder of the ptx mixture
 
 
 def main(folder: Path) -> None:
@@ -46,6 +31,7 @@ def work(folder: Path) -> None:
     from runner.config import load
     from runner.metrics import RunLog
     from runner.stages import ppo, reward, sft
+    from runner.stages.build import Inputs
 
     cfg = load(folder / "config.yaml")
     inputs = Inputs(folder=folder, **json.loads((folder / "step.json").read_text()))

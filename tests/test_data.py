@@ -237,7 +237,7 @@ def test_sft_batch_with_prompt_loss():
 @pytest.mark.parametrize("prompt_loss", [0.0, 0.5])
 def test_loss_weights_of_the_data_are_those_of_the_batches(prompt_loss):
     """SFT divides by the weights of the whole step, which it knows from lengths alone."""
-    from runner.stages.sft import loss_weights
+    from runner.data.batches import loss_weights
 
     for row in (r for r in SFT_ROWS if r):
         expected = sft_batch([row], 0, prompt_loss)["weights"].sum()

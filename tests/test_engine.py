@@ -22,7 +22,7 @@ from workers import update
 from runner import checkpoint, engine
 from runner.config import Lora
 from runner.data import cache
-from runner.data.batches import EMPTY, Batches, pad, pair_batch, pick, sft_batch
+from runner.data.batches import EMPTY, Batches, loss_weights, pad, pair_batch, pick, sft_batch
 from runner.ema import Ema
 from runner.errors import UserError
 from runner.losses import pairwise_loss, policy_loss, sft_loss, value_loss
@@ -31,7 +31,6 @@ from runner.plan import engine_configs
 from runner.rollout.collect import Reader, collect, response_logprobs, response_values
 from runner.stages import ppo, ppo_update
 from runner.stages.reward import last_scores
-from runner.stages.sft import loss_weights
 from runner.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

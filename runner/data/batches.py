@@ -107,6 +107,12 @@ def sft_batch(rows: list[dict | None], fill: int, prompt_loss: float) -> dict[st
     }
 
 
+def loss_weights(lengths: np.ndarray, prompts: np.ndarray, prompt_loss: float) -> np.ndarray:
+    """Sum of the loss weights of each row. The very first token is never predicted."""
+    responses = lengths - np.maximum(prompts, 1)
+    return responses + prompt_loss * np.maximum(prompts - 1, 0)
+
+
 def pair_batch(rows: list[dict | None], fill: int) -> dict[str, Tensor]:
     """Reward rows -> ids, mask (2B, T), the chosen first, then the rejected; real (B,) is 0 for empty slots."""
     both = [row["chosen_ids"] if row else [] for row in rows] + [row["rejected_ids"] if row else [] for row in rows]

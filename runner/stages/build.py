@@ -1,6 +1,8 @@
 """From the config to models in engines: what SFT, reward model and PPO build alike."""
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -9,6 +11,20 @@ from runner.config import Config, Lora
 from runner.data.sources import is_local
 from runner.models import Actor, Scalar, add_lora, load_causal, load_scalar
 from runner.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage is given, from step.json."""
+
+    folder: Path
+    stage: str
+    key: str
+    parents: dict[str, str]  # stage -> model folder or hub id
+    tokenizer: str
+    base: str | None  # first weights of SFT and reward model
+    data: str  # cache folder of the tokenised data
+    ptx: str | None  # cache folder of the ptx mixture
 
 
 def tokenizer_for(cfg: Config, path: str, revision: str | None = None):

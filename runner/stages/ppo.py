@@ -30,10 +30,9 @@ from runner.models import save_adapter, save_model
 from runner.plan import engine_configs, shares_reference
 from runner.rollout.collect import Models, Reader, collect
 from runner.rollout.record import Rollout
-from runner.stages.build import load_actor, load_reward, tokenizer_for
+from runner.stages.build import Inputs, load_actor, load_reward, tokenizer_for
 from runner.stages.heldout import Evaluator, paired
 from runner.stages.ppo_update import Mixture, update
-from runner.worker import Inputs
 
 
 @dataclass

@@ -8,12 +8,11 @@ import torch
 from runner import engine, ranks
 from runner.config import Config
 from runner.data import cache
-from runner.data.batches import Batches, pick, sft_batch, to
+from runner.data.batches import Batches, loss_weights, pick, sft_batch, to
 from runner.losses import policy_loss, sft_loss, value_loss
 from runner.plan import accumulation, step_batch
 from runner.rollout.collect import Models, response_logprobs, response_values
 from runner.rollout.record import Rollout
-from runner.stages.sft import loss_weights
 
 # Largest mean |ratio - 1| before the first update of a rollout: scoring and updating must compute the same numbers
 RATIO_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}

@@ -13,8 +13,7 @@ from runner.losses import learning_rate, pairwise_loss, wilson_interval
 from runner.metrics import RunLog
 from runner.models import count_parameters, save_adapter, save_model
 from runner.plan import engine_configs
-from runner.stages.build import load_reward, tokenizer_for
-from runner.worker import Inputs
+from runner.stages.build import Inputs, load_reward, tokenizer_for
 
 
 def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:

@@ -9,13 +9,12 @@ import torch
 from runner import checkpoint, engine, ranks
 from runner.config import Config
 from runner.data import cache
-from runner.data.batches import EMPTY, Batches, pick, sft_batch, shard, subset, to
+from runner.data.batches import EMPTY, Batches, loss_weights, pick, sft_batch, shard, subset, to
 from runner.losses import learning_rate, sft_loss
 from runner.metrics import RunLog
 from runner.models import count_parameters, save_adapter, save_model
 from runner.plan import engine_configs
-from runner.stages.build import load_actor, tokenizer_for
-from runner.worker import Inputs
+from runner.stages.build import Inputs, load_actor, tokenizer_for
 
 
 def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
@@ -101,12 +100,6 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             save_adapter(wrapper, step.folder / "adapter")
     facts = {f"{k}_before": v for k, v in before.items()} | {f"{k}_after": v for k, v in latest.items()}
     log.result({"steps": total, "data": counts, "tokens": tokens_seen, **facts})
-
-
-def loss_weights(lengths: np.ndarray, prompts: np.ndarray, prompt_loss: float) -> np.ndarray:
-    """Sum of the loss weights of each row. The very first token is never predicted."""
-    responses = lengths - np.maximum(prompts, 1)
-    return responses + prompt_loss * np.maximum(prompts - 1, 0)
 
 
 def padding(lengths: np.ndarray, rows: np.ndarray, micro: int) -> float:

@@ -29,7 +29,7 @@ from runner.models import full_state_dict
 from runner.rollout.collect import Models, Reader, collect, response_logprobs
 from runner.rollout.record import Rollout
 from runner.stages import ppo, ppo_update, reward, sft
-from runner.worker import Inputs
+from runner.stages.build import Inputs
 
 # So large that AdamW's step is smooth in the gradient: with a small one, a gradient of rounding noise moves a weight as far as any other
 EPS = "1.0"
