@@ -460,7 +460,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
     [
         ("a.csv", b"x,y\n", "unknown format; use one of .json, .jsonl"),
         ("a.jsonl", b'{"prompt": "\xff"}\n', "cannot be read: .*UTF-8"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 100)[:-20], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 100, mtime=0)[:-20], "cannot be read"),
         ("a.json", b'[{"prompt": "x"},\n oops]', r"a.json:2: not valid JSON"),
         ("a.parquet", b"nothing", "is no Parquet file"),
     ],
