@@ -230,7 +230,13 @@ def test_families_ranks_zero_stages_and_adapters(name, tmp_path):
 def test_real_dialogues_with_demonstrations_beside_them(tmp_path):
     pairs, demonstrations = DATA / "hh_helpful_pairs.jsonl.gz", DATA / "dolly_sft.jsonl.gz"
     printed = succeed(
-        tmp_path, "dataset=jsonl", f"dataset.path={pairs}", f"dataset.sft_only=[{demonstrations}]", "dataset.max_rows=600", *SMALL_PPO
+        tmp_path,
+        "dataset=jsonl",
+        f"dataset.path={pairs}",
+        f"dataset.sft_only=[{demonstrations}]",
+        "dataset.max_rows=1500",
+        "model.max_response_tokens=96",
+        *SMALL_PPO,
     )
     reward = json.loads((step_folder(tmp_path, "reward") / "result.json").read_text())
     assert 0 < reward["accuracy_low"] <= reward["accuracy"] <= reward["accuracy_high"] < 1
