@@ -1,6 +1,6 @@
 """Typos on the command line, found before Hydra runs: Hydra has no did-you-mean, and its hint to add a `+` is harmful here."""
 
-import importlib.util
+import importlib.metadata
 import re
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from runner.errors import UserError
 
 # Options of Hydra that take the next word
 TAKES_A_WORD = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir", "-i", "--info")
-LAUNCHERS = {"joblib": "hydra_joblib_launcher", "submitit": "hydra_submitit_launcher"}
+LAUNCHERS = {"joblib": "hydra-joblib-launcher", "submitit": "hydra-submitit-launcher"}
 
 
 def check_overrides(argv: list[str], conf: Path) -> list[str]:
@@ -70,8 +70,8 @@ def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: st
 
 
 def _check_launcher(name: str) -> None:
-    plugin = next((module for prefix, module in LAUNCHERS.items() if name.startswith(prefix)), None)
-    if plugin and importlib.util.find_spec(f"hydra_plugins.{plugin}") is None:
+    package = next((package for prefix, package in LAUNCHERS.items() if name.startswith(prefix)), None)
+    if package and not any(importlib.metadata.distributions(name=package)):
         raise UserError(f"hydra/launcher={name} is not installed: type .venv/bin/pip install -c constraints.txt -e '.[sweep]'")
 
 
