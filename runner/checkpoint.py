@@ -1,112 +1,365 @@
-"""Checkpoints of a step: engines, random numbers of every rank, and the stage's own state.
+"""Checkpoints of a step: complete or absent at every instant, verified when read, and readable by any number of ranks.
 
-A checkpoint is written beside its final place and moved there by one rename when every rank is done: it is complete or
-absent. The number of steps done is the position of the data; see runner/data/batches.py.
+    checkpoints/step_12/           (step_12_3: in the middle of a PPO iteration, after 3 of its optimizer steps)
+      actor.rank_0.safetensors   shards of weights and AdamW moments (runner/shards.py), one file per engine and rank
+      shared.safetensors         tensors that all ranks hold alike: an unfinished rollout
+      rank_0.json                random states of the rank, and the hashes of its files
+      manifest.json              written last: step, state of the stage, hashes of all files
+
+A checkpoint grows in step_12.tmp; when every rank is done, rank 0 writes the manifest and renames the folder. Nothing is
+pickled. The number of steps done is the position of the data; see runner/data/batches.py.
 """
 
+import errno
+import hashlib
 import json
-import os
 import random
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from runner import ranks
+from runner import ranks, stop
+from runner.config import Config
 from runner.errors import UserError
+from runner.files import flush, put_in_place
+from runner.metrics import RunLog
+from runner.shards import MOMENTS, Shard, make_moments, publish, scaler_state, set_scaler_state, shards, steps_taken
+from runner.stop import Stopped
+
+MANIFEST = "manifest.json"
+# Left free on the disk beside a checkpoint, for logs and exports
+SPARE_BYTES = 64 << 20
 
 
-def due(every: int, done: int, total: int) -> bool:
-    """Whether a checkpoint is saved after step `done`: every so many steps, and after the last one."""
-    return done == total or (every > 0 and done % every == 0)
+class Checkpoints:
+    """Saves and restores one step. Every method is collective.
 
-
-def save(folder: Path, step: int, engines: dict, state: dict, tensors: dict | None, keep_last: int) -> None:
-    """Write checkpoints/step_<step>. Collective.
-
-    Args: engines: name -> DeepSpeed engine. state: JSON facts, the same on every rank. tensors: this rank's own (EMA, say).
+    Args: folder: of the step. engines: name -> DeepSpeed engine. average: the averaged actor, whose shards are saved too.
     """
-    final = folder / "checkpoints" / f"step_{step}"
-    work = final.with_suffix(".tmp")
-    if ranks.rank() == 0:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    dist.barrier()
-    for name, engine in engines.items():
-        # Frozen weights come back from the parent's checkpoint, which the step's key pins
-        engine.save_checkpoint(str(work), tag=name, save_latest=False, exclude_frozen_parameters=True)
-    torch.save({"random": _random_state(), "tensors": tensors or {}}, work / f"rank_{ranks.rank()}.pt")
-    dist.barrier()
-    if ranks.rank() == 0:
-        facts = {
-            "step": step,
-            "world_size": ranks.world(),
-            "zero": {n: e.zero_optimization_stage() for n, e in engines.items()},
-            "state": state,
-        }
-        (work / "state.json").write_text(json.dumps(facts))
-        _flush(work)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(work, final)
-        for old in complete(folder)[:-keep_last]:
-            shutil.rmtree(old)
-    dist.barrier()
+
+    def __init__(self, folder: Path, key: str, cfg: Config, engines: dict, log: RunLog, average=None):
+        self.folder, self.key, self.cfg, self.engines, self.log, self.average = folder, key, cfg, engines, log, average
+        self.saved: str | None = None  # name of the newest checkpoint that is safe, or on its way
+        self.best = -np.inf
+        self._writer: Writer | None = None
+
+    # --- the loop's side ---
+
+    def after(self, done: int, total: int, state: dict, score: float | None = None) -> None:
+        """To be called after every step: saves when it is due, or when someone asked to stop; then raises Stopped.
+
+        Args: state: JSON facts of the stage, the same on every rank. score: of an evaluation at this step; more is better.
+        """
+        every, reason = self.cfg.checkpoint.every, stop.asked()
+        best = score is not None and self.cfg.checkpoint.keep_best > 0 and score > self.best
+        self.best = max(self.best, score if score is not None else -np.inf)
+        if reason or best or done == total or (every > 0 and done % every == 0):
+            self.save(f"step_{done}", done, state, score)
+        else:
+            self._poll()
+        if reason:
+            self.finish()
+            raise Stopped(f"{reason} at step {done} of {total}")
+
+    def leave(self, reason: str, name: str, step: int, total: int, state: dict, shared: dict[str, Tensor] | None = None) -> None:
+        """Save in the middle of a step, and raise Stopped."""
+        self.save(name, step, state, shared=shared)
+        self.finish()
+        raise Stopped(f"{reason} in step {step + 1} of {total}")
+
+    def save(self, name: str, step: int, state: dict, score: float | None = None, shared: dict[str, Tensor] | None = None) -> None:
+        """Write checkpoints/<name>, in the background if the config says so. shared: tensors that every rank holds alike."""
+        if self.saved == name:
+            return
+        self.finish()
+        started = time.monotonic()
+        with self.log.phase("checkpoint"):
+            files = self._snapshot(shared or {})
+            self._make_room(sum(t.nbytes for tensors in files.values() for t in tensors.values()))
+            facts = {"step": step, "key": self.key, "world_size": ranks.world(), "score": score, "state": state}
+            facts |= {"steps_taken": {n: steps_taken(e) for n, e in self.engines.items()}, "metrics_bytes": self.log.position()}
+            facts["scalers"] = {n: scaler_state(e) for n, e in self.engines.items()}
+            self._writer = Writer(self.folder / "checkpoints" / name, files, facts, started)
+            self.saved = name
+        if not self.cfg.checkpoint.background:
+            self.finish()
+
+    def _snapshot(self, shared: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Copies of this rank's part, on the CPU: file name -> key -> tensor. What all ranks hold is shared out among them."""
+        named = {name: shards(engine) for name, engine in self.engines.items()}
+        if self.average:
+            named["average"] = self.average.shards()
+        files = {}
+        for name, parts in named.items():
+            mine = [s for i, s in enumerate(parts) if not s.everywhere or i % ranks.world() == ranks.rank()]
+            files[f"{name}.rank_{ranks.rank()}.safetensors"] = {
+                f"{s.name}|{kind}|{s.start}": t.detach().to("cpu", copy=True).contiguous() for s in mine for kind, t in s.tensors.items()
+            }
+        if shared and ranks.rank() == 0:
+            files["shared.safetensors"] = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in shared.items()}
+        return files
+
+    def _make_room(self, mine: int) -> None:
+        """Refuse to begin what the disk cannot hold; older checkpoints go first, but never the newest."""
+        needed = int(ranks.total({"bytes": mine}, self.log.device)["bytes"]) + SPARE_BYTES
+        free = ranks.first(lambda: self._free_after_pruning(needed))
+        if free < needed:
+            safe = complete(self.folder)
+            kept = f"The last good one, {safe[-1]}, is intact" if safe else "There is none yet"
+            raise UserError(
+                f"the disk is full: a checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free at {self.folder}. {kept}. "
+                "Free some space, or move the store and type store=/another/disk; the same command then goes on"
+            )
+
+    def _free_after_pruning(self, needed: int) -> int:
+        """Free bytes, after older checkpoints were removed if that was necessary. On rank 0."""
+        for old in complete(self.folder)[:-1]:
+            if shutil.disk_usage(self.folder).free >= needed:
+                break
+            remove(old)
+        return shutil.disk_usage(self.folder).free
+
+    def _poll(self) -> None:
+        """Put a checkpoint into its place as soon as all ranks have written it."""
+        if self._writer and ranks.all_of(not self._writer.thread.is_alive()):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is being written, and put it into its place."""
+        if not self._writer:
+            return
+        writer, self._writer = self._writer, None
+        with self.log.phase("checkpoint"):
+            writer.thread.join()
+            errors = [e for e in ranks.every(writer.error) if e]
+            if errors:
+                self.saved = None
+                raise OSError(*errors[0]) if errors[0][0] else RuntimeError(errors[0][1])
+            if ranks.rank() == 0:
+                self.log.sync()
+                writer.publish()
+                self._prune()
+            ranks.barrier()
+        stop.saving_took(time.monotonic() - writer.started)
+
+    def _prune(self) -> None:
+        """Keep the newest and the best checkpoints."""
+        found, settings = complete(self.folder), self.cfg.checkpoint
+        scored = [(score, path) for path in found if (score := read_manifest(path)["score"]) is not None]
+        best = [path for _, path in sorted(scored, key=lambda pair: pair[0])][-settings.keep_best :] if settings.keep_best else []
+        for path in found[: -settings.keep_last]:
+            if path not in best:
+                remove(path)
+        for aside in (self.folder / "checkpoints").glob("*.damaged"):
+            shutil.rmtree(aside)
+
+    # --- going on ---
+
+    def restore(self) -> tuple[int, dict, dict[str, Tensor]]:
+        """Load the newest valid checkpoint, if there is one. Returns (steps done, state of the stage, shared tensors)."""
+        path = self._newest_valid()
+        if not path:
+            self.log.begin_at(0)
+            return 0, {}, {}
+        manifest = read_manifest(path)
+        if manifest["key"] != self.key:
+            raise UserError(
+                f"{path} belongs to step {manifest['key']}, this is {self.key}: a checkpoint goes on with its own configuration only"
+            )
+        for name, engine in self.engines.items():
+            self._load_engine(path, manifest, name, engine)
+        if self.average:
+            fill(path, manifest, "average", self.average.shards(), kinds=("weight",))
+        self._restore_random(path, manifest)
+        self.log.begin_at(manifest["metrics_bytes"])
+        scores = [s for p in complete(self.folder) if (s := read_manifest(p)["score"]) is not None]
+        self.saved, self.best = path.name, max(scores, default=-np.inf)
+        shared = path / "shared.safetensors"
+        tensors = safe_tensors(shared, self.log.device) if shared.exists() else {}
+        return manifest["step"], manifest["state"], tensors
+
+    def load_best(self, score: float) -> bool:
+        """Give the engines the weights of the best kept checkpoint, if it scored more than `score`. Returns whether it did."""
+        scored = [path for path in complete(self.folder) if (read_manifest(path)["score"] or -np.inf) > score]
+        if not self.cfg.checkpoint.keep_best or not scored:
+            return False
+        path = max(scored, key=lambda p: read_manifest(p)["score"])
+        for name, engine in self.engines.items():
+            fill(path, read_manifest(path), name, shards(engine), kinds=("weight",))
+            publish(engine)
+        return True
+
+    def _newest_valid(self) -> Path | None:
+        """The newest checkpoint whose files are what its manifest says; damaged ones are named and skipped."""
+        if ranks.rank() == 0:
+            for stale in (self.folder / "checkpoints").glob("*.tmp"):
+                shutil.rmtree(stale, ignore_errors=True)
+        ranks.barrier()
+        for path in reversed(complete(self.folder)):
+            # Each rank reads its share
+            problems = [p for p in ranks.every(damage(path, ranks.rank(), ranks.world())) if p]
+            if not problems:
+                return path
+            self.log.say(f"checkpoint {path.name} is damaged and left out: {problems[0]}")
+            if ranks.rank() == 0:
+                aside = path.with_suffix(".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+            ranks.barrier()
+        return None
+
+    def _load_engine(self, path: Path, manifest: dict, name: str, engine) -> None:
+        steps = manifest["steps_taken"][name]
+        if steps:
+            make_moments(engine, steps)
+        fill(path, manifest, name, shards(engine), kinds=("weight", *MOMENTS) if steps else ("weight",))
+        publish(engine)
+        set_scaler_state(engine, manifest["scalers"][name])
+
+    def _restore_random(self, path: Path, manifest: dict) -> None:
+        """Random states as they were; on another number of ranks fresh ones (only dropout uses them)."""
+        if manifest["world_size"] == ranks.world():
+            set_random_state(json.loads((path / f"rank_{ranks.rank()}.json").read_text())["random"])
+            return
+        self.log.say(f"{path.name} was written by {manifest['world_size']} ranks and is read by {ranks.world()}")
+        seeds = np.random.SeedSequence([self.cfg.seed, manifest["step"], ranks.rank()])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+
+
+class Writer:
+    """One checkpoint on its way to the disk, in a thread: files, hashes, and at the end, by `publish`, its name."""
+
+    def __init__(self, final: Path, files: dict[str, dict[str, Tensor]], facts: dict, started: float):
+        self.final, self.work, self.files, self.facts, self.started = final, final.with_suffix(".tmp"), files, facts, started
+        self.random = random_state()
+        self.error: tuple[int, str] | None = None
+        if ranks.rank() == 0:
+            shutil.rmtree(self.work, ignore_errors=True)
+            self.work.mkdir(parents=True)
+        ranks.barrier()
+        self.thread = threading.Thread(target=self._write, name="checkpoint")
+        self.thread.start()
+
+    def _write(self) -> None:
+        try:
+            made = {}
+            for name, tensors in self.files.items():
+                save_file(tensors, self.work / name)
+                made[name] = sealed(self.work / name)
+            text = json.dumps({"random": self.random, "files": made})
+            (self.work / f"rank_{ranks.rank()}.json").write_text(text)
+            sealed(self.work / f"rank_{ranks.rank()}.json")
+        except Exception as error:  # whatever safetensors and the file system raise; `finish` tells it to all ranks
+            full = "No space left" in str(error)
+            self.error = (errno.ENOSPC if full else getattr(error, "errno", None) or 0, f"{type(error).__name__}: {error}")
+        finally:
+            self.files = {}
+
+    def publish(self) -> None:
+        """Write the manifest and give the folder its name. On rank 0, after all ranks have written."""
+        files = {}
+        for part in sorted(self.work.glob("rank_*.json")):
+            files |= json.loads(part.read_text())["files"] | {part.name: sealed(part)}
+        (self.work / MANIFEST).write_text(json.dumps(self.facts | {"files": files}))
+        put_in_place(self.work, self.final)
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
 
 
 def complete(folder: Path) -> list[Path]:
     """Finished checkpoints of a step folder, the oldest first."""
-    found = (folder / "checkpoints").glob("step_*")
-    return sorted((p for p in found if (p / "state.json").exists() and not p.suffix), key=lambda p: int(p.name[5:]))
+    found = [p for p in (folder / "checkpoints").glob("step_*") if (p / MANIFEST).exists() and not p.suffix]
+    return sorted(found, key=lambda p: [int(number) for number in p.name.split("_")[1:]])
 
 
-def restore(folder: Path, engines: dict) -> tuple[int, dict, dict]:
-    """Load the newest checkpoint, if there is one. Returns (steps done, stage state, this rank's tensors). Collective."""
-    found = complete(folder)
-    if not found:
-        return 0, {}, {}
-    path = found[-1]
-    facts = json.loads((path / "state.json").read_text())
-    zero = {n: e.zero_optimization_stage() for n, e in engines.items()}
-    if facts["world_size"] != ranks.world() or facts["zero"] != zero:
-        raise UserError(
-            f"{path} was written by {facts['world_size']} ranks with ZeRO {facts['zero']}; this run has {ranks.world()} with {zero}. "
-            f"Go on with the same hardware settings, or delete {folder / 'checkpoints'} to start the step anew"
-        )
-    for name, engine in engines.items():
-        loaded, _ = engine.load_checkpoint(str(path), tag=name, load_module_strict=False)
-        if loaded is None:
-            raise UserError(f"{path / name} cannot be loaded: delete {path} to go on from the checkpoint before it")
-    mine = torch.load(path / f"rank_{ranks.rank()}.pt", weights_only=True)
-    _set_random_state(mine["random"])
-    return facts["step"], facts["state"], mine["tensors"]
+def read_manifest(path: Path) -> dict:
+    return json.loads((path / MANIFEST).read_text())
 
 
-def _random_state() -> dict:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, gauss_next = random.getstate()
-    state = {"torch": torch.get_rng_state(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss]}
-    state["python"] = [version, list(internal), gauss_next]
+def remove(path: Path) -> None:
+    """Delete a checkpoint, its manifest first: what a crash leaves over is no checkpoint."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with a checkpoint, if anything. share of shares: look at every so many-th file only."""
+    try:
+        files = read_manifest(path)["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST}: {error}"
+    for name, sealed_as in sorted(files.items())[share::shares]:
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != sealed_as["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {sealed_as['bytes']}"
+        if digest(file) != sealed_as["sha256"]:
+            return f"{name} is not what was written (sha256)"
+    return None
+
+
+def sealed(path: Path) -> dict:
+    """Push a file to the disk. Returns its size and hash."""
+    flush(path)
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def fill(path: Path, manifest: dict, name: str, wanted: list[Shard], kinds: tuple[str, ...]) -> None:
+    """Copy from the files of all ranks, however many there were, into the shards of this one."""
+    pieces: dict[tuple[str, str], list] = {}
+    files = [safe_open(path / f, framework="pt") for f in manifest["files"] if f.startswith(f"{name}.rank_")]
+    for file in files:
+        for key in file.keys():  # noqa: SIM118  a safe_open is no mapping
+            parameter, kind, start = key.rsplit("|", 2)
+            pieces.setdefault((parameter, kind), []).append((int(start), file.get_slice(key)))
+    for shard in wanted:
+        for kind in kinds:
+            target, copied = shard.tensors[kind], 0
+            for start, piece in pieces.get((shard.name, kind), ()):
+                low, high = max(start, shard.start), min(start + piece.get_shape()[0], shard.start + len(target))
+                if low < high:
+                    target[low - shard.start : high - shard.start].copy_(piece[low - start : high - start])
+                    copied += high - low
+            if copied != len(target):
+                raise UserError(f"{path} has {copied} of {len(target)} elements of {name}'s {shard.name} ({kind}): it is another model's")
+
+
+def safe_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118  a safe_open is no mapping
+
+
+def random_state() -> dict:
+    """States of all generators of this process, as JSON."""
+    kind, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state().tolist(), "numpy": [kind, keys.tolist(), *rest], "python": random.getstate()}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state().tolist()
     return state
 
 
-def _set_random_state(state: dict) -> None:
-    torch.set_rng_state(state["torch"])
+def set_random_state(state: dict) -> None:
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _flush(folder: Path) -> None:
-    """Push files to the disk, so that the rename never overtakes what it names."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))

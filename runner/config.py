@@ -414,10 +414,13 @@ class Rollout:
 class Checkpoint:
     every: int
     keep_last: int
+    keep_best: int
+    background: bool
 
     def __post_init__(self):
         check(self.every >= 0, f"checkpoint.every={self.every} must be 0 (only at the end) or more")
-        check(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last} must be at least 1")
+        check_least(self, 1, "keep_last")
+        check_least(self, 0, "keep_best")
 
 
 @dataclass

@@ -9,10 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from runner.shards import Shard, local_shard, republish
+
 
 class Ema:
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
+        self.names = [n for n, p in model.named_parameters() if p.requires_grad]
         self.live = [p for p in model.parameters() if p.requires_grad]
         self.shadow = [self._local(p).float().clone() for p in self.live]
 
@@ -40,15 +43,8 @@ class Ema:
     def _write(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self.live, values, strict=True):
             self._local(parameter).copy_(value)
-        # ZeRO-3 keeps small parameters whole on every rank, and would go on reading those copies
-        whole = [p for p in self.live if getattr(p, "ds_persist", False)]
-        if whole:
-            whole[0].partition(whole)
-            whole[0].all_gather(whole)
+        republish(self.live)
 
-    def state(self) -> dict[str, Tensor]:
-        return {str(i): s for i, s in enumerate(self.shadow)}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        for i, shadow in enumerate(self.shadow):
-            shadow.copy_(state[str(i)])
+    def shards(self) -> list[Shard]:
+        """The averages as checkpoints keep them."""
+        return [local_shard(*each) for each in zip(self.names, self.live, self.shadow, strict=True)]

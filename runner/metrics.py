@@ -1,13 +1,12 @@
 """Where numbers go: metrics.jsonl always, the console now and then, W&B on top. Only rank 0 writes.
 
-metrics.jsonl is the truth: one flat JSON object per line, flushed. A run that resumes drops the lines after its checkpoint,
-so there is no gap and no step twice. Metric names are an API; README.md lists them.
+metrics.jsonl is the truth: one flat JSON object per line, flushed. A run that resumes drops what came after its checkpoint.
+Metric names are an API; README.md lists them.
 """
 
 import json
 import os
 import secrets
-import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -38,17 +37,28 @@ class RunLog:
     # --- the loop's side ---
 
     def begin(self, first: int, total: int) -> None:
-        """Announce a loop over steps first..total-1; drop what an interrupted run logged after its checkpoint."""
+        """Announce a loop over steps first..total-1."""
         self.first, self.total, self._step_started = first, total, time.monotonic()
         self._loop_started = self._step_started
-        path = self.folder / "metrics.jsonl"
-        if self.writes and path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if first and _step_of(line) <= first]
-            work = path.with_suffix(".tmp")
-            work.write_text("".join(kept))
-            os.replace(work, path)
         if first:
             self.say(f"resumed at step {first} of {total}")
+
+    def position(self) -> int:
+        """Bytes of metrics.jsonl so far; a checkpoint remembers it."""
+        path = self.folder / "metrics.jsonl"
+        return path.stat().st_size if self.writes and path.exists() else 0
+
+    def begin_at(self, position: int) -> None:
+        """Drop what an interrupted run logged after its checkpoint: there is neither a gap nor a line twice."""
+        path = self.folder / "metrics.jsonl"
+        if self.writes and path.exists() and path.stat().st_size > position:
+            os.truncate(path, position)
+
+    def sync(self) -> None:
+        """Push metrics.jsonl to the disk, for a checkpoint counts on it."""
+        if (path := self.folder / "metrics.jsonl").exists():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
     @contextmanager
     def phase(self, name: str):
@@ -107,7 +117,7 @@ class RunLog:
         """Sample dialogues: a file always, a table in W&B."""
         if not self.writes:
             return
-        with (self.folder / "samples.jsonl").open("a") as file:
+        with (self.folder / "samples.jsonl").open("w") as file:
             for row in rows:
                 file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
         if self.wandb and rows:
@@ -170,14 +180,6 @@ class RunLog:
         run.define_metric(axis)
         run.define_metric("*", step_metric=axis)
         return run
-
-
-def _step_of(line: str) -> int:
-    """Step of a metrics line; a line that a crash cut short counts as beyond any step."""
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return sys.maxsize
 
 
 def _has_wandb_key() -> bool:

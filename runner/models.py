@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from runner.config import Lora
 from runner.errors import UserError
 from runner.families import FAMILIES, Family
+from runner.files import whole_folder
 from runner.losses import entropy, token_logprobs, warp_logits
 
 
@@ -277,6 +278,8 @@ def _merged(name: str, module: nn.Module, dtype: torch.dtype) -> dict[str, Tenso
 def save_model(wrapper: Wrapper, folder: Path, tokenizer, *, dtype: torch.dtype, max_new_tokens: int, extra: dict | None = None) -> None:
     """Write a Hugging Face checkpoint: safetensors, config, tokenizer with chat template, generation config. Collective.
 
+    The folder is whole or absent.
+
     extra: facts that go into config.json, such as the mean and standard deviation of a reward model's scores.
     """
     state = full_state_dict(wrapper, dtype)
@@ -288,9 +291,10 @@ def save_model(wrapper: Wrapper, folder: Path, tokenizer, *, dtype: torch.dtype,
         if isinstance(wrapper, Actor):
             ids = {k: getattr(tokenizer, k) for k in ("pad_token_id", "eos_token_id", "bos_token_id")}
             hf.generation_config = GenerationConfig(**ids, max_new_tokens=max_new_tokens)
-        # Under ZeRO-3 transformers would look at the empty local pieces: the state dict says all
-        hf.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
+        with whole_folder(folder) as work:
+            # Under ZeRO-3 transformers would look at the empty local pieces: the state dict says all
+            hf.save_pretrained(work, state_dict=state)
+            tokenizer.save_pretrained(work)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
@@ -300,4 +304,5 @@ def save_adapter(wrapper: Wrapper, folder: Path) -> None:
     wanted = {n: p for n, p in wrapper.model.named_parameters() if "lora_" in n or "modules_to_save" in n}
     with gathered(list(wanted.values())):
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            wrapper.model.save_pretrained(folder, state_dict={n: p.detach().clone() for n, p in wanted.items()})
+            with whole_folder(folder) as work:
+                wrapper.model.save_pretrained(work, state_dict={n: p.detach().clone() for n, p in wanted.items()})

@@ -7,7 +7,6 @@ store. The workers then find files.
 import hashlib
 import json
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 from runner.config import Config, ModelPart
 from runner.data.sources import data_key, is_local, sources_of
 from runner.errors import UserError
+from runner.files import whole_folder
 from runner.lock import lock
 from runner.plan import Step
 
@@ -131,7 +131,8 @@ def _own_tokenizer(cfg: Config, store: Path) -> str:
             blank = train_tokenizer([], 300)
             blank.chat_template = cfg.model.chat_template
             tokenizer = train_tokenizer(training_texts(cfg.dataset, blank), cfg.model.tokenizer_vocab)
-            _save_atomically(folder, tokenizer.save_pretrained)
+            with whole_folder(folder) as work:
+                tokenizer.save_pretrained(work)
     return str(folder)
 
 
@@ -161,7 +162,8 @@ def base_model(cfg: Config, store: Path, part: ModelPart, tokenizer) -> str:
     folder = store / "base" / f"{cfg.model.family}-{hashlib.sha256(config.to_json_string().encode()).hexdigest()[:10]}"
     with lock(store / "locks" / folder.name, "the random model"):
         if not folder.exists():
-            _save_atomically(folder, config.save_pretrained)
+            with whole_folder(folder) as work:
+                config.save_pretrained(work)
     return str(folder)
 
 
@@ -172,14 +174,6 @@ def _check_context(cfg: Config, path: str, config) -> None:
             f"model.max_prompt_tokens={cfg.model.max_prompt_tokens} + model.max_response_tokens={cfg.model.max_response_tokens} = {wanted} "
             f"is longer than the {context} positions of {path}: lower one of them"
         )
-
-
-def _save_atomically(folder: Path, save) -> None:
-    work = folder.with_suffix(".tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    save(work)
-    work.rename(folder)
 
 
 def _cannot_load(path: str, error: Exception) -> str:

@@ -45,3 +45,21 @@ def every(value) -> list:
     out = [None] * world()
     dist.all_gather_object(out, value)
     return out
+
+
+def first(make):
+    """What `make()` gives on rank 0, on all ranks. Collective."""
+    return every(make() if rank() == 0 else None)[0]
+
+
+def all_of(true: bool) -> bool:
+    """Whether something is true on every rank. Collective, over the CPU: the GPU is not waited for."""
+    flag = torch.tensor(int(true))
+    if world() > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
+
+
+def barrier() -> None:
+    """Wait for all ranks, over the CPU."""
+    all_of(True)

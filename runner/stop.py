@@ -8,3 +8,7 @@ class Stopped(Exception):
 def asked() -> str | None:
     """Why the run should stop now, or None: the same answer on every rank. Collective; cheap enough for every optimizer step."""
     return None
+
+
+def saving_took(seconds: float) -> None:
+    """How long a checkpoint took: the time limit must leave as much."""

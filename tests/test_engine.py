@@ -2,13 +2,11 @@
 
 import json
 import os
-import random
-import shutil
 import signal
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache as cached
 from pathlib import Path
 
@@ -16,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import EOS, NAMES, PAD, actor, causal, config, family, predictions, rows, scalar
+from tiny import EOS, NAMES, PAD, actor, causal, config, family, predictions, rows
+from trained import bits, train, trainable
 from workers import update
 
-from runner import checkpoint, engine
+from runner import engine
 from runner.config import Lora
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, loss_weights, pad, pair_batch, pick, sft_batch
 from runner.ema import Ema
-from runner.errors import UserError
 from runner.losses import pairwise_loss, policy_loss, sft_loss, value_loss
 from runner.models import Actor, Scalar, add_lora, full_state_dict, load_causal, load_scalar, parameter_groups
 from runner.plan import engine_configs
@@ -243,6 +241,13 @@ def ppo_models(folder: Path, device: torch.device, lora: Lora | None = None, **c
     return cfg, models, answered(cfg, models, device)
 
 
+def updated(cfg, models, rollout, iteration: int) -> dict[str, float]:
+    """A whole update. Returns its metrics."""
+    progress = ppo_update.Progress()
+    assert ppo_update.update(cfg, models, rollout, None, iteration, progress) is None
+    return progress.metrics()
+
+
 @pytest.mark.parametrize("adapters", [False, True])
 def test_the_ratio_of_the_first_minibatch_is_1(adapters, folder, alone):
     """Scoring and updating compute the same numbers; dropout is off, that of the adapters too."""
@@ -250,64 +255,55 @@ def test_the_ratio_of_the_first_minibatch_is_1(adapters, folder, alone):
     cfg, models, rollout = ppo_models(folder, alone, lora, ppo_epochs=2, early_stop_kl=None)
     assert (models.ref is None) == adapters
     torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs, rtol=1e-5, atol=1e-5)
-    first = ppo_update.update(cfg, models, rollout, None, 0)
+    first = updated(cfg, models, rollout, 0)
     assert first["policy/updates"] == 4 and first["policy/approxkl_avg"] > 1e-5
     # The adapters have left zero, where no dropout could be seen
     rollout = answered(cfg, models, alone)
     assert (rollout.logprobs - rollout.ref_logprobs).abs().max() > 0.01
-    second = ppo_update.update(cfg, models, rollout, None, 1)
+    second = updated(cfg, models, rollout, 1)
     assert max(found["val/first_ratio_error"] for found in (first, second)) < 1e-5
     with pytest.raises(RuntimeError, match="ratio of the first minibatch is off"):
-        ppo_update.update(cfg, models, rollout, None, 2)  # the old log-probabilities are not this actor's any more
+        updated(cfg, models, rollout, 2)  # the old log-probabilities are not this actor's any more
 
 
 def test_a_rollout_of_another_actor_is_noticed(folder, alone):
     cfg, models, rollout = ppo_models(folder, alone)
     rollout.logprobs = rollout.logprobs + 0.01 * rollout.mask
     with pytest.raises(RuntimeError, match=r"ratio of the first minibatch is off by 0.01 on average \(bound 0.001 in fp32\)"):
-        ppo_update.update(cfg, models, rollout, None, 0)
+        updated(cfg, models, rollout, 0)
 
 
 def test_early_stop_leaves_the_remaining_passes(folder, alone):
     cfg, models, rollout = ppo_models(folder, alone, ppo_epochs=4, early_stop_kl=1e-9)
-    assert ppo_update.update(cfg, models, rollout, None, 0)["policy/updates"] == 2  # one pass of two minibatches
+    assert updated(cfg, models, rollout, 0)["policy/updates"] == 2  # one pass of two minibatches
+
+
+def test_an_update_that_stops_in_the_middle_goes_on_alike(folder, alone, monkeypatch):
+    """It stops after every optimizer step, and its progress travels as JSON."""
+    cfg, models, rollout = ppo_models(folder, alone, ppo_epochs=2, early_stop_kl=None)
+    expected = updated(cfg, models, rollout, 0), update.weights(models.actor), update.weights(models.critic)
+    cfg, models, rollout = ppo_models(folder, alone, ppo_epochs=2, early_stop_kl=None)
+    monkeypatch.setattr(ppo_update.stop, "asked", lambda: "stopped")
+    progress, stops = ppo_update.Progress(), 0
+    while ppo_update.update(cfg, models, rollout, None, 0, progress):
+        progress, stops = ppo_update.Progress(**json.loads(json.dumps(asdict(progress)))), stops + 1
+    assert stops == 3
+    assert progress.metrics() == expected[0]
+    assert torch.equal(update.weights(models.actor), expected[1]) and torch.equal(update.weights(models.critic), expected[2])
 
 
 def test_in_the_warmup_of_the_critic_the_actor_rests(folder, alone):
     cfg, models, rollout = ppo_models(folder, alone, critic_warmup=1)
     before = [update.weights(one) for one in (models.actor, models.critic)]
-    found = ppo_update.update(cfg, models, rollout, None, 0)
+    found = updated(cfg, models, rollout, 0)
     after = [update.weights(one) for one in (models.actor, models.critic)]
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
     assert "grad_norm/actor" not in found and found["grad_norm/critic"] > 0
-    ppo_update.update(cfg, models, rollout, None, 1)
+    updated(cfg, models, rollout, 1)
     assert not torch.equal(before[0], update.weights(models.actor))
 
 
 # --- engines in this process ------------------------------------------------------------------------------------------
-
-
-def trainable(model, zero: int = 0, **changes):
-    """An engine with micro batch 2 and 4 accumulation steps."""
-    options = {"lr": 0.1, "lora_lr": 0.3, "weight_decay": 0.01, "betas": (0.9, 0.95), "eps": 1e-8} | changes
-    return engine.trainable(model, engine_configs(update.configuration(1, zero), "sft")["actor"], **options)
-
-
-def bits(trained) -> dict[str, torch.Tensor]:
-    return full_state_dict(trained.module, torch.float32)
-
-
-def train(trained, steps: int) -> float:
-    """Optimizer steps on random rows, drawn from all three generators. Returns the last gradient norm."""
-    trained.train()
-    for _ in range(4 * steps):
-        lengths = [random.randint(4, 9), *np.random.randint(4, 9, 1)]
-        made = [torch.randint(3, 96, (n,)).tolist() for n in lengths]
-        ids, mask = pad(made, PAD)
-        logprobs, _ = trained(ids, mask, *predictions(made, ids.size(1), False))
-        engine.backward(trained, sft_loss(logprobs, torch.ones_like(logprobs)), 50.0)
-        norm = engine.step(trained)
-    return norm
 
 
 def test_set_learning_rate(alone):
@@ -431,126 +427,6 @@ def test_swapping_in_restores_every_bit_also_after_an_error():
         assert torch.equal(parameter, own[name])
         moved = 0.0 if "embed_tokens" in name else 0.25  # what does not train is not averaged
         torch.testing.assert_close(inside[name].float(), own[name].float() + moved, rtol=1e-2, atol=1e-2)
-
-
-def test_the_average_survives_a_checkpoint():
-    model = actor("llama")
-    first, second = Ema(model, 0.9), Ema(model, 0.9)
-    for parameter in model.parameters():
-        parameter.data.add_(1.0)
-    first.update()
-    second.load({name: tensor.clone() for name, tensor in first.state().items()})
-    for ema in (first, second):
-        ema.update()
-    assert all(torch.equal(a, b) for a, b in zip(first.shadow, second.shadow, strict=True))
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def seeded(seed: int) -> None:
-    torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
-
-
-def with_dropout(seed: int, lora: bool):
-    torch.manual_seed(seed)
-    model = causal("opt", seed=0 if lora else seed)  # what adapters leave frozen comes back from the parent, not from the checkpoint
-    for module in model.modules():
-        if hasattr(module, "dropout") and isinstance(module.dropout, float):
-            module.dropout = 0.1
-    if lora:
-        model = add_lora(model, Lora(dim=2, alpha=4, dropout=0.1, lr=0.3, targets=[], train_rest=False))
-    return Actor(model, "opt", 0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("zero, lora", [(0, False), (2, False), (3, False), (0, True), (2, True)])
-def test_a_resumed_run_is_the_same_bit_for_bit(zero, lora, alone, tmp_path):
-    """Weights, optimizer, random numbers of torch, numpy and Python, averaged weights, and the stage's own facts."""
-    first = trainable(with_dropout(1, lora), zero)
-    ema = Ema(first.module, 0.9)
-    seeded(11)
-    train(first, 2)
-    ema.update()
-    state = {"kl_coef": 0.1 + 0.2, "before": {"loss": 1 / 3}, "rows": [{"score": -0.5}]}
-    checkpoint.save(tmp_path, 2, {"actor": first}, state, ema.state(), keep_last=1)
-    assert torch.get_rng_state().equal(torch.load(tmp_path / "checkpoints/step_2/rank_0.pt", weights_only=True)["random"]["torch"])
-    train(first, 2)
-    ema.update()
-
-    seeded(99)
-    second = trainable(with_dropout(2, lora), zero)
-    other = Ema(second.module, 0.9)
-    begun = bits(second)
-    step, restored, tensors = checkpoint.restore(tmp_path, {"actor": second})
-    assert (step, restored) == (2, state)
-    other.load(tensors)
-    train(second, 2)
-    other.update()
-    expected, found = bits(first), bits(second)
-    assert any(not torch.equal(begun[n], found[n]) for n in found)
-    assert all(torch.equal(expected[n], found[n]) for n in expected)
-    assert all(torch.equal(a, b) for a, b in zip(ema.shadow, other.shadow, strict=True))
-
-
-@pytest.fixture(scope="module")
-def two_engines(alone):
-    return {"actor": trainable(actor("opt"), 2), "critic": trainable(scalar("opt"), 2)}
-
-
-def test_nothing_to_restore(two_engines, tmp_path):
-    assert checkpoint.restore(tmp_path, two_engines) == (0, {}, {})
-
-
-def test_both_engines_come_back(two_engines, tmp_path):
-    before = {name: bits(one) for name, one in two_engines.items()}
-    checkpoint.save(tmp_path, 1, two_engines, {}, None, keep_last=1)
-    train(two_engines["actor"], 1)
-    assert any(not torch.equal(before["actor"][n], t) for n, t in bits(two_engines["actor"]).items())
-    assert checkpoint.restore(tmp_path, two_engines)[0] == 1
-    for name, one in two_engines.items():
-        assert all(torch.equal(before[name][n], t) for n, t in bits(one).items())
-
-
-def test_keep_last_and_the_newest_by_number(two_engines, tmp_path):
-    for step in (2, 9, 10):
-        checkpoint.save(tmp_path, step, two_engines, {"at": step}, None, keep_last=2)
-    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_9", "step_10"]
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_10", "step_9"]
-    assert checkpoint.restore(tmp_path, two_engines)[:2] == (10, {"at": 10})
-    # Saving a step again replaces it
-    checkpoint.save(tmp_path, 10, two_engines, {"at": "again"}, None, keep_last=2)
-    assert checkpoint.restore(tmp_path, two_engines)[:2] == (10, {"at": "again"})
-
-
-def test_a_half_written_checkpoint_is_ignored(two_engines, tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, 3, two_engines, {"at": 3}, None, keep_last=1)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        checkpoint.save(tmp_path, 4, two_engines, {"at": 4}, None, keep_last=1)
-    folder = tmp_path / "checkpoints"
-    assert (folder / "step_4.tmp" / "state.json").exists()
-    shutil.copytree(folder / "step_3", folder / "step_8")
-    (folder / "step_8" / "state.json").unlink()  # a copy that was cut short
-    assert checkpoint.restore(tmp_path, two_engines)[:2] == (3, {"at": 3})
-    # The next save clears the remains away
-    checkpoint.save(tmp_path, 4, two_engines, {"at": 5}, None, keep_last=1)
-    assert checkpoint.restore(tmp_path, two_engines)[:2] == (4, {"at": 5})
-    assert not (folder / "step_4.tmp").exists()
-
-
-def test_another_number_of_ranks_is_refused(two_engines, tmp_path):
-    checkpoint.save(tmp_path, 3, two_engines, {}, None, keep_last=1)
-    facts = tmp_path / "checkpoints" / "step_3" / "state.json"
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"world_size": 2}))
-    with pytest.raises(UserError, match=r"step_3 was written by 2 ranks with ZeRO .*; this run has 1 with .*delete .*/checkpoints "):
-        checkpoint.restore(tmp_path, two_engines)
-
-
-def test_another_zero_stage_is_refused(two_engines, tmp_path):
-    checkpoint.save(tmp_path, 3, two_engines, {}, None, keep_last=1)
-    with pytest.raises(UserError, match=r"ZeRO \{'actor': 2, 'critic': 2\}; this run has 1 with \{'actor': 0, 'critic': 2\}"):
-        checkpoint.restore(tmp_path, two_engines | {"actor": trainable(actor("opt"), 0)})
 
 
 def test_the_exported_model_of_a_stage_is_its_engines(folder, on_one_rank):

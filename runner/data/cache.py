@@ -10,7 +10,6 @@ longer ones are dropped. Everything that is cut or dropped is counted.
 
 import hashlib
 import json
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from runner.data.adapters import BadRow, Dropped, Example, adapt
 from runner.data.sources import VERSION, BrokenRow, content_key, data_key, plain_source, rows, sources_of
 from runner.data.split import held_out, phase_of, prompt_hash
 from runner.errors import UserError
+from runner.files import whole_folder
 from runner.lock import lock
 from runner.tokenizer import encode_prompts, encode_responses, fingerprint, render_prompt
 
@@ -223,11 +223,8 @@ def _cached(store: Path, name: str, fill) -> Path:
     folder = store / "data" / name
     with lock(store / "locks" / f"data-{name}", f"the tokenised data {name}"):
         if not folder.exists():
-            work = folder.with_suffix(".tmp")
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-            fill(work)
-            work.rename(folder)
+            with whole_folder(folder) as work:
+                fill(work)
     return folder
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runner import engine, ranks
+from runner import engine, ranks, stop
 from runner.data.batches import pad
 from runner.rollout import hf
 from runner.rollout.record import Rollout, widen
@@ -42,25 +42,37 @@ class Reader:
 
 
 @torch.no_grad()
-def collect(models: Models, reader: Reader, prompts: list[list[int]], seed: int, episodes: list[int], with_values: bool = True) -> Rollout:
+def collect(
+    models: Models,
+    reader: Reader,
+    prompts: list[list[int]],
+    seed: int,
+    episodes: list[int],
+    *,
+    with_values: bool = True,
+    stoppable: bool = False,
+) -> Rollout:
     """Sample a response to each prompt and score it. Returns the rows of all ranks on every rank, in order. Collective.
 
     Args:
         prompts: token lists of the whole batch, the same on every rank; their number divides by the number of ranks.
         episodes: number of each response in the run; with the seed it fixes what is sampled.
+        stoppable: raise Stopped between two micro batches when someone asks for it.
     """
     mine = slice(ranks.rank(), None, ranks.world())
-    rollout = sample(models, reader, prompts[mine], seed, episodes[mine])
+    rollout = sample(models, reader, prompts[mine], seed, episodes[mine], stoppable)
     score(models, reader, rollout, with_values)
     return rollout.gather(reader.pad)
 
 
-def sample(models: Models, reader: Reader, prompts: list[list[int]], seed: int, episodes: list[int]) -> Rollout:
+def sample(models: Models, reader: Reader, prompts: list[list[int]], seed: int, episodes: list[int], stoppable: bool = False) -> Rollout:
     """Responses of this rank's prompts."""
     models.actor.eval()
     parts = []
     with engine.whole_weights(models.actor) as actor:
         for start in range(0, len(prompts), reader.rollout_micro):
+            if stoppable and (reason := stop.asked()):
+                raise stop.Stopped(reason)
             rows = prompts[start : start + reader.rollout_micro]
             ids, mask = pad(rows, reader.pad, left=True)
             uniform = uniforms(seed, episodes[start : start + reader.rollout_micro], reader.max_response)

@@ -29,6 +29,15 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def tokens(self) -> int:
+        """Real tokens of prompts and responses."""
+        return int(self.lengths.sum() + self.prompt_lengths.sum())
+
+    def sampled(self) -> dict[str, Tensor]:
+        """All that cannot be computed again without the models, by name."""
+        derived = ("rewards", "advantages", "returns")
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None and f.name not in derived}
+
     @property
     def mask(self) -> Tensor:
         """(B, R) fp32: 1 on real response tokens."""

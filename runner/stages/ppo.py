@@ -4,13 +4,14 @@ Every rank holds the whole rollout batch, so statistics are global and minibatch
 random numbers of response i come from (seed, i) alone. Dropout is off in all four models.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from runner import checkpoint, engine
+from runner import engine
+from runner.checkpoint import Checkpoints
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import Batches
@@ -32,7 +33,8 @@ from runner.rollout.collect import Models, Reader, collect
 from runner.rollout.record import Rollout
 from runner.stages.build import Inputs, load_actor, load_reward, tokenizer_for
 from runner.stages.heldout import Evaluator, paired
-from runner.stages.ppo_update import Mixture, update
+from runner.stages.ppo_update import Mixture, Progress, update
+from runner.stop import Stopped
 
 
 @dataclass
@@ -45,6 +47,7 @@ class State:
     tokens: int = 0
     before: dict | None = None  # evaluation of the SFT actor
     sft_rows: list | None = None  # its responses to the held-out prompts
+    progress: Progress = field(default_factory=Progress)  # of the update of this iteration
 
 
 def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
@@ -67,11 +70,10 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     evaluator = Evaluator(cfg, held, tokenizer, models, reader, log)
 
     # 3. Go on from the newest checkpoint, if there is one; otherwise see what the SFT actor can do
-    engines = {"actor": models.actor, "critic": models.critic}
-    first, saved, tensors = checkpoint.restore(step.folder, engines)
-    state = State(**saved) if saved else State(kl_coef=ppo.kl_coef)
-    if ema and tensors:
-        ema.load(tensors)
+    checkpoints = Checkpoints(step.folder, step.key, cfg, {"actor": models.actor, "critic": models.critic}, log, average=ema)
+    first, saved, tensors = checkpoints.restore()
+    state = State(**saved | {"progress": Progress(**saved["progress"])}) if saved else State(kl_coef=ppo.kl_coef)
+    unfinished = Rollout(**tensors) if tensors else None  # a run that stopped in the middle of an update
     log.begin(first, total)
     if state.before is None:
         state.before, state.sft_rows = evaluator(0, state, calibrate=ppo.normalize_scores)
@@ -82,18 +84,27 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         engine.set_learning_rate(models.critic, share)
 
         # 4. Rollout: one response per prompt, scored by all four models
-        with log.phase("rollout"):
-            prompts = rows.select(batches.rows(i))["input_ids"]
-            episodes = list(range(i * ppo.rollout_batch, (i + 1) * ppo.rollout_batch))
-            rollout = collect(models, reader, prompts, cfg.seed, episodes)
-        state.tokens += int(rollout.lengths.sum() + rollout.prompt_lengths.sum())
+        rollout, unfinished = unfinished, None
+        if rollout is None:
+            with log.phase("rollout"):
+                prompts = rows.select(batches.rows(i))["input_ids"]
+                episodes = list(range(i * ppo.rollout_batch, (i + 1) * ppo.rollout_batch))
+                try:
+                    rollout = collect(models, reader, prompts, cfg.seed, episodes, stoppable=True)
+                except Stopped as stopped:  # nothing has been learnt from it, and sampling it again gives the same
+                    checkpoints.leave(str(stopped), f"step_{i}", i, total, asdict(state))
+            state.tokens += rollout.tokens()
+            state.progress = Progress()
 
         # 5. Rewards, advantages and returns, over the whole batch
         metrics = fill_rewards(cfg, rollout, state)
 
         # 6. Update: several passes of several minibatches
         with log.phase("update"):
-            metrics |= update(cfg, models, rollout, mixture, i)
+            reason = update(cfg, models, rollout, mixture, i, state.progress)
+        if reason:
+            checkpoints.leave(reason, f"step_{i}_{state.progress.position}", i, total, asdict(state), rollout.sampled())
+        metrics |= state.progress.metrics()
 
         # 7. KL controller and averaged weights
         done, kl = i + 1, metrics["objective/kl"]
@@ -102,26 +113,21 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         if ema:
             ema.update()
 
-        # 8. Log, evaluate and save
+        # 8. Log and evaluate; save, and leave if someone asked for it
         metrics |= {"episode": done * ppo.rollout_batch, "lr/actor": ppo.actor_lr * share, "lr/critic": ppo.critic_lr * share}
-        tokens = int(rollout.lengths.sum() + rollout.prompt_lengths.sum())
-        log.log(
-            done,
-            metrics,
-            f"score {metrics['objective/scores']:+.2f}  kl {kl:.2f}  length {metrics['rollout/response_length_mean']:.0f}",
-            tokens,
-        )
+        headline = f"score {metrics['objective/scores']:+.2f}  kl {kl:.2f}  length {metrics['rollout/response_length_mean']:.0f}"
+        log.log(done, metrics, headline, rollout.tokens())
         log.histogram(done, "rollout/scores", rollout.scores.tolist())
+        score = None
         if ppo.eval_every and done % ppo.eval_every == 0 and done < total:
-            evaluator(done, state)
-        if checkpoint.due(cfg.checkpoint.every, done, total):
-            with log.phase("checkpoint"):
-                checkpoint.save(step.folder, done, engines, vars(state), ema.state() if ema else None, cfg.checkpoint.keep_last)
+            score = evaluator(done, state)[0]["score"]
+        checkpoints.after(done, total, asdict(state), score)
+    checkpoints.finish()
 
     # 9. Export, and the facts for the summary
     after, ppo_rows = evaluator(total, state)
     with log.phase("export"):
-        exports = export(cfg, step.folder, models, ema, tokenizer)
+        exports = export(cfg, step.folder, models, ema, tokenizer, best=lambda: checkpoints.load_best(after["score"]))
     samples = paired(state.sft_rows, ppo_rows)
     log.samples(total, samples)
     facts = {"before": state.before, "after": after, "eval_prompts": len(ppo_rows), "samples": samples[:3], "exports": exports}
@@ -200,8 +206,8 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
-def export(cfg: Config, folder: Path, models: Models, ema: Ema | None, tokenizer) -> dict[str, str | None]:
-    """Save actor, critic, averaged actor and adapters. Collective."""
+def export(cfg: Config, folder: Path, models: Models, ema: Ema | None, tokenizer, best) -> dict[str, str | None]:
+    """Save actor, critic, averaged actor and adapters, and after `best()`, if that loads one, the best actor. Collective."""
     options = {"dtype": engine.DTYPES[cfg.hardware.precision], "max_new_tokens": cfg.model.max_response_tokens}
     actor, critic = models.actor.module, models.critic.module
     save_model(actor, folder / "model", tokenizer, **options)
@@ -211,5 +217,7 @@ def export(cfg: Config, folder: Path, models: Models, ema: Ema | None, tokenizer
             save_model(actor, folder / "model_ema", tokenizer, **options)
     if cfg.model.actor.lora.dim:
         save_adapter(actor, folder / "adapter")
-    made = {"actor": "model", "critic": "critic", "actor_ema": "model_ema", "adapter": "adapter"}
+    if best():
+        save_model(actor, folder / "model_best", tokenizer, **options)
+    made = {"actor": "model", "critic": "critic", "actor_ema": "model_ema", "actor_best": "model_best", "adapter": "adapter"}
     return {name: str(folder / part) if (folder / part).exists() else None for name, part in made.items()}

@@ -1,11 +1,12 @@
 """The update of PPO: several passes over a rollout, in minibatches of one optimizer step of critic and actor each."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from runner import engine, ranks
+from runner import engine, ranks, stop
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import Batches, loss_weights, pick, sft_batch, to
@@ -36,44 +37,67 @@ class Mixture:
         return micros, float(self.weights[here[here >= 0]].sum())
 
 
-def update(cfg: Config, models: Models, rollout: Rollout, mixture: Mixture | None, iteration: int) -> dict[str, float]:
-    """Several passes over a rollout, each in minibatches of one optimizer step. Returns metrics averaged over tokens."""
-    ppo, totals, norms = cfg.ppo, {}, {"grad_norm/actor": [], "grad_norm/critic": []}
-    size = step_batch(cfg, "ppo")
+@dataclass
+class Progress:
+    """How far the update of a rollout has come, and what it has seen. A run that stops in the middle saves it."""
+
+    position: int = 0  # optimizer steps taken
+    ended: bool = False  # by the early stop
+    totals: dict[str, float] = field(default_factory=dict)
+    norms: dict[str, list[float]] = field(default_factory=lambda: {"grad_norm/actor": [], "grad_norm/critic": []})
+    ratio_error: float = 0.0  # before the first step
+
+    def add(self, sums: dict[str, float], norms: dict[str, float]) -> None:
+        """Count an optimizer step."""
+        if not self.position:
+            self.ratio_error = sums["ratio_error"] / sums["tokens"]
+        self.position += 1
+        self.totals = {name: self.totals.get(name, 0.0) + value for name, value in sums.items()}
+        for name, norm in norms.items():
+            self.norms[name].append(norm)
+
+    def metrics(self) -> dict[str, float]:
+        """Averages over the tokens of all passes."""
+        mean = {name: value / self.totals["tokens"] for name, value in self.totals.items()}
+        facts = {
+            "policy/approxkl_avg": mean["approxkl"],
+            "policy/clipfrac_avg": mean["clipfrac"],
+            "policy/entropy_avg": mean["entropy"],
+            "loss/policy_avg": mean["policy_loss"],
+            "loss/value_avg": mean["value_loss"],
+            "val/ratio": mean["ratio"],
+            "val/clipfrac_avg": mean["value_clipfrac"],
+            "val/first_ratio_error": self.ratio_error,
+            "policy/updates": self.position,
+        }
+        if self.totals["ptx_tokens"]:
+            facts["loss/ptx_avg"] = self.totals["ptx_loss"] / self.totals["ptx_tokens"]
+        return facts | {name: float(np.mean(values)) for name, values in self.norms.items() if values}
+
+
+def update(cfg: Config, models: Models, rollout: Rollout, mixture: Mixture | None, iteration: int, progress: Progress) -> str | None:
+    """Several passes over a rollout, each in minibatches of one optimizer step, from where `progress` says.
+
+    Returns None at the end, or why it was asked to stop before. Collective.
+    """
+    ppo, size = cfg.ppo, step_batch(cfg, "ppo")
     train_actor = iteration >= ppo.critic_warmup
     models.actor.train(), models.critic.train()
-    number = iteration * ppo.ppo_epochs * ppo.minibatches
-    passes = 0
-    for epoch in range(ppo.ppo_epochs):
+    number, last = iteration * ppo.ppo_epochs * ppo.minibatches, ppo.ppo_epochs * ppo.minibatches
+    while progress.position < last and not progress.ended:
+        epoch, k = divmod(progress.position, ppo.minibatches)
         order = np.random.default_rng([cfg.seed, iteration, epoch]).permutation(len(rollout))
-        for k, chosen in enumerate(np.split(order, ppo.minibatches)):
-            text = mixture.at(number + epoch * ppo.minibatches + k) if mixture and train_actor else None
-            sums, grad_norms = minibatch(cfg, models, rollout, chosen[:size], text, train_actor)
-            sums = ranks.total(sums, rollout.lengths.device)
-            if epoch == k == 0:
-                error = sums["ratio_error"] / sums["tokens"]
-                check_first_ratio(error, cfg.hardware.precision)
-            totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
-            for name, norm in grad_norms.items():
-                norms[name].append(norm)
-            passes += 1
-        if ppo.early_stop_kl is not None and sums["approxkl"] / sums["tokens"] > ppo.early_stop_kl:
-            break
-    mean = {name: value / totals["tokens"] for name, value in totals.items()}
-    facts = {
-        "policy/approxkl_avg": mean["approxkl"],
-        "policy/clipfrac_avg": mean["clipfrac"],
-        "policy/entropy_avg": mean["entropy"],
-        "loss/policy_avg": mean["policy_loss"],
-        "loss/value_avg": mean["value_loss"],
-        "val/ratio": mean["ratio"],
-        "val/clipfrac_avg": mean["value_clipfrac"],
-        "val/first_ratio_error": error,
-        "policy/updates": passes,
-    }
-    if text:
-        facts["loss/ptx_avg"] = totals["ptx_loss"] / totals["ptx_tokens"]
-    return facts | {name: float(np.mean(values)) for name, values in norms.items() if values}
+        text = mixture.at(number + progress.position) if mixture and train_actor else None
+        sums, norms = minibatch(cfg, models, rollout, np.split(order, ppo.minibatches)[k][:size], text, train_actor)
+        sums = ranks.total(sums, rollout.lengths.device)
+        progress.add(sums, norms)
+        if progress.position == 1:
+            check_first_ratio(progress.ratio_error, cfg.hardware.precision)
+        far = ppo.early_stop_kl is not None and sums["approxkl"] / sums["tokens"] > ppo.early_stop_kl
+        progress.ended = far and k == ppo.minibatches - 1
+        if progress.position < last and not progress.ended and (reason := stop.asked()):
+            return reason
+    return None
 
 
 def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray, text, train_actor: bool) -> tuple[dict, dict]:

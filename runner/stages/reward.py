@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner import checkpoint, engine, ranks
+from runner import engine, ranks
+from runner.checkpoint import Checkpoints
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pair_batch, pick, shard, subset, to
@@ -39,7 +40,8 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
 
     # 3. Go on from the newest checkpoint, if there is one
     parameters = count_parameters(wrapper)
-    first, _, _ = checkpoint.restore(step.folder, {"reward": model})
+    checkpoints = Checkpoints(step.folder, step.key, cfg, {"reward": model}, log)
+    first, _, _ = checkpoints.restore()
     log.begin(first, total)
 
     # 4. One optimizer step per turn
@@ -70,12 +72,12 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         tokens = 2 * int(lengths[here[here != EMPTY]].sum())
         log.log(done, metrics, f"loss {mean['loss']:.3f}  accuracy {mean['correct']:.2f}", tokens, parameters)
 
-        # 5. Evaluate and save now and then
+        # 5. Evaluate now and then; save, and leave if someone asked for it
+        score = None
         if rm.eval_every and done % rm.eval_every == 0 and done < total:
-            evaluation(model, held, rm.eval_examples, micro, tokenizer.pad_token_id, log, done)
-        if checkpoint.due(cfg.checkpoint.every, done, total):
-            with log.phase("checkpoint"):
-                checkpoint.save(step.folder, done, {"reward": model}, {}, None, cfg.checkpoint.keep_last)
+            score = evaluation(model, held, rm.eval_examples, micro, tokenizer.pad_token_id, log, done)["accuracy"]
+        checkpoints.after(done, total, {}, score)
+    checkpoints.finish()
 
     # 6. Export, and the facts for the summary
     facts = evaluation(model, held, rm.eval_examples, micro, tokenizer.pad_token_id, log, total)
@@ -84,6 +86,8 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         save_model(wrapper, step.folder / "model", tokenizer, **options)
         if part.lora.dim:
             save_adapter(wrapper, step.folder / "adapter")
+        if checkpoints.load_best(facts["accuracy"]):
+            save_model(wrapper, step.folder / "model_best", tokenizer, **options)
     log.result({"steps": total, "data": counts, **facts})
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner import checkpoint, engine, ranks
+from runner import engine, ranks
+from runner.checkpoint import Checkpoints
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, loss_weights, pick, sft_batch, shard, subset, to
@@ -39,7 +40,8 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
 
     # 3. Go on from the newest checkpoint, if there is one
     parameters = count_parameters(wrapper)
-    first, state, _ = checkpoint.restore(step.folder, {"actor": actor})
+    checkpoints = Checkpoints(step.folder, step.key, cfg, {"actor": actor}, log)
+    first, state, _ = checkpoints.restore()
     log.begin(first, total)
     tokens_seen = state.get("num_tokens", 0)
 
@@ -52,7 +54,6 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     before = state.get("before") or evaluation(0)
 
     # 4. One optimizer step per turn
-    latest = before
     for s in range(first, total):
         share = learning_rate(s, total, 1.0, sft.lr_schedule, sft.warmup, sft.lr_end)
         engine.set_learning_rate(actor, share)
@@ -82,23 +83,23 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         metrics["perf/padding_fraction"] = padding(lengths, here, micro)
         log.log(done, metrics, f"loss {loss:.3f}", tokens, parameters)
 
-        # 5. Evaluate and save now and then
+        # 5. Evaluate now and then; save, and leave if someone asked for it
+        score = None
         if sft.eval_every and done % sft.eval_every == 0 and done < total:
-            latest = evaluation(done)
-        if checkpoint.due(cfg.checkpoint.every, done, total):
-            with log.phase("checkpoint"):
-                checkpoint.save(
-                    step.folder, done, {"actor": actor}, {"before": before, "num_tokens": tokens_seen}, None, cfg.checkpoint.keep_last
-                )
+            score = -evaluation(done)["loss"]
+        checkpoints.after(done, total, {"before": before, "num_tokens": tokens_seen}, score)
+    checkpoints.finish()
 
     # 6. Export, and the facts for the summary
-    latest = evaluation(total)
+    after = evaluation(total)
     with log.phase("export"):
         options = {"dtype": engine.DTYPES[cfg.hardware.precision], "max_new_tokens": cfg.model.max_response_tokens}
         save_model(wrapper, step.folder / "model", tokenizer, **options)
         if part.lora.dim:
             save_adapter(wrapper, step.folder / "adapter")
-    facts = {f"{k}_before": v for k, v in before.items()} | {f"{k}_after": v for k, v in latest.items()}
+        if checkpoints.load_best(-after["loss"]):
+            save_model(wrapper, step.folder / "model_best", tokenizer, **options)
+    facts = {f"{k}_before": v for k, v in before.items()} | {f"{k}_after": v for k, v in after.items()}
     log.result({"steps": total, "data": counts, "tokens": tokens_seen, **facts})
 
 

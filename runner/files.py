@@ -1,0 +1,39 @@
+"""Folders that are whole or absent, and on the disk before they have their name."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write into. At the end of the block it takes its place; after an error it is gone."""
+    work = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    put_in_place(work, folder)
+
+
+def put_in_place(work: Path, folder: Path) -> None:
+    """Give a finished folder its name, in place of what has it now."""
+    for path in [*work.rglob("*"), work]:
+        flush(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(work, folder)
+    flush(folder.parent)
+
+
+def flush(path: Path) -> None:
+    """Push a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

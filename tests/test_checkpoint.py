@@ -1,0 +1,300 @@
+"""Checkpoints: exact, complete or absent, verified, bounded, and readable by other numbers of ranks and ZeRO stages."""
+
+import json
+import os
+import random
+import re
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import actor, causal, configured, scalar
+from trained import bits, train, trainable
+
+from runner import checkpoint, stop
+from runner.checkpoint import Checkpoints
+from runner.config import Lora
+from runner.ema import Ema
+from runner.errors import UserError
+from runner.metrics import RunLog
+from runner.models import Actor, add_lora
+from runner.stop import Stopped
+
+
+def checkpoints(folder: Path, engines: dict, average=None, **settings) -> Checkpoints:
+    """Checkpoints of a step in `folder`, which keep one, in the foreground, unless told otherwise."""
+    cfg = configured("wandb.mode=disabled")
+    cfg = replace(cfg, checkpoint=replace(cfg.checkpoint, **{"keep_last": 1, "background": False} | settings))
+    return Checkpoints(folder, "key", cfg, engines, RunLog(cfg, "sft", folder, {}, torch.device("cpu")), average)
+
+
+def save(made: Checkpoints, step: int, state: dict, **more) -> None:
+    made.save(f"step_{step}", step, state, **more)
+
+
+def seeded(seed: int) -> None:
+    torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+
+
+def with_dropout(seed: int, lora: bool):
+    torch.manual_seed(seed)
+    model = causal("opt", seed=0 if lora else seed)  # what adapters leave frozen comes back from the parent, not from the checkpoint
+    for module in model.modules():
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.1
+    if lora:
+        model = add_lora(model, Lora(dim=2, alpha=4, dropout=0.1, lr=0.3, targets=[], train_rest=False))
+    return Actor(model, "opt", 0)
+
+
+KINDS = [(0, False, "fp32"), (1, False, "fp32"), (2, False, "fp32"), (3, False, "fp32"), (0, True, "fp32"), (3, True, "fp32")]
+KINDS += [(0, False, "bf16"), (1, False, "bf16"), (2, True, "bf16"), (3, False, "bf16")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero, lora, precision", KINDS)
+def test_a_resumed_run_is_the_same_bit_for_bit(zero, lora, precision, alone, tmp_path):
+    """Weights, optimizer, random numbers of torch, numpy and Python, averaged weights, and the stage's own facts."""
+
+    def begin(seed: int):
+        model = with_dropout(seed, lora)
+        made = trainable(model.bfloat16() if precision == "bf16" else model, zero, precision)
+        return made, Ema(made.module, 0.9)
+
+    first, ema = begin(1)
+    seeded(11)
+    train(first, 2)
+    ema.update()
+    state = {"kl_coef": 0.1 + 0.2, "before": {"loss": 1 / 3}, "rows": [{"score": -0.5}]}
+    shared = {"rollout": torch.randn(3, 2), "ended": torch.tensor([True, False])}
+    save(checkpoints(tmp_path, {"actor": first}, ema), 2, state, shared=shared)
+    train(first, 2)
+    ema.update()
+
+    seeded(99)
+    second, other = begin(2)
+    begun = bits(second)
+    step, restored, tensors = checkpoints(tmp_path, {"actor": second}, other).restore()
+    assert (step, restored) == (2, state)
+    assert all(torch.equal(tensors[name], shared[name]) for name in shared)
+    train(second, 2)
+    other.update()
+    expected, found = bits(first), bits(second)
+    assert any(not torch.equal(begun[n], found[n]) for n in found)
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+    assert all(torch.equal(a, b) for a, b in zip(ema.shadow, other.shadow, strict=True))
+
+
+@pytest.mark.parametrize("before, after", [(0, 3), (3, 0), (2, 1), (1, 3)])
+def test_another_zero_stage_goes_on_alike(before, after, alone, tmp_path):
+    """Shards are named and placed, not laid out as one stage has them."""
+    # AdamW with a small epsilon would move weights by gradients that are rounding noise
+    first, second = trainable(actor("opt"), before, lr=1.0, eps=1.0), trainable(actor("opt", seed=1), after, lr=1.0, eps=1.0)
+    train(first, 2)
+    save(checkpoints(tmp_path, {"actor": first}), 2, {})
+    checkpoints(tmp_path, {"actor": second}).restore()
+    assert all(torch.equal(t, bits(second)[n]) for n, t in bits(first).items())
+    begun = bits(first)
+    for one in (first, second):
+        seeded(5)
+        train(one, 2)
+    for name, weight in bits(first).items():
+        torch.testing.assert_close(bits(second)[name] - begun[name], weight - begun[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def two_engines(alone):
+    return {"actor": trainable(actor("opt"), 2), "critic": trainable(scalar("opt"), 2)}
+
+
+def test_nothing_to_restore(two_engines, tmp_path):
+    assert checkpoints(tmp_path, two_engines).restore() == (0, {}, {})
+
+
+def test_both_engines_come_back(two_engines, tmp_path):
+    before = {name: bits(one) for name, one in two_engines.items()}
+    save(checkpoints(tmp_path, two_engines), 1, {})
+    train(two_engines["actor"], 1)
+    assert any(not torch.equal(before["actor"][n], t) for n, t in bits(two_engines["actor"]).items())
+    assert checkpoints(tmp_path, two_engines).restore()[0] == 1
+    for name, one in two_engines.items():
+        assert all(torch.equal(before[name][n], t) for n, t in bits(one).items())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in (folder / "checkpoints").iterdir())
+
+
+def test_keep_last_and_the_newest_by_number(two_engines, tmp_path):
+    made = checkpoints(tmp_path, two_engines, keep_last=2)
+    for step in (2, 9, 10):
+        save(made, step, {"at": step})
+    made.save("step_10_3", 10, {"at": "in the eleventh"})
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_10", "step_10_3"]
+    assert names(tmp_path) == ["step_10", "step_10_3"]
+    assert checkpoints(tmp_path, two_engines).restore()[:2] == (10, {"at": "in the eleventh"})
+
+
+def test_the_best_are_kept_and_exported(two_engines, tmp_path):
+    made = checkpoints(tmp_path, two_engines, keep_best=1, every=0)
+    scores = [0.5, 0.9, 0.7, None]
+    weights = []
+    for done, score in enumerate(scores, start=1):
+        train(two_engines["actor"], 1)
+        weights.append(bits(two_engines["actor"]))
+        made.after(done, 4, {}, score)
+    # The third beat nothing and was not due: it was not even written
+    assert names(tmp_path) == ["step_2", "step_4"]
+    assert not made.load_best(0.95)
+    assert made.load_best(0.6)
+    assert all(torch.equal(t, weights[1][n]) for n, t in bits(two_engines["actor"]).items())
+    again = checkpoints(tmp_path, two_engines, keep_best=1)
+    again.restore()
+    assert again.best == 0.9
+
+
+def test_a_checkpoint_that_was_cut_short_is_none(two_engines, tmp_path, monkeypatch):
+    made = checkpoints(tmp_path, two_engines)
+    save(made, 3, {"at": 3})
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        save(made, 4, {"at": 4})
+    folder = tmp_path / "checkpoints"
+    assert (folder / "step_4.tmp" / "manifest.json").exists()
+    shutil.copytree(folder / "step_3", folder / "step_8")
+    (folder / "step_8" / "manifest.json").unlink()  # a copy that was cut short
+    made = checkpoints(tmp_path, two_engines)
+    assert made.restore()[:2] == (3, {"at": 3})
+    assert not (folder / "step_4.tmp").exists()  # cleared away
+    save(made, 4, {"at": 5})
+    assert checkpoints(tmp_path, two_engines).restore()[:2] == (4, {"at": 5})
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped bit": (lambda p: flip_a_bit(p / "actor.rank_0.safetensors"), r"actor.rank_0.safetensors is not what was written"),
+    "a file cut short": (lambda p: os.truncate(p / "critic.rank_0.safetensors", 100), r"critic.rank_0.safetensors has 100 bytes"),
+    "a lost file": (lambda p: (p / "rank_0.json").unlink(), r"rank_0.json is missing"),
+    "a broken manifest": (lambda p: (p / "manifest.json").write_text("{"), r"manifest.json: "),
+    "a path that leads away": (
+        lambda p: (p / "manifest.json").write_text(json.dumps({"files": {"../../secret": {"bytes": 0, "sha256": ""}}})),
+        r"secret is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil, says", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(spoil, says, two_engines, tmp_path, capsys):
+    made = checkpoints(tmp_path, two_engines, keep_last=2)
+    save(made, 1, {"at": 1})
+    before = bits(two_engines["actor"])
+    train(two_engines["actor"], 1)
+    save(made, 2, {"at": 2})
+    spoil(tmp_path / "checkpoints" / "step_2")
+    made = checkpoints(tmp_path, two_engines, keep_last=2)
+    assert made.restore()[:2] == (1, {"at": 1})
+    assert all(torch.equal(t, bits(two_engines["actor"])[n]) for n, t in before.items())
+    assert re.search(f"checkpoint step_2 is damaged and left out: .*{says}", capsys.readouterr().out)
+    assert names(tmp_path) == ["step_1", "step_2.damaged"]
+    save(made, 2, {"at": "again"})  # takes its place
+    assert names(tmp_path) == ["step_1", "step_2"]
+    assert checkpoints(tmp_path, two_engines).restore()[:2] == (2, {"at": "again"})
+
+
+def test_a_checkpoint_of_another_model_is_refused(two_engines, tmp_path):
+    save(checkpoints(tmp_path, two_engines), 3, {})
+    with pytest.raises(UserError, match=r"it is another model's"):
+        checkpoints(tmp_path, {"actor": trainable(actor("llama"), 0), "critic": two_engines["critic"]}).restore()
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(two_engines, tmp_path):
+    save(checkpoints(tmp_path, two_engines), 3, {})
+    made = checkpoints(tmp_path, two_engines)
+    made.key = "other"
+    with pytest.raises(UserError, match=r"belongs to step key, this is other"):
+        made.restore()
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_foreseen_and_the_last_checkpoint_stays(two_engines, tmp_path, monkeypatch):
+    made = checkpoints(tmp_path, two_engines, keep_last=3)
+    for step in (1, 2):
+        save(made, step, {})
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=70_000_000 - 64 * len(names(tmp_path))))
+    with pytest.raises(UserError, match=r"the disk is full: a checkpoint needs .* GB, .* GB are free at .*step_2, is intact"):
+        monkeypatch.setattr(checkpoint, "SPARE_BYTES", 80_000_000)
+        save(made, 3, {})
+    # The older one went, to make room
+    assert names(tmp_path) == ["step_2"]
+    assert checkpoints(tmp_path, two_engines).restore()[0] == 2
+
+
+def test_an_error_while_writing_reaches_the_loop(two_engines, tmp_path, monkeypatch):
+    made = checkpoints(tmp_path, two_engines, background=True)
+    save(made, 1, {})
+    made.finish()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    save(made, 2, {})
+    with pytest.raises(OSError, match="No space left") as caught:
+        made.finish()
+    assert caught.value.errno == 28
+    assert checkpoints(tmp_path, two_engines).restore()[0] == 1
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(two_engines, tmp_path, monkeypatch):
+    """What is written is the state at the call, and it gets its name at the first step after all is written."""
+    gate, written = threading.Event(), checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *a: (gate.wait(20), written(*a)))
+    made = checkpoints(tmp_path, two_engines, background=True, every=2)
+    train(two_engines["actor"], 1)
+    expected = bits(two_engines["actor"])
+    made.after(2, 9, {"at": 2})
+    train(two_engines["actor"], 1)
+    made.after(3, 9, {"at": 3})
+    assert names(tmp_path) == ["step_2.tmp"]
+    gate.set()
+    made._writer.thread.join()
+    made.after(5, 9, {"at": 5})
+    assert names(tmp_path) == ["step_2"]
+    checkpoints(tmp_path, two_engines).restore()
+    assert all(torch.equal(t, bits(two_engines["actor"])[n]) for n, t in expected.items())
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def test_who_asks_for_a_stop_gets_a_checkpoint_first(two_engines, tmp_path, monkeypatch):
+    made = checkpoints(tmp_path, two_engines, background=True, every=100)
+    made.after(1, 9, {"at": 1})
+    assert not (tmp_path / "checkpoints").exists()
+    monkeypatch.setattr(stop, "asked", lambda: "stopped by SIGTERM")
+    with pytest.raises(Stopped, match="stopped by SIGTERM at step 2 of 9"):
+        made.after(2, 9, {"at": 2})
+    assert checkpoints(tmp_path, two_engines).restore()[:2] == (2, {"at": 2})
+
+
+def test_lines_logged_after_the_checkpoint_go(two_engines, tmp_path):
+    made = checkpoints(tmp_path, two_engines)
+    lines = tmp_path / "metrics.jsonl"
+    lines.write_text('{"step": 1}\n')
+    save(made, 1, {})
+    with lines.open("a") as file:
+        file.write('{"step": 1, "eval/loss": 2}\n{"step": 2}\n{"st')
+    checkpoints(tmp_path, two_engines).restore()
+    assert lines.read_text() == '{"step": 1}\n'
