@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from tiny import actor, causal, configured, scalar
-from trained import bits, train, trainable
+from trained import bits, run_worker, train, trainable
+from workers import resize, update
 
 from runner import checkpoint, stop
 from runner.checkpoint import Checkpoints
@@ -104,6 +105,26 @@ def test_another_zero_stage_goes_on_alike(before, after, alone, tmp_path):
         train(one, 2)
     for name, weight in bits(first).items():
         torch.testing.assert_close(bits(second)[name] - begun[name], weight - begun[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def resized(tmp_path_factory, tokenizer, alone):
+    """A folder in which every chain of tests/workers/resize.py was walked through; and weights before and after as many steps in one go."""
+    folder = tmp_path_factory.mktemp("resized")
+    update.prepare(folder, tokenizer)
+    run_worker(resize.__file__, folder)
+    before, _ = resize.train(folder, folder / "untrained", 0, 0, 0, alone)
+    return folder, before, resize.train(folder, folder / "straight", 0, 0, 2 * resize.STEPS, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chain", resize.CHAINS, ids=resize.name)
+def test_another_number_of_ranks_goes_on_alike(chain, resized):
+    """Weights and averages, by how they moved: to 1e-5 of the whole movement."""
+    folder, before, straight = resized
+    for found, expected in zip(torch.load(folder / f"{resize.name(chain)}.pt", weights_only=True), straight, strict=True):
+        assert (expected - before).norm() > 0.2
+        assert (found - expected).norm() < 1e-5 * (expected - before).norm()
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,6 @@
 """Engines: one update is the same on any number of ranks and under any ZeRO stage; averages and checkpoints are exact."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache as cached
 from pathlib import Path
@@ -15,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import EOS, NAMES, PAD, actor, causal, config, family, predictions, rows
-from trained import bits, train, trainable
+from trained import bits, run_worker, train, trainable
 from workers import update
 
 from runner import engine
@@ -53,16 +48,7 @@ def on_one_rank(folder, alone):
 @pytest.fixture(scope="session")
 def on_ranks(folder):
     """on_ranks(world, zero) -> the same from 2 or 4 processes."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, update.__file__, str(folder), "2", "4"]
-    with (folder / "ranks.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            code = process.wait(timeout=280)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the ranks too, if they hang
-    assert code == 0, (folder / "ranks.log").read_text()[-5000:]
+    run_worker(update.__file__, folder, "2", "4")
     return lambda world, zero: torch.load(folder / f"{world}x{zero}.pt", weights_only=True)
 
 

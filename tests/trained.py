@@ -1,7 +1,13 @@
 """Engines that have taken a few steps: what tests of the engines and of the checkpoints share."""
 
+import os
 import random
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,3 +44,17 @@ def train(trained, steps: int) -> float:
         engine.backward(trained, sft_loss(logprobs, torch.ones_like(logprobs)), 50.0)
         norm = engine.step(trained)
     return norm
+
+
+def run_worker(script: str, folder: Path, *words: str) -> None:
+    """Run one of tests/workers/, which start ranks of their own, with its output in <folder>/ranks.log."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, script, str(folder), *words]
+    with (folder / "ranks.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(timeout=280)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the ranks too, if they hang
+    assert code == 0, (folder / "ranks.log").read_text()[-5000:]

@@ -172,21 +172,29 @@ def own_logprobs(models: Models) -> Tensor:
     return response_logprobs(models.actor, fixed_rollout())[0]
 
 
-def rank(folder: Path, world: int, number: int, port: int) -> None:
+def all_updates(folder: Path):
+    """The work of one rank: every ZeRO stage in turn."""
+
+    def run(device: torch.device) -> None:
+        for zero in ZERO_STAGES:
+            found = updates(folder, zero, device)
+            if ranks.rank() == 0:
+                torch.save(found, folder / f"{ranks.world()}x{zero}.pt")
+
+    return run
+
+
+def rank(work, world: int, number: int, port: int) -> None:
     """The whole life of one rank."""
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    device = ranks.start("cpu")
-    for zero in ZERO_STAGES:
-        found = updates(folder, zero, device)
-        if number == 0:
-            torch.save(found, folder / f"{world}x{zero}.pt")
+    work(ranks.start("cpu"))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def fork(folder: Path, world: int) -> bool:
-    """Start `world` ranks that have all imports behind them already, and wait. Returns whether all went well."""
+def fork(work, world: int) -> bool:
+    """Start `world` ranks that have all imports behind them already, let each do work(device), and wait. Returns whether all went well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -198,7 +206,7 @@ def fork(folder: Path, world: int) -> bool:
             continue
         code = 1
         try:
-            rank(folder, world, number, port)
+            rank(work, world, number, port)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -215,4 +223,4 @@ if __name__ == "__main__":
     configuration(1, 0)
     import torch._inductor.compile_fx  # DeepSpeed's ZeRO would, four seconds in each rank
 
-    sys.exit(0 if all(fork(folder, int(world)) for world in sys.argv[2:]) else 1)
+    sys.exit(0 if all(fork(all_updates(folder), int(world)) for world in sys.argv[2:]) else 1)
