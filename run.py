@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from runner.config import load
 from runner.errors import UserError
 from runner.plan import plan, show
+from runner.resume import refuse
 from runner.suggest import check_overrides, in_words
 
 CONF = Path(__file__).parent / "conf"
@@ -51,6 +52,9 @@ def run(composed: DictConfig) -> None:
     show(cfg, steps, details=cfg.dry_run)
     if cfg.dry_run:
         return
+    interrupted = next((step for step in steps if step.earlier), None)
+    if interrupted and cfg.resume == "auto" and HydraConfig.get().mode == RunMode.RUN:
+        refuse(interrupted.stage, interrupted.earlier)
 
     from runner.launch import launch
     from runner.prepare import prepare

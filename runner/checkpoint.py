@@ -11,7 +11,6 @@ pickled. The number of steps done is the position of the data; see runner/data/b
 """
 
 import errno
-import hashlib
 import json
 import random
 import shutil
@@ -28,12 +27,12 @@ from torch import Tensor
 from runner import ranks, stop
 from runner.config import Config
 from runner.errors import UserError
-from runner.files import flush, put_in_place
+from runner.files import put_in_place
+from runner.manifest import MANIFEST, complete, damage, read_manifest, remove, sealed
 from runner.metrics import RunLog
 from runner.shards import MOMENTS, Shard, make_moments, publish, scaler_state, set_scaler_state, shards, steps_taken
 from runner.stop import Stopped
 
-MANIFEST = "manifest.json"
 # Left free on the disk beside a checkpoint, for logs and exports
 SPARE_BYTES = 64 << 20
 
@@ -84,7 +83,7 @@ class Checkpoints:
             files = self._snapshot(shared or {})
             self._make_room(sum(t.nbytes for tensors in files.values() for t in tensors.values()))
             facts = {"step": step, "key": self.key, "world_size": ranks.world(), "score": score, "state": state}
-            facts |= {"steps_taken": {n: steps_taken(e) for n, e in self.engines.items()}, "metrics_bytes": self.log.position()}
+            facts |= {"steps_taken": {n: steps_taken(e) for n, e in self.engines.items()}, "log": self.log.state()}
             facts["scalers"] = {n: scaler_state(e) for n, e in self.engines.items()}
             self._writer = Writer(self.folder / "checkpoints" / name, files, facts, started)
             self.saved = name
@@ -166,7 +165,7 @@ class Checkpoints:
         """Load the newest valid checkpoint, if there is one. Returns (steps done, state of the stage, shared tensors)."""
         path = self._newest_valid()
         if not path:
-            self.log.begin_at(0)
+            self.log.restore({"bytes": 0, "seconds": 0.0, "phases": {}})
             return 0, {}, {}
         manifest = read_manifest(path)
         if manifest["key"] != self.key:
@@ -178,7 +177,7 @@ class Checkpoints:
         if self.average:
             fill(path, manifest, "average", self.average.shards(), kinds=("weight",))
         self._restore_random(path, manifest)
-        self.log.begin_at(manifest["metrics_bytes"])
+        self.log.restore(manifest["log"])
         scores = [s for p in complete(self.folder) if (s := read_manifest(p)["score"]) is not None]
         self.saved, self.best = path.name, max(scores, default=-np.inf)
         shared = path / "shared.safetensors"
@@ -269,53 +268,6 @@ class Writer:
             files |= json.loads(part.read_text())["files"] | {part.name: sealed(part)}
         (self.work / MANIFEST).write_text(json.dumps(self.facts | {"files": files}))
         put_in_place(self.work, self.final)
-
-
-# --- folders ----------------------------------------------------------------------------------------------------------
-
-
-def complete(folder: Path) -> list[Path]:
-    """Finished checkpoints of a step folder, the oldest first."""
-    found = [p for p in (folder / "checkpoints").glob("step_*") if (p / MANIFEST).exists() and not p.suffix]
-    return sorted(found, key=lambda p: [int(number) for number in p.name.split("_")[1:]])
-
-
-def read_manifest(path: Path) -> dict:
-    return json.loads((path / MANIFEST).read_text())
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint, its manifest first: what a crash leaves over is no checkpoint."""
-    (path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path)
-
-
-def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with a checkpoint, if anything. share of shares: look at every so many-th file only."""
-    try:
-        files = read_manifest(path)["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST}: {error}"
-    for name, sealed_as in sorted(files.items())[share::shares]:
-        file = path / name
-        if Path(name).name != name or not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != sealed_as["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {sealed_as['bytes']}"
-        if digest(file) != sealed_as["sha256"]:
-            return f"{name} is not what was written (sha256)"
-    return None
-
-
-def sealed(path: Path) -> dict:
-    """Push a file to the disk. Returns its size and hash."""
-    flush(path)
-    return {"bytes": path.stat().st_size, "sha256": digest(path)}
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from runner.config import Config
 from runner.errors import UserError
 from runner.lock import lock
 from runner.plan import Step, command, engine_configs
+from runner.resume import adopt, write_facts
 
 ROOT = Path(__file__).parent.parent
 # Set by a surrounding torchrun or srun: a worker must not take them for its own
@@ -51,6 +52,9 @@ def _write_inputs(cfg: Config, step: Step, inputs: dict) -> None:
     """The worker's whole knowledge: config.yaml, step.json, ds_config.json."""
     logs = step.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    if step.earlier and cfg.resume == "force":
+        adopt(step.folder, step.key, step.earlier)
+    write_facts(step.folder, cfg.name, step.key, step.facts)
     for old in logs.glob("error_rank*.json"):
         old.unlink()
     OmegaConf.save(OmegaConf.create(asdict(cfg)), step.folder / "config.yaml")

@@ -43,16 +43,19 @@ class RunLog:
         if first:
             self.say(f"resumed at step {first} of {total}")
 
-    def position(self) -> int:
-        """Bytes of metrics.jsonl so far; a checkpoint remembers it."""
+    def state(self) -> dict:
+        """What a checkpoint must remember of the log: the length of metrics.jsonl, and the time spent."""
         path = self.folder / "metrics.jsonl"
-        return path.stat().st_size if self.writes and path.exists() else 0
+        size = path.stat().st_size if self.writes and path.exists() else 0
+        return {"bytes": size, "seconds": time.monotonic() - self.started, "phases": dict(self.phases)}
 
-    def begin_at(self, position: int) -> None:
-        """Drop what an interrupted run logged after its checkpoint: there is neither a gap nor a line twice."""
+    def restore(self, state: dict) -> None:
+        """Go on counting the time, and drop what was logged after the checkpoint: there is neither a gap nor a line twice."""
+        self.started -= state["seconds"]
+        self.phases |= state["phases"]
         path = self.folder / "metrics.jsonl"
-        if self.writes and path.exists() and path.stat().st_size > position:
-            os.truncate(path, position)
+        if self.writes and path.exists() and path.stat().st_size > state["bytes"]:
+            os.truncate(path, state["bytes"])
 
     def sync(self) -> None:
         """Push metrics.jsonl to the disk, for a checkpoint counts on it."""

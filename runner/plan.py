@@ -9,13 +9,15 @@ import hashlib
 import json
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from runner.config import PARENTS, Config, ModelPart
 from runner.data.sources import data_key, is_local, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.errors import UserError
+from runner.manifest import steps_done
+from runner.resume import Unfinished, unfinished
 
 # Raise it when the code changes what a step computes
 VERSION = 1
@@ -33,6 +35,8 @@ class Step:
     folder: Path  # <store>/<stage>-<key>
     pinned: str | None  # the checkpoint of `<stage>.use`
     parents: dict[str, str]  # stage -> model folder or hub id
+    facts: dict  # all that shapes the result; the key is their hash
+    earlier: Unfinished | None = None  # interrupted under the same name with another configuration
 
     @property
     def done(self) -> bool:
@@ -56,13 +60,40 @@ def plan(cfg: Config) -> list[Step]:
         parents = {parent: steps[parent] for parent in PARENTS[stage]}
         pinned = getattr(cfg, stage).use
         facts = _pinned_facts(stage, pinned) if pinned else _facts(cfg, stage, data, parents)
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
-        folder = Path(cfg.store).expanduser().absolute() / f"{stage}-{key}"
-        steps[stage] = Step(stage, key, folder, pinned, {name: step.model for name, step in parents.items()})
+        models = {name: step.model for name, step in parents.items()}
+        steps[stage] = _going_on(cfg, Step(stage, _key(facts), _folder(cfg, stage, _key(facts)), pinned, models, facts))
         if not steps[stage].done:
             _check_share(cfg, stage)
-            command(cfg, folder)
+            command(cfg, steps[stage].folder)
     return list(steps.values())
+
+
+def _key(facts: dict) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _folder(cfg: Config, stage: str, key: str) -> Path:
+    return Path(cfg.store).expanduser().absolute() / f"{stage}-{key}"
+
+
+def _going_on(cfg: Config, step: Step) -> Step:
+    """The step itself; or, if one was interrupted with another configuration, with that one beside it.
+
+    With resume=force it goes on from there, and its key says so: the result is not that of a clean run.
+    """
+    if step.done or steps_done(step.folder) is not None or cfg.resume == "new":
+        return step
+    earlier = unfinished(step.folder.parent, step.stage, cfg.name, step.facts)
+    if not earlier:
+        return step
+    if cfg.resume != "force":
+        return replace(step, earlier=earlier)
+    if set(earlier.differences) == {"goes_on_from"}:  # it was forced before, and interrupted again
+        origin, _ = earlier.differences["goes_on_from"]
+        return replace(step, key=earlier.key, folder=earlier.folder, facts=step.facts | {"goes_on_from": origin})
+    origin = {"step": earlier.folder.name, "at": earlier.steps, "changed": earlier.describe()}
+    facts = step.facts | {"goes_on_from": origin}
+    return replace(step, key=_key(facts), folder=_folder(cfg, step.stage, _key(facts)), facts=facts, earlier=earlier)
 
 
 def _check_share(cfg: Config, stage: str) -> None:
@@ -77,18 +108,20 @@ def _check_share(cfg: Config, stage: str) -> None:
 
 
 def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dict:
-    """Everything that shapes the result of a stage."""
+    """Everything that shapes the result of a stage, under the names that the configuration has for it."""
     model = cfg.model
-    facts = {"version": VERSION, "stage": stage, "seed": cfg.seed, "data": data, "parents": {k: s.key for k, s in parents.items()}}
-    facts["block"] = {k: v for k, v in asdict(getattr(cfg, stage)).items() if k not in NOT_HASHED}
-    facts["text"] = [model.family, model.chat_template, model.end_token, model.max_prompt_tokens, model.max_response_tokens]
-    parts = {"sft": {"actor": model.actor}, "reward": {"reward": model.reward}}
-    # PPO takes its weights from its parents; of the model block it reads the adapters only
-    adapters = [asdict(model.actor.lora), asdict(model.reward.lora)]
-    facts["parts"] = {n: asdict(p) for n, p in parts[stage].items()} if stage in parts else adapters
+    shapes = {"family": model.family, "chat_template": model.chat_template, "end_token": model.end_token}
+    shapes |= {"max_prompt_tokens": model.max_prompt_tokens, "max_response_tokens": model.max_response_tokens}
+    if stage == "ppo":  # it takes its weights from its parents; of the model block it reads the adapters only
+        shapes |= {"actor": {"lora": asdict(model.actor.lora)}, "reward": {"lora": asdict(model.reward.lora)}}
+    else:
+        part = "actor" if stage == "sft" else "reward"
+        shapes[part] = asdict(getattr(model, part))
     if any(p.init == "random" for p in (model.actor, model.reward)):
-        facts["tokenizer_vocab"] = model.tokenizer_vocab
-    return facts
+        shapes["tokenizer_vocab"] = model.tokenizer_vocab
+    block = {k: v for k, v in asdict(getattr(cfg, stage)).items() if k not in NOT_HASHED}
+    facts = {"version": VERSION, "seed": cfg.seed, "model": shapes, "dataset": data, stage: block}
+    return facts | {"parents": {name: step.key for name, step in parents.items()}}
 
 
 def _pinned_facts(stage: str, path: str) -> dict:
@@ -184,7 +217,8 @@ def show(cfg: Config, steps: list[Step], details: bool) -> None:
     for column in ("step", "", "batch = micro x ranks x accumulation", "folder"):
         table.add_column(column)
     for step in steps:
-        state = "given" if step.pinned else "reused" if step.done else "resume" if (step.folder / "checkpoints").exists() else "run"
+        at = steps_done(step.folder)
+        state = "given" if step.pinned else "reused" if step.done else "run" if at is None else f"resume at {at}"
         micro, gas = getattr(h.micro_batch, step.stage), accumulation(cfg, step.stage)
         algebra = f"{step_batch(cfg, step.stage)} = {micro} x {h.world_size} x {gas}"
         table.add_row(step.stage, state, "" if step.done else algebra, _shown(step.pinned or step.folder))

@@ -150,6 +150,10 @@ def stage_notes(t: Trained, dropped: dict[str, int]) -> list[str]:
         notes.append(f"{t.step.stage} time: " + ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in longest))
     if t.state == "trained" and t.result.get("resumed_from"):
         notes.append(f"{t.step.stage} went on from its checkpoint at step {num(t.result['resumed_from'])}")
+    if origin := t.step.facts.get("goes_on_from"):
+        notes.append(
+            f"{t.step.stage} was forced to go on from {origin['step']} at step {origin['at']}, with {', '.join(origin['changed'])}"
+        )
     return notes
 
 

@@ -76,6 +76,7 @@ class Step:
     folder: Path
     pinned: str | None = None
     parents: dict[str, str] = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
 
     @property
     def done(self) -> bool:

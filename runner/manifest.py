@@ -1,0 +1,62 @@
+"""Checkpoint folders as they lie on the disk: which are finished, and whether they are still what was written. No torch."""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+from runner.files import flush
+
+# Written last: a folder without it is no checkpoint
+MANIFEST = "manifest.json"
+
+
+def complete(folder: Path) -> list[Path]:
+    """Finished checkpoints of a step folder, the oldest first."""
+    found = [p for p in (folder / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+(_\d+)?", p.name) and (p / MANIFEST).exists()]
+    return sorted(found, key=lambda p: [int(number) for number in p.name.split("_")[1:]])
+
+
+def read_manifest(path: Path) -> dict:
+    return json.loads((path / MANIFEST).read_text())
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, its manifest first: what a crash leaves over is no checkpoint."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with a checkpoint, if anything. share of shares: look at every so many-th file only."""
+    try:
+        files = read_manifest(path)["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST}: {error}"
+    for name, sealed_as in sorted(files.items())[share::shares]:
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != sealed_as["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {sealed_as['bytes']}"
+        if digest(file) != sealed_as["sha256"]:
+            return f"{name} is not what was written (sha256)"
+    return None
+
+
+def sealed(path: Path) -> dict:
+    """Push a file to the disk. Returns its size and hash."""
+    flush(path)
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def steps_done(folder: Path) -> int | None:
+    """Steps that the newest checkpoint of a step folder has behind it; None if there is none."""
+    found = complete(folder)
+    return int(found[-1].name.split("_")[1]) if found else None

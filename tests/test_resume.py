@@ -1,0 +1,124 @@
+"""A changed configuration after an interruption: refused with the difference, forced on the record, or begun anew. No torch."""
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import configured
+
+from runner.errors import UserError
+from runner.lock import lock
+from runner.manifest import complete, damage, read_manifest, sealed
+from runner.plan import Step, plan
+from runner.resume import adopt, differences, refuse, write_facts
+
+
+def planned(store: Path, *overrides: str) -> Step:
+    """The SFT step of a command."""
+    (step,) = plan(replace(configured("stage=sft", *overrides), store=str(store)))
+    return step
+
+
+def interrupt(step: Step, name: str = "demo", at: int = 12) -> None:
+    """Leave a step as a run leaves it that was stopped."""
+    folder = step.folder / "checkpoints" / f"step_{at}"
+    folder.mkdir(parents=True)
+    write_facts(step.folder, name, step.key, step.facts)
+    (folder / "actor.rank_0.safetensors").write_bytes(b"weights")
+    files = {"actor.rank_0.safetensors": sealed(folder / "actor.rank_0.safetensors")}
+    lines = '{"step": 12}\n'
+    (step.folder / "metrics.jsonl").write_text(lines + '{"step": 13}\n')
+    manifest = {"step": at, "key": step.key, "score": None, "log": {"bytes": len(lines)}, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_the_same_configuration_goes_on_in_its_folder(tmp_path):
+    step = planned(tmp_path)
+    interrupt(step)
+    assert planned(tmp_path) == step
+    # What does not shape the result may change
+    assert planned(tmp_path, "hardware=cpu2", "checkpoint.every=3", "sft.eval_every=7").folder == step.folder
+
+
+def test_a_changed_one_is_shown_with_the_difference(tmp_path):
+    interrupt(planned(tmp_path))
+    step = planned(tmp_path, "sft.lr=0.5", "model.max_response_tokens=20")
+    assert step.folder != planned(tmp_path).folder and step.earlier.folder == planned(tmp_path).folder
+    with pytest.raises(UserError) as caught:
+        refuse("sft", step.earlier)
+    text = str(caught.value)
+    assert f"stage sft was interrupted at step 12 in {step.earlier.folder}" in text
+    was = configured()
+    assert f"  model.max_response_tokens: {was.model.max_response_tokens} -> 20\n  sft.lr: {was.sft.lr} -> 0.5\n" in text
+    assert "resume=force" in text and "resume=new" in text
+
+
+def test_only_what_this_name_left_unfinished_at_last_is_asked_about(tmp_path):
+    step = planned(tmp_path)
+    interrupt(step)
+    changed = ("sft.lr=0.5",)
+    assert planned(tmp_path, *changed, "name=other").earlier is None
+    assert planned(tmp_path, *changed, "resume=new").earlier is None
+    with lock(tmp_path / "locks" / step.folder.name, "the step"):  # somebody is at it: not interrupted at all
+        assert planned(tmp_path, *changed).earlier is None
+    assert planned(tmp_path, *changed).earlier
+    interrupt(planned(tmp_path, *changed))  # begun: from now on it has checkpoints of its own
+    assert planned(tmp_path, *changed).earlier is None
+    (step.folder / "DONE").touch()
+    (planned(tmp_path, *changed).folder / "DONE").touch()
+    assert planned(tmp_path, "sft.lr=0.7").earlier is None
+
+
+def test_force_goes_on_from_there_and_says_so_in_the_key(tmp_path):
+    old, changed = planned(tmp_path), ("sft.lr=0.5",)
+    interrupt(old)
+    forced = planned(tmp_path, *changed, "resume=force")
+    clean = planned(tmp_path, *changed, "resume=new")
+    assert len({forced.key, clean.key, old.key}) == 3
+    assert forced.facts["goes_on_from"] == {"step": old.folder.name, "at": 12, "changed": [f"sft.lr: {configured().sft.lr} -> 0.5"]}
+    forced.folder.mkdir()
+    adopt(forced.folder, forced.key, forced.earlier)
+    (checkpoint,) = complete(forced.folder)
+    assert checkpoint.name == "step_12" and damage(checkpoint) is None
+    assert read_manifest(checkpoint)["key"] == forced.key
+    assert (forced.folder / "metrics.jsonl").read_text() == '{"step": 12}\n'
+    # Interrupted again, the same command goes on in the same folder, though the clean configuration is still another step
+    write_facts(forced.folder, "demo", forced.key, forced.facts)
+    again = planned(tmp_path, *changed, "resume=force")
+    assert (again.folder, again.key, again.facts) == (forced.folder, forced.key, forced.facts)
+    assert planned(tmp_path, *changed).earlier.folder == forced.folder
+
+
+def test_what_was_forced_shapes_its_children(tmp_path):
+    interrupt(planned(tmp_path))
+    store = f"store={shlex.quote(str(tmp_path))}"
+    keys = {plan(configured(store, "sft.lr=0.5", f"resume={how}"))[-1].key for how in ("force", "new")}
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    "old, new, expected",
+    [
+        ({"a": 1}, {"a": 1}, {}),
+        ({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}, {"a.c": (2, 3)}),
+        ({"a": 1}, {"b": 1}, {"a": (1, None), "b": (None, 1)}),
+        ({"a": {"b": 1}}, {"a": None}, {"a": ({"b": 1}, None)}),
+        ({"a": [1, 2]}, {"a": [2, 1]}, {"a": ([1, 2], [2, 1])}),
+    ],
+)
+def test_differences(old, new, expected):
+    assert differences(old, new) == expected
+
+
+TREES = st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=8)
+
+
+@given(st.dictionaries(st.sampled_from("abc"), TREES), st.dictionaries(st.sampled_from("abc"), TREES))
+def test_differences_are_empty_only_for_equals_and_turn_around(one, other):
+    found = differences(one, other)
+    assert bool(found) == (one != other)
+    assert {k: (b, a) for k, (a, b) in differences(other, one).items()} == found
