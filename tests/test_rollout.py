@@ -206,7 +206,9 @@ def test_masks_come_from_lengths_where_real_tokens_look_like_padding(name):
 def record(prompts: list[list[int]], answers: list[list[int]], eos: int = EOS) -> Rollout:
     ids, mask = pad(prompts, PAD, left=True)
     replies, real = pad(answers, PAD)
-    return Rollout(ids, mask.sum(1), replies, real.sum(1), torch.tensor([a[-1] == eos for a in answers]))
+    made = Rollout(ids, mask.sum(1), replies, real.sum(1), torch.tensor([a[-1] == eos for a in answers]))
+    made.sampled_logprobs = -1.5 * made.mask
+    return made
 
 
 ANSWERS = [*rows([4, 1, 6, 3, 2], seed=1), [EOS]]
@@ -267,6 +269,7 @@ def test_rows_trims_without_changing_anything(name):
         chosen = torch.tensor([4, 1])
         part = rollout.rows(chosen)
         assert part.prompts.shape == (2, 3) and part.responses.shape == (2, 2) == part.logprobs.shape == part.values.shape
+        assert torch.equal(part.sampled_logprobs, rollout.sampled_logprobs[chosen, :2])
         assert part.prompts.tolist() == [PROMPTS[4], [PAD, *PROMPTS[1]]]
         torch.testing.assert_close(response_logprobs(models.actor, part)[0], rollout.logprobs[chosen, :2], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(response_values(models.critic, part), rollout.values[chosen, :2], rtol=1e-5, atol=1e-5)
@@ -298,6 +301,8 @@ def test_rewards_of_a_rollout(cfg):
         "rollout/response_length_mean": 5 / 3,
         "rollout/truncated_rate": 1 / 3,
         "rollout/score_mean": 35.0,
+        "rollout/logprob_mismatch": (0.5 + 0.5 + 0.5 + 0.5 + 1.5) / 5,
+        "rollout/logprob_mismatch_max": 1.5,
         "val/num_eos_tokens": 2,
         "perf/padding_fraction": 1 - (4 + 5) / 12,
     }
@@ -324,6 +329,7 @@ def test_join_aligns_rollouts_of_different_widths():
     assert both.prompts.tolist() == [[5, 6, 7], [PAD, PAD, 9]]
     assert both.responses.tolist() == [[8, PAD, PAD], [10, 11, EOS]]
     assert both.lengths.tolist() == [1, 3] and both.ended.tolist() == [False, True]
+    assert both.sampled_logprobs.tolist() == [[-1.5, 0.0, 0.0], [-1.5, -1.5, -1.5]]
 
 
 def test_sample_does_not_depend_on_the_micro_batch(alone):
@@ -338,6 +344,7 @@ def test_sample_does_not_depend_on_the_micro_batch(alone):
     found = [sample(models, Reader(PAD, EOS, LENGTH, micro, 2, alone), PROMPTS, 7, list(range(6))) for micro in (6, 4, 1)]
     for other in found[1:]:
         assert all(torch.equal(getattr(found[0], n), getattr(other, n)) for n in ("prompts", "responses", "lengths", "ended"))
+        torch.testing.assert_close(found[0].sampled_logprobs, other.sampled_logprobs, rtol=1e-5, atol=1e-5)
 
 
 def test_gather_on_one_rank_is_the_rollout_itself(alone):

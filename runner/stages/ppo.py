@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner import checkpoint, engine
+from runner import checkpoint, engine, invariants
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import Batches
@@ -90,10 +90,13 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
 
         # 5. Rewards, advantages and returns, over the whole batch
         metrics = fill_rewards(cfg, rollout, state)
+        invariants.check(log, f"iteration {i + 1}", invariants.of_rollout(cfg, reader, rollout))
 
         # 6. Update: several passes of several minibatches
         with log.phase("update"):
             metrics |= update(cfg, models, rollout, mixture, i)
+        ratio = invariants.first_ratio(metrics["val/first_ratio_error"], cfg.hardware.precision)
+        invariants.check(log, f"iteration {i + 1}", {"first_ratio": ratio})
 
         # 7. KL controller and averaged weights
         done, kl = i + 1, metrics["objective/kl"]
@@ -179,6 +182,7 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
     rollout.advantages = whiten(advantages, mask) if ppo.whiten_advantages else advantages
 
     non_score = -state.kl_coef * kl.sum(1).mean()
+    mismatch = (rollout.sampled_logprobs - rollout.logprobs).abs() * mask
     facts = {
         "objective/kl": ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1).mean(),
         "objective/scores": scores.mean(),
@@ -190,6 +194,8 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
         "rollout/truncated_rate": 1 - rollout.ended.float().mean(),
         "rollout/score_mean": rollout.scores.mean(),
         "rollout/score_std": rollout.scores.std(),
+        "rollout/logprob_mismatch": masked_mean(mismatch, mask),
+        "rollout/logprob_mismatch_max": mismatch.max(),
         "val/num_eos_tokens": rollout.ended.sum(),
         "val/explained_var": explained_variance(rollout.values, rollout.returns, mask),
         "perf/padding_fraction": 1 - (rollout.lengths.sum() + rollout.prompt_lengths.sum()) / rollout.sequences()[0].numel(),
