@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rollout import PROMPTS, generate, record
-from tiny import EOS, NAMES, PAD, actor, causal, configured, predictions, rows
+from tiny import EOS, NAMES, PAD, actor, causal, configured, generate, predictions, record, rows
 from workers import update
 
 from runner import invariants, plan
@@ -23,6 +22,7 @@ from runner.rollout.collect import response_logprobs
 from runner.rollout.sampling import invert
 from runner.stages import ppo
 
+PROMPTS = rows([5, 2, 9, 6, 3, 7])
 every_family = pytest.mark.parametrize("name", NAMES)
 every_sampling = pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 12, "top_p": 0.9}], ids=["plain", "warped"])
 

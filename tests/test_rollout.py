@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import EOS, NAMES, PAD, actor, rows, scalar
+from tiny import EOS, NAMES, PAD, actor, generate, record, rows, scalar
 from workers import gather
 
 from runner.data.batches import pad
-from runner.rollout import hf
 from runner.rollout.collect import Models, Reader, final_scores, join, response_logprobs, response_values, sample, score
 from runner.rollout.record import Rollout
 from runner.rollout.sampling import invert, uniforms
@@ -24,11 +23,6 @@ PROMPTS[0][2] = PROMPTS[3][5] = EOS  # one inside a prompt, one at the end of a 
 LENGTH = 10
 # An id that no response ever gets: nothing ends
 NEVER = 10_000
-
-
-def generate(model, prompts: list[list[int]], episodes: list[int], *, length: int = LENGTH, eos: int = EOS, seed: int = 7) -> Rollout:
-    ids, mask = pad(prompts, PAD, left=True)
-    return hf.generate(model, ids, mask.sum(1), uniforms(seed, episodes, length), pad=PAD, eos=eos)
 
 
 def responses(rollout: Rollout) -> list[list[int]]:
@@ -201,14 +195,6 @@ def test_masks_come_from_lengths_where_real_tokens_look_like_padding(name):
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
-
-
-def record(prompts: list[list[int]], answers: list[list[int]], eos: int = EOS) -> Rollout:
-    ids, mask = pad(prompts, PAD, left=True)
-    replies, real = pad(answers, PAD)
-    made = Rollout(ids, mask.sum(1), replies, real.sum(1), torch.tensor([a[-1] == eos for a in answers]))
-    made.sampled_logprobs = -1.5 * made.mask
-    return made
 
 
 ANSWERS = [*rows([4, 1, 6, 3, 2], seed=1), [EOS]]
