@@ -23,8 +23,8 @@ Findings = dict[str, str | None]  # name of the invariant -> what is broken, or 
 
 # Largest mean deviation of a log-probability (and so of a ratio from 1) between two ways to compute it from the same weights: token
 # by token with a cache, in one pass, in another micro batch. The tiny models of tests/tiny.py differ by at most 6e-7 in fp32 and
-# 0.009 in bf16. Depth adds to it, and bf16 rounds a logit of 16 by up to 0.06: there the bound finds another model, a lost
-# adapter or another temperature, but not weights that are a few steps old
+# 0.009 in bf16. Depth adds to it, and bf16 rounds a logit of 16 by up to 0.06: there the bound finds another model, but
+# not weights that are a few steps old or a temperature that is a little off
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
 
 # Tokens y drawn from P have E[prod Q(y) / P(y)] <= 1 for every distribution Q. So by Markov's inequality the sum over a rollout of
