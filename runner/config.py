@@ -442,6 +442,7 @@ class Config:
     resume: str
     dry_run: bool
     debug: bool
+    invariants: str
     model: Model
     dataset: Dataset
     hardware: Hardware
@@ -455,6 +456,7 @@ class Config:
     def __post_init__(self):
         check_choice("stage", self.stage, STAGES)
         check_choice("resume", self.resume, ("auto", "force", "new"))
+        check_choice("invariants", self.invariants, ("stop", "warn"))
         check(self.seed >= 0, f"seed={self.seed} must be 0 or more")
         plain = "/" not in self.name and self.name not in ("", ".", "..")
         check(plain, f"name={self.name!r} names a folder under runs/: it may not hold a slash")

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +32,7 @@ class RunLog:
         self.phases: dict[str, float] = defaultdict(float)
         self.step_phases: dict[str, float] = defaultdict(float)
         self._step_started, self.total, self.first = self.started, 0, 0
+        self.broken: Counter[str] = Counter()  # invariants, since the last row; see runner/invariants.py
         self.wandb = self._start_wandb(parents) if self.writes else None
 
     # --- the loop's side ---
@@ -147,6 +148,8 @@ class RunLog:
     # --- where it goes ---
 
     def _append(self, row: dict) -> None:
+        row |= {f"invariants/{name}": count for name, count in self.broken.items() if count}
+        self.broken = Counter(dict.fromkeys(self.broken, 0))  # the names stay: each is said once
         row = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import EOS, NAMES, PAD, actor, rows, scalar
+from tiny import EOS, NAMES, PAD, actor, generate, record, rows, scalar
 from workers import gather
 
 from runner.data.batches import pad
-from runner.rollout import hf
 from runner.rollout.collect import Models, Reader, final_scores, join, response_logprobs, response_values, sample, score
 from runner.rollout.record import Rollout
 from runner.rollout.sampling import invert, uniforms
@@ -24,11 +23,6 @@ PROMPTS[0][2] = PROMPTS[3][5] = EOS  # one inside a prompt, one at the end of a 
 LENGTH = 10
 # An id that no response ever gets: nothing ends
 NEVER = 10_000
-
-
-def generate(model, prompts: list[list[int]], episodes: list[int], *, length: int = LENGTH, eos: int = EOS, seed: int = 7) -> Rollout:
-    ids, mask = pad(prompts, PAD, left=True)
-    return hf.generate(model, ids, mask.sum(1), uniforms(seed, episodes, length), pad=PAD, eos=eos)
 
 
 def responses(rollout: Rollout) -> list[list[int]]:
@@ -203,12 +197,6 @@ def test_masks_come_from_lengths_where_real_tokens_look_like_padding(name):
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
-def record(prompts: list[list[int]], answers: list[list[int]], eos: int = EOS) -> Rollout:
-    ids, mask = pad(prompts, PAD, left=True)
-    replies, real = pad(answers, PAD)
-    return Rollout(ids, mask.sum(1), replies, real.sum(1), torch.tensor([a[-1] == eos for a in answers]))
-
-
 ANSWERS = [*rows([4, 1, 6, 3, 2], seed=1), [EOS]]
 for answer in ANSWERS[:3]:
     answer[-1] = EOS
@@ -267,6 +255,7 @@ def test_rows_trims_without_changing_anything(name):
         chosen = torch.tensor([4, 1])
         part = rollout.rows(chosen)
         assert part.prompts.shape == (2, 3) and part.responses.shape == (2, 2) == part.logprobs.shape == part.values.shape
+        assert torch.equal(part.sampled_logprobs, rollout.sampled_logprobs[chosen, :2])
         assert part.prompts.tolist() == [PROMPTS[4], [PAD, *PROMPTS[1]]]
         torch.testing.assert_close(response_logprobs(models.actor, part)[0], rollout.logprobs[chosen, :2], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(response_values(models.critic, part), rollout.values[chosen, :2], rtol=1e-5, atol=1e-5)
@@ -298,6 +287,8 @@ def test_rewards_of_a_rollout(cfg):
         "rollout/response_length_mean": 5 / 3,
         "rollout/truncated_rate": 1 / 3,
         "rollout/score_mean": 35.0,
+        "rollout/logprob_mismatch": (0.5 + 0.5 + 0.5 + 0.5 + 1.5) / 5,
+        "rollout/logprob_mismatch_max": 1.5,
         "val/num_eos_tokens": 2,
         "perf/padding_fraction": 1 - (4 + 5) / 12,
     }
@@ -324,6 +315,7 @@ def test_join_aligns_rollouts_of_different_widths():
     assert both.prompts.tolist() == [[5, 6, 7], [PAD, PAD, 9]]
     assert both.responses.tolist() == [[8, PAD, PAD], [10, 11, EOS]]
     assert both.lengths.tolist() == [1, 3] and both.ended.tolist() == [False, True]
+    assert both.sampled_logprobs.tolist() == [[-1.5, 0.0, 0.0], [-1.5, -1.5, -1.5]]
 
 
 def test_sample_does_not_depend_on_the_micro_batch(alone):
@@ -338,6 +330,7 @@ def test_sample_does_not_depend_on_the_micro_batch(alone):
     found = [sample(models, Reader(PAD, EOS, LENGTH, micro, 2, alone), PROMPTS, 7, list(range(6))) for micro in (6, 4, 1)]
     for other in found[1:]:
         assert all(torch.equal(getattr(found[0], n), getattr(other, n)) for n in ("prompts", "responses", "lengths", "ended"))
+        torch.testing.assert_close(found[0].sampled_logprobs, other.sampled_logprobs, rtol=1e-5, atol=1e-5)
 
 
 def test_gather_on_one_rank_is_the_rollout_itself(alone):

@@ -9,7 +9,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from runner.config import Config, load
+from runner.data.batches import pad
 from runner.models import FAMILIES, Actor, Fp32Linear, Scalar
+from runner.rollout import hf
+from runner.rollout.record import Rollout
+from runner.rollout.sampling import uniforms
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -116,6 +120,21 @@ def predictions(rows: list[list[int]], width: int, left: bool) -> tuple[Tensor, 
         index += [start + j for j in range(len(row) - 1)]
         targets += row[1:]
     return torch.tensor(index), torch.tensor(targets)
+
+
+def generate(model, prompts: list[list[int]], episodes: list[int], *, length: int = 10, eos: int = EOS, seed: int = 7) -> Rollout:
+    """Sampled responses of at most `length` tokens."""
+    ids, mask = pad(prompts, PAD, left=True)
+    return hf.generate(model, ids, mask.sum(1), uniforms(seed, episodes, length), pad=PAD, eos=eos)
+
+
+def record(prompts: list[list[int]], answers: list[list[int]], eos: int = EOS) -> Rollout:
+    """A rollout whose responses are given; one has ended when its last token is EOS."""
+    ids, mask = pad(prompts, PAD, left=True)
+    replies, real = pad(answers, PAD)
+    made = Rollout(ids, mask.sum(1), replies, real.sum(1), torch.tensor([a[-1] == eos for a in answers]))
+    made.sampled_logprobs = -1.5 * made.mask
+    return made
 
 
 @cache

@@ -91,6 +91,7 @@ def join(parts: list[Rollout], fill: int) -> Rollout:
         responses=torch.cat([widen(p.responses, length, fill) for p in parts]),
         lengths=torch.cat([p.lengths for p in parts]),
         ended=torch.cat([p.ended for p in parts]),
+        sampled_logprobs=torch.cat([widen(p.sampled_logprobs, length, 0.0) for p in parts]),
     )
 
 

@@ -4,21 +4,27 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from runner.losses import warp_logits
+from runner.losses import token_logprobs, warp_logits
 from runner.models import Actor
 from runner.rollout.record import Rollout
 from runner.rollout.sampling import invert
 
 
 class InverseSampling(LogitsProcessor):
-    """Picks the token of each row by its uniform number and leaves generate no other choice."""
+    """Picks the token of each row by its uniform number and leaves generate no other choice.
+
+    logprobs: (B, R) fp32, of the picked tokens under the distribution that they were picked from; past a row's EOS, noise.
+    """
 
     def __init__(self, uniform: Tensor, sampling: tuple[float, int, float], prompt_width: int):
         self.uniform, self.sampling, self.prompt_width = uniform, sampling, prompt_width
+        self.logprobs = torch.zeros_like(uniform, dtype=torch.float32)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = warp_logits(scores.float(), *self.sampling)
-        token = invert(logits, self.uniform[:, input_ids.size(1) - self.prompt_width])
+        step = input_ids.size(1) - self.prompt_width
+        token = invert(logits, self.uniform[:, step])
+        self.logprobs[:, step] = token_logprobs(logits, token)
         return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
 
@@ -38,4 +44,6 @@ def generate(actor: Actor, prompts: Tensor, prompt_lengths: Tensor, uniform: Ten
     is_eos = responses == eos
     ended = is_eos.any(dim=1)
     lengths = torch.where(ended, is_eos.int().argmax(dim=1) + 1, responses.size(1))
-    return Rollout(prompts, prompt_lengths, responses, lengths, ended)
+    rollout = Rollout(prompts, prompt_lengths, responses, lengths, ended)
+    rollout.sampled_logprobs = pick.logprobs[:, : responses.size(1)] * rollout.mask
+    return rollout

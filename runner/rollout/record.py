@@ -18,7 +18,8 @@ class Rollout:
     responses: Tensor  # (B, R) token ids, EOS included, PAD after it
     lengths: Tensor  # (B,) real tokens of each response, EOS included
     ended: Tensor  # (B,) bool: the response ends with EOS
-    logprobs: Tensor | None = None  # (B, R) of the actor that sampled
+    sampled_logprobs: Tensor | None = None  # (B, R) of the distribution that was sampled from, as the sampler saw it
+    logprobs: Tensor | None = None  # (B, R) of the actor that sampled, as scoring reads it
     ref_logprobs: Tensor | None = None  # (B, R) of the SFT model
     values: Tensor | None = None  # (B, R) of the critic, before each token
     scores: Tensor | None = None  # (B,) of the reward model, raw

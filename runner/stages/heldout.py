@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from runner import ranks
+from runner import invariants, ranks
 from runner.config import Config
 from runner.data import toy
 from runner.data.batches import subset
@@ -35,6 +35,7 @@ class Evaluator:
         with self.log.phase("eval"):
             episodes = [EVAL_EPISODE + n for n in range(len(self.prompts))]
             rollout = collect(self.models, self.reader, list(self.prompts), self.cfg.seed, episodes, with_values=False)
+        invariants.check(self.log, f"the evaluation after {done} iterations", invariants.of_rollout(self.cfg, self.reader, rollout))
         if calibrate:
             state.score_mean, state.score_std = float(rollout.scores.mean()), max(float(rollout.scores.std()), 1e-3)
         scores = (rollout.scores - state.score_mean) / state.score_std

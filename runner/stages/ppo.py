@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner import engine
+from runner import engine, invariants
 from runner.checkpoint import Checkpoints
 from runner.config import Config
 from runner.data import cache
@@ -98,6 +98,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
 
         # 5. Rewards, advantages and returns, over the whole batch
         metrics = fill_rewards(cfg, rollout, state)
+        invariants.check(log, f"iteration {i + 1}", invariants.of_rollout(cfg, reader, rollout))
 
         # 6. Update: several passes of several minibatches
         with log.phase("update"):
@@ -105,6 +106,8 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         if reason:
             checkpoints.leave(reason, f"step_{i}_{state.progress.position}", i, total, asdict(state), rollout.sampled())
         metrics |= state.progress.metrics()
+        ratio = invariants.first_ratio(metrics["val/first_ratio_error"], cfg.hardware.precision)
+        invariants.check(log, f"iteration {i + 1}", {"first_ratio": ratio})
 
         # 7. KL controller and averaged weights
         done, kl = i + 1, metrics["objective/kl"]
@@ -185,6 +188,7 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
     rollout.advantages = whiten(advantages, mask) if ppo.whiten_advantages else advantages
 
     non_score = -state.kl_coef * kl.sum(1).mean()
+    mismatch = (rollout.sampled_logprobs - rollout.logprobs).abs() * mask
     facts = {
         "objective/kl": ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1).mean(),
         "objective/scores": scores.mean(),
@@ -196,6 +200,8 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
         "rollout/truncated_rate": 1 - rollout.ended.float().mean(),
         "rollout/score_mean": rollout.scores.mean(),
         "rollout/score_std": rollout.scores.std(),
+        "rollout/logprob_mismatch": masked_mean(mismatch, mask),
+        "rollout/logprob_mismatch_max": mismatch.max(),
         "val/num_eos_tokens": rollout.ended.sum(),
         "val/explained_var": explained_variance(rollout.values, rollout.returns, mask),
         "perf/padding_fraction": 1 - (rollout.lengths.sum() + rollout.prompt_lengths.sum()) / rollout.sequences()[0].numel(),

@@ -22,6 +22,7 @@ def numbered(rows: list[int]) -> Rollout:
     right = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
     rollout = Rollout(number * left, widths, number * right, lengths, ended=torch.tensor(rows) % 3 == 0)
     rollout.logprobs, rollout.scores = -0.5 * number * right, number.squeeze(1) * 0.25
+    rollout.sampled_logprobs = -0.75 * number * right
     return rollout
 
 
