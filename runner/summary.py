@@ -269,12 +269,18 @@ def next_section(trained: Sequence[Trained], overrides: Sequence[str]) -> Sectio
     if talker:
         commands.append(("talk to it", f"python -m runner.chat {shlex.quote(short(talker.model))}"))
     commands.append(("change something", command_line("-m", *repeat(overrides, TRY_NEXT[last]))))
-    if last != "ppo":
+    if last != "ppo" and feeds_the_rest(trained):
         commands.append(("train the rest", command_line(*repeat(overrides, "stage=ppo"))))
     for step in steps.values():
         if not step.pinned and any(step.folder.glob("wandb/offline-run-*")):
             commands.append((f"{step.stage} to W&B", f"wandb sync {shlex.quote(short(step.folder))}/wandb/offline-run-*"))
     return Section("Next", literal=commands)
+
+
+def feeds_the_rest(trained: Sequence[Trained]) -> bool:
+    """Whether the data has rows for reward model and PPO, as far as the steps of this run have counted them."""
+    counted = [t.result["data"]["owned"] for t in trained if "owned" in (t.result.get("data") or {})]
+    return all(owned.get("reward") and owned.get("ppo") for owned in counted)
 
 
 def repeat(overrides: Sequence[str], *new: str) -> list[str]:

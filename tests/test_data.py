@@ -591,7 +591,11 @@ def test_truncation_keeps_bos(cfg, data, tmp_path):
     made = load_tokenizer(starting_with_bos(tmp_path / "bos"), chat_template=cfg.model.chat_template)
     model = replace(cfg.model, max_prompt_tokens=12, max_response_tokens=20)
     folder = cache.build(
-        tmp_path, data([{"prompt": f"Please describe river {i}", "chosen": "calm"} for i in range(30)], **only("ppo")), "ppo", made, model
+        tmp_path,
+        data([{"prompt": f"Please describe river {i}", "chosen": "calm", "rejected": "wild"} for i in range(30)], **only("ppo")),
+        "ppo",
+        made,
+        model,
     )
     rows = [row["input_ids"] for part in cache.load(folder)[:2] for row in part]
     end = encode_prompts(made, [asked("x")])[0][-8:]
@@ -620,11 +624,35 @@ def test_the_same_prompt_is_answered_once_in_ppo(data, build):
     assert counts["dropped"] == {"same prompt again": 10} and len(train) + len(held) == 30
 
 
-def test_demonstrations_cannot_train_a_reward_model(data, build):
-    with pytest.raises(
-        UserError, match=r"stage reward has no rows to train on in dataset=mine: 0 train, 0 held out, dropped: 30 no rejected response"
-    ):
-        build(data([{"prompt": f"Say {i}", "response": "good"} for i in range(30)], **only("reward")), "reward")
+def test_rows_without_a_rejected_response_all_serve_sft(data, build):
+    """Only a prompt that reward model or PPO see in a comparison is kept from them."""
+    alone = [{"prompt": f"Say {i}", "response": f"fine {i}"} for i in range(60)]
+    train, held, counts = build(data(alone), "sft")
+    assert len(train) + len(held) == 60 and len(held) == sum(held_out(prompt_hash(asked(f"Say {i}")), 0.2) for i in range(60))
+    assert counts["dropped"] == {} and counts["owned"] == {"sft": 60}
+
+    mixed = data(pairs(40) + alone)
+    owner = [phase_of(prompt_hash(asked(f"Say {i}")), SPLIT) for i in range(60)]
+    train, held, counts = build(mixed, "sft")
+    both = owner[:40].count("sft")
+    assert len(train) + len(held) == both + both + 20
+    assert counts["dropped"] == {"prompt belongs to another stage": 40 - both}
+    for stage in ("reward", "ppo"):
+        train, held, counts = build(mixed, stage)
+        assert len(train) + len(held) == owner[:40].count(stage) and counts["dropped"] == {}
+
+
+def test_demonstrations_cannot_train_the_other_stages(data, build):
+    alone = data([{"prompt": f"Say {i}", "response": "good"} for i in range(30)])
+    for stage in ("reward", "ppo"):
+        with pytest.raises(UserError, match=rf"stage {stage} has no rows .*no `rejected`.*Type stage=sft, or .*dataset.sft_only=\[FILE\]$"):
+            build(alone, stage)
+
+
+def test_a_single_prompt_is_named_as_the_cause(data, build):
+    same = [{"prompt": "Say it", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(30)]
+    with pytest.raises(UserError, match=r"30 train, 0 held out.*together have 1 different prompt, and a prompt serves one stage"):
+        build(data(same, **only("sft"), holdout=1e-9), "sft")
 
 
 def test_an_empty_share_says_so(data, build):

@@ -216,6 +216,12 @@ def test_one_stage_alone(tmp_path, stage, epochs):
     assert row(text, "train the rest").endswith("python run.py model=opt1.3b stage=ppo")
 
 
+@pytest.mark.parametrize(("owned", "offered"), [({"sft": 300}, False), ({"sft": 60, "reward": 120, "ppo": 120}, True)])
+def test_the_rest_is_offered_where_the_data_can_feed_it(tmp_path, owned, offered):
+    steps = [make_step(tmp_path / "s", "sft", SFT | {"data": SFT["data"] | {"owned": owned}})]
+    assert ("train the rest" in summary(steps, tmp_path / "run", overrides=["stage=sft"])) == offered
+
+
 def test_next_command_repeats_the_overrides(tmp_path):
     text = summary(make_steps(tmp_path / "s"), tmp_path / "run", overrides=["ppo.kl_coef=0.3", "dataset.path=my file.jsonl"])
     assert row(text, "change something").endswith("python run.py -m 'dataset.path=my file.jsonl' ppo.kl_coef=0.02,0.05,0.1")

@@ -39,27 +39,39 @@ class Counts:
     eval: int = 0
     truncated: int = 0
     dropped: Counter = field(default_factory=Counter)
+    owned: Counter = field(default_factory=Counter)  # examples of every stage, before any is dropped
 
 
 # --- from rows to examples --------------------------------------------------------------------------------------------
 
 
 def examples(dataset: Dataset, stage: str, counts: Counts) -> Iterator[tuple[str, Example, int]]:
-    """Yield (source name, example, prompt hash) of the rows that belong to a stage, counting what is dropped."""
-    sources = sources_of(dataset)
-    taken = _prompts_of_other_stages(dataset, sources) if stage == "sft" else set()
-    for name, source in sources.items():
+    """Yield (source name, example, prompt hash) of the rows that belong to a stage, counting what is dropped.
+
+    The hash of its prompt decides. Demonstrations, which only SFT can use, go there whatever their hash.
+    """
+    taken = None
+    for name, source in sources_of(dataset).items():
         if source.sft_only and stage != "sft":
             continue
         for example in adapted(dataset, source, counts):
             number = prompt_hash(example.prompt)
-            if source.sft_only:
-                if number in taken:
-                    counts.dropped["prompt belongs to another stage"] += 1
-                    continue
-            elif phase_of(number, dataset.split) != stage:
-                continue
-            yield name, example, number
+            owner = phase_of(number, dataset.split)
+            if owner != "sft" and is_demonstration(source, example):
+                owner = "sft"
+                if stage == "sft":
+                    taken = _prompts_of_other_stages(dataset) if taken is None else taken
+                    if number in taken:
+                        counts.dropped["prompt belongs to another stage"] += 1
+                        continue
+            counts.owned[owner] += 1
+            if owner == stage:
+                yield name, example, number
+
+
+def is_demonstration(source: Source, example: Example) -> bool:
+    """Whether a row can serve SFT only."""
+    return source.sft_only or example.rejected is None
 
 
 def adapted(dataset: Dataset, source: Source, counts: Counts) -> Iterator[Example]:
@@ -79,12 +91,10 @@ def adapted(dataset: Dataset, source: Source, counts: Counts) -> Iterator[Exampl
             counts.dropped["broken row"] += 1
 
 
-def _prompts_of_other_stages(dataset: Dataset, sources: dict[str, Source]) -> set[int]:
-    """Hashes of the prompts that reward model and PPO own: demonstrations must not give them away."""
-    if not any(s.sft_only for s in sources.values()):
-        return set()
-    shared = (e for s in sources.values() if not s.sft_only for e in adapted(dataset, s, Counts()))
-    numbers = {prompt_hash(e.prompt) for e in shared}
+def _prompts_of_other_stages(dataset: Dataset) -> set[int]:
+    """Hashes of the prompts of comparisons that reward model and PPO own: demonstrations must not give them away."""
+    shared = ((s, e) for s in sources_of(dataset).values() if not s.sft_only for e in adapted(dataset, s, Counts()))
+    numbers = {prompt_hash(e.prompt) for s, e in shared if not is_demonstration(s, e)}
     return {n for n in numbers if phase_of(n, dataset.split) != "sft"}
 
 
@@ -101,19 +111,10 @@ class Encoder:
 
     def __call__(self, batch: list[tuple[str, Example, int]]) -> list[tuple[dict, int]]:
         """(row, prompt hash) for every example that is kept."""
-        if self.stage == "reward":
-            batch = self._keep(batch, lambda e: e.rejected is not None, "no rejected response")
-        if not batch:
-            return []
         prompts = [self._cut(ids) for ids in encode_prompts(self.tokenizer, [e.prompt for _, e, _ in batch])]
         encode = {"sft": self._sft, "reward": self._reward, "ppo": self._ppo}[self.stage]
         made = encode([e for _, e, _ in batch], prompts)
         return [(row | {"source": name}, number) for row, (name, _, number) in zip(made, batch, strict=True) if row is not None]
-
-    def _keep(self, batch, wanted, reason: str):
-        kept = [item for item in batch if wanted(item[1])]
-        self.counts.dropped[reason] += len(batch) - len(kept)
-        return kept
 
     def _cut(self, ids: list[int]) -> list[int]:
         if len(ids) <= self.max_prompt:
@@ -192,7 +193,9 @@ def build_pretrain(store: Path, dataset: Dataset, tokenizer, model: Model) -> Pa
                         train.add({"input_ids": pending[:block], "prompt_length": 0, "length": block, "source": source.path})
                         pending = pending[block:]
                         counts.train += 1
-        _finish(folder, counts, f"dataset.pretrain holds fewer than the {block} tokens of one block")
+        if not counts.train:
+            raise UserError(f"dataset.pretrain holds fewer than the {block} tokens of one block")
+        _finish(folder, counts)
 
     return _cached(store, f"pretrain-{_short_hash(facts)}", fill)
 
@@ -256,17 +259,26 @@ def _write(folder: Path, stage: str, dataset: Dataset, made: Iterator[tuple[dict
             counts.train += copies
             for _ in range(copies):
                 train.add(row)
-    share = getattr(dataset.split, stage)
-    why = f"dataset.split.{stage}={share:g}" if share == 0 else _why_empty(counts)
-    _finish(
-        folder, counts, f"stage {stage} has no rows to {'train on' if not counts.train else 'evaluate on'} in dataset={dataset.name}: {why}"
-    )
+    if not counts.train or not counts.eval:
+        lacks = "evaluate on" if counts.train else "train on"
+        raise UserError(f"stage {stage} has no rows to {lacks} in dataset={dataset.name}: {_why_empty(dataset, stage, counts)}")
+    _finish(folder, counts)
 
 
-def _why_empty(counts: Counts) -> str:
+def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
+    if (share := getattr(dataset.split, stage)) == 0:
+        return f"dataset.split.{stage}={share:g}"
+    every = [(source, example) for source in sources_of(dataset).values() for example in adapted(dataset, source, Counts())]
+    if stage != "sft" and every and all(is_demonstration(*one) for one in every):
+        beside = f"dataset.sft_only=[{dataset.path or 'FILE'}]"
+        return f"its rows have no `rejected` and serve SFT only. Type stage=sft, or give pairs and put these rows beside them: {beside}"
     dropped = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.most_common() if n)
-    found = f"{counts.train} train, {counts.eval} held out, dropped: {dropped or 'none'}"
-    return f"{found}. Give more rows, or change dataset.split or dataset.holdout"
+    prompts = len({prompt_hash(example.prompt) for _, example in every})
+    return (
+        f"{counts.train} train, {counts.eval} held out, dropped: {dropped or 'none'}. All its rows together have {prompts} different "
+        f"prompt{'s' * (prompts != 1)}, and a prompt serves one stage, to train on or to hold out. "
+        "Give more prompts, or change dataset.split or dataset.holdout"
+    )
 
 
 def copies_of(weight: float, number: int) -> int:
@@ -275,9 +287,7 @@ def copies_of(weight: float, number: int) -> int:
     return whole + (number % 10_000 < (weight - whole) * 10_000)
 
 
-def _finish(folder: Path, counts: Counts, if_empty: str) -> None:
-    if not counts.train or (not counts.eval and "pretrain" not in folder.name):
-        raise UserError(if_empty)
+def _finish(folder: Path, counts: Counts) -> None:
     counts.dropped = Counter({reason: n for reason, n in counts.dropped.items() if n})
     (folder / "counts.json").write_text(json.dumps(vars(counts), indent=2))
 

@@ -16,8 +16,8 @@ from runner.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
-# Raise it when an adapter or the encoder changes what a row becomes
-VERSION = 1
+# Raise it when an adapter, the encoder or the split changes what becomes of a row
+VERSION = 2
 
 
 class BrokenRow(Exception):
