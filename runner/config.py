@@ -481,6 +481,7 @@ def load(composed: DictConfig | str | Path) -> Config:
         for stage in STAGES:  # an experiment may fill blocks that the chosen stage does not read
             if chosen in STAGES and stage not in (chosen, *PARENTS[chosen]):
                 values.pop(stage, None)
+        check_kinds(values)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
     except ConfigKeyError as error:
         key = error.full_key or str(error.key)
@@ -494,6 +495,23 @@ def load(composed: DictConfig | str | Path) -> Config:
         raise UserError(f"{error.full_key}: {what}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def check_kinds(values: dict, node: type = Config, prefix: str = "") -> None:
+    """Raise UserError, with what to type, where a plain value stands in the place of a block, a mapping or a list."""
+    for f in fields(node):
+        key, value, kind = prefix + f.name, values.get(f.name), _bare(f.type)
+        if is_dataclass(kind) and isinstance(value, dict):
+            check_kinds(value, kind, f"{key}.")
+        if value is None or isinstance(value, dict | list):
+            continue
+        if is_dataclass(kind):
+            first, *others = [inside.name for inside in fields(kind)]
+            raise UserError(f"{key}={value}: {key} is a block of keys ({', '.join([first, *others])}): type {key}.{first}={value}")
+        if str(kind).startswith("typing.Dict"):
+            raise UserError(f"{key}={value} must be a mapping: type {key}='{{name: value}}'")
+        if str(kind).startswith("typing.List"):
+            raise UserError(f"{key}={value} must be a list: type {key}=[{value}]")
 
 
 KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}

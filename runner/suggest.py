@@ -41,8 +41,17 @@ def _parse(parser: OverridesParser, argument: str, known: list[str]):
     try:
         return parser.parse_override(argument)
     except HydraException as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"cannot read {argument} ({why}). Brackets, spaces and = in a value want quotes: 'key=\"value\"'") from error
+        raise UserError(f"cannot read {argument} ({str(error).splitlines()[0]}). {_quoting(argument)}") from error
+
+
+def _quoting(argument: str) -> str:
+    """How to type a value that Hydra, or the shell before it, has misread."""
+    key, _, value = argument.partition("=")
+    if value.startswith("{"):
+        return f"A mapping with spaces wants quotes around it: {key}='{{name: value, other: value}}'"
+    if value.startswith("["):
+        return f"A list is closed by ], and with spaces it wants quotes around it: {key}='[one, two]'"
+    return "Brackets, spaces and = in a value want quotes: 'key=\"value\"'"
 
 
 def _check_sweep(override, sweeps: bool) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from runner.config import Dataset, load
-from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, adapt, parse_dialogue
+from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, Unmapped, adapt, parse_dialogue
 from runner.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -319,6 +319,21 @@ def test_fields_of_broken_rows(row, fields, message):
 )
 def test_fields_of_useless_rows(row, why):
     assert reason("fields", row) == why
+
+
+@pytest.mark.parametrize(
+    "row, guess",
+    [
+        ({"question": "a", "good": "b", "bad": "c"}, "{prompt: question, chosen: good, rejected: bad}"),
+        ({"post": "a", "bad_reply": "c", "good_reply": "b"}, "{prompt: post, chosen: good_reply, rejected: bad_reply}"),
+        ({"q": "a", "text": "b"}, "{prompt: FIELD, chosen: FIELD, rejected: FIELD}"),
+        ({"Frage": "a", "chosen": "b", "rejected": "c"}, "{prompt: FIELD, chosen: chosen, rejected: rejected}"),
+    ],
+)
+def test_a_row_with_unknown_names_comes_with_a_map_to_type(row, guess):
+    with pytest.raises(Unmapped) as caught:
+        adapt("fields", row, {})
+    assert caught.value.map == guess
 
 
 def test_fields_map_with_an_unknown_name():

@@ -172,6 +172,10 @@ WRONG = {
     "our DeepSpeed key": ("hardware.deepspeed.optimizer.type=Adam", "is decided by the runner: set the stage's lr"),
     "path beside random weights": ("model.actor.path=/models/opt", "type model.actor.init=pretrained"),
     "unknown interpolation": ("name=${nix}", "Interpolation key 'nix' not found"),
+    "value for a block": ("wandb=disabled", "wandb is a block of keys (mode, project, entity): type wandb.mode=disabled"),
+    "value for a list": ("dataset.sft_only=/x.jsonl", "must be a list: type dataset.sft_only=[/x.jsonl]"),
+    "value for a mapping": ("hardware.deepspeed=x", "must be a mapping: type hardware.deepspeed='{name: value}'"),
+    "mapping cut by the shell": ("dataset.fields={prompt:", "wants quotes around it: dataset.fields='{name: value, other: value}'"),
     "launch command": ("hardware.launch='{pyton}'", "hardware.launch holds 'pyton': it knows {python}, "),
     "fp16 on a CPU": ("hardware.precision=fp16", "use fp32 or bf16"),
 }
@@ -215,6 +219,12 @@ def test_broken_rows_are_named_or_counted(here, refused):
     message = refused("dataset=jsonl", "stage=sft", "dataset.path=lacks.jsonl")
     assert "lacks.jsonl:4: no response among the fields prompt, rejected" in message
     assert "dataset.on_bad_row=skip" in message
+    Path("named.jsonl").write_text('{"question": "a", "good": "b", "bad": "c"}\n')
+    message = refused("dataset=jsonl", "dataset.path=named.jsonl")
+    assert "type dataset.fields='{prompt: question, chosen: good, rejected: bad}'" in message
+    Path("fine.jsonl").write_text("\n".join(rows))
+    message = refused("dataset=jsonl", "dataset.path=fine.jsonl", "dataset.sft_only=[named.jsonl]")
+    assert "Name its fields prompt and response" in message and "dataset.fields" not in message  # that map is another file's
     assert "field question is missing" in refused("dataset=jsonl", "dataset.path=lacks.jsonl", "dataset.fields={prompt: question}")
     assert "did you mean prompt?" in refused("dataset=jsonl", "dataset.path=lacks.jsonl", "dataset.fields.promt=prompt")
 

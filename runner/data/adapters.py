@@ -26,6 +26,14 @@ class BadRow(ValueError):
     """The row is broken: a field is missing or of the wrong type."""
 
 
+class Unmapped(BadRow):
+    """The row has none of the names that are looked for; `map` is the field map to type, as far as it can be guessed."""
+
+    def __init__(self, message: str, map: str):
+        super().__init__(message)
+        self.map = map
+
+
 class Dropped(Exception):
     """The row is well formed but useless; args[0] is the short reason that the summary counts."""
 
@@ -106,7 +114,8 @@ def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ..
     elif OPENING.match(need(row, key)):
         turns = parse_dialogue(row[key])
     else:
-        raise BadRow(f"field {key} is no dialogue (it does not begin with 'Human:'), and there is {no_field(row, 'prompt', PROMPTS)}")
+        missing = no_field(row, "prompt", PROMPTS)
+        raise Unmapped(f"field {key} is no dialogue (it does not begin with 'Human:'), and there is {missing}", missing.map)
     if not turns or turns[-1]["role"] != "assistant":
         raise Dropped("empty response")
     # Messages that begin with the assistant go on from the prompt; others repeat it
@@ -254,7 +263,7 @@ def any_fields(row: dict, fields: dict) -> Example:
         named[ours] = need(row, theirs, kind=object)
     prompt, answer = pick(named, PROMPTS), pick(named, tuple(n for n in RESPONSES if n in fields) or RESPONSES)
     if answer is None:
-        raise BadRow(no_field(named, "response", RESPONSES))
+        raise no_field(row, "response", RESPONSES)
     turns: tuple[Turn, ...] = ()
     if prompt:
         turns = chat(named, prompt) if isinstance(named[prompt], list) else parse_dialogue(need(named, prompt))
@@ -272,8 +281,25 @@ def pick(row: dict, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if row.get(name) is not None), None)
 
 
-def no_field(row: dict, what: str, names: tuple[str, ...]) -> str:
-    return f"no {what} among the fields {', '.join(map(str, row))}; tried {', '.join(names)}: map it with dataset.fields={{{what}: NAME}}"
+def no_field(row: dict, what: str, names: tuple[str, ...]) -> Unmapped:
+    return Unmapped(f"no {what} among the fields {', '.join(map(str, row))}; tried {', '.join(names)}", guessed_map(row))
+
+
+# Words in the names of fields that other people choose
+HINTS = {
+    "prompt": {*PROMPTS, "input", "context", "post", "history"},
+    "rejected": {"rejected", "bad", "worse", "worst", "loser", "lose", "negative", "dispreferred"},
+    "chosen": {*RESPONSES, "good", "better", "best", "winner", "win", "positive", "preferred", "accepted", "reply"},
+}
+
+
+def guessed_map(row: dict) -> str:
+    """'{prompt: question, chosen: good, rejected: bad}' from a row's own names, with FIELD where none suggests itself."""
+    free, found = [str(name) for name in row], {}
+    for ours, hints in HINTS.items():
+        found[ours] = next((name for name in free if hints & set(re.findall("[a-z]+", name.lower()))), "FIELD")
+        free = [name for name in free if name != found[ours]]
+    return "{" + ", ".join(f"{ours}: {found[ours]}" for ours in ("prompt", "chosen", "rejected")) + "}"
 
 
 ADAPTERS: dict[str, Callable[[dict, dict], Example]] = {

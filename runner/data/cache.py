@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from runner.config import Dataset, Model, Source
-from runner.data.adapters import BadRow, Dropped, Example, adapt
+from runner.data.adapters import BadRow, Dropped, Example, Unmapped, adapt
 from runner.data.sources import VERSION, BrokenRow, content_key, data_key, plain_source, rows, sources_of
 from runner.data.split import held_out, phase_of, prompt_hash
 from runner.errors import UserError
@@ -87,8 +87,17 @@ def adapted(dataset: Dataset, source: Source, counts: Counts) -> Iterator[Exampl
             counts.dropped[str(reason)] += 1
         except (BrokenRow, BadRow) as error:
             if dataset.on_bad_row == "error":
-                raise UserError(f"{where}: {error}. Mend the row, or type dataset.on_bad_row=skip to count such rows and go on") from error
+                raise UserError(f"{where}: {error}. {_cure(dataset, source, error)}") from error
             counts.dropped["broken row"] += 1
+
+
+def _cure(dataset: Dataset, source: Source, error: Exception) -> str:
+    skip = "Mend the row, or type dataset.on_bad_row=skip to count such rows and go on"
+    if not isinstance(error, Unmapped):
+        return skip
+    if source.path != dataset.path:
+        return f"Name its fields prompt and response, or give its source a map in a conf/dataset/ file. {skip}"
+    return f"If all rows are like this one, type dataset.fields='{error.map}' (leave out what is not there). {skip}"
 
 
 def _prompts_of_other_stages(dataset: Dataset) -> set[int]:
