@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from runner.config import PARENTS, Config, ModelPart
-from runner.data.sources import data_key, is_local, sources_of
+from runner.data.sources import data_key, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.errors import UserError
 from runner.manifest import steps_done
+from runner.paths import is_local, no_folder
 from runner.resume import Unfinished, unfinished
 
 # Raise it when the code changes what a step computes
@@ -129,6 +130,8 @@ def _pinned_facts(stage: str, path: str) -> dict:
     if not is_local(path):
         return {"use": path}
     folder = Path(path).expanduser()
+    if not folder.exists():
+        raise UserError(no_folder(f"{stage}.use", path))
     if not (folder / "config.json").exists():
         inside = f". Type {stage}.use={folder / 'model'}" if (folder / "model" / "config.json").exists() else ""
         raise UserError(f"{stage}.use={path} is no Hugging Face checkpoint: there is no {folder / 'config.json'}{inside}")

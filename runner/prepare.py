@@ -15,10 +15,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from runner.config import Config, ModelPart
-from runner.data.sources import data_key, is_local, sources_of
+from runner.data.sources import data_key, sources_of
 from runner.errors import UserError
 from runner.files import whole_folder
 from runner.lock import lock
+from runner.paths import is_local, no_folder
 from runner.plan import Step
 
 
@@ -28,7 +29,7 @@ def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
     if not missing:
         return {}
     _check_devices(cfg)
-    _go_offline_without_network(cfg, missing)
+    _go_offline_without_network(cfg, steps)
 
     from runner.data import cache
 
@@ -39,7 +40,7 @@ def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
     for step in missing:
         part = "reward" if step.stage == "reward" else "actor"
         path, tokenizer = tokenizers[part]
-        base = base_model(cfg, store, getattr(cfg.model, part), tokenizer) if step.stage != "ppo" else None
+        base = base_model(cfg, store, part, tokenizer) if step.stage != "ppo" else None
         data = cache.build(store, cfg.dataset, step.stage, tokenizer, cfg.model)
         inputs[step.stage] = {"tokenizer": path, "base": base, "data": str(data), "ptx": None}
         _check_amounts(cfg, step.stage, data)
@@ -92,9 +93,10 @@ def _tokenizers(cfg: Config, store: Path, steps: dict[str, Step]) -> dict[str, t
     found = {}
     for part, stage in (("actor", "sft"), ("reward", "reward")):
         if stage in steps:
-            pinned = steps[stage].pinned
-            source = ModelPart(pinned, None, "pretrained", {}, getattr(cfg.model, part).lora) if pinned else getattr(cfg.model, part)
-            found[part] = _tokenizer(cfg, store, source)
+            pinned, source, key = steps[stage].pinned, getattr(cfg.model, part), f"model.{part}.path"
+            if pinned:
+                source, key = ModelPart(pinned, None, "pretrained", {}, source.lora), f"{stage}.use"
+            found[part] = _tokenizer(cfg, store, source, key)
     if len(found) == 2:
         from runner.tokenizer import same_tokens
 
@@ -107,7 +109,7 @@ def _tokenizers(cfg: Config, store: Path, steps: dict[str, Step]) -> dict[str, t
     return found
 
 
-def _tokenizer(cfg: Config, store: Path, part: ModelPart) -> tuple[str, object]:
+def _tokenizer(cfg: Config, store: Path, part: ModelPart, key: str) -> tuple[str, object]:
     from runner.tokenizer import load_tokenizer
 
     path = _own_tokenizer(cfg, store) if part.init == "random" else part.path
@@ -115,7 +117,7 @@ def _tokenizer(cfg: Config, store: Path, part: ModelPart) -> tuple[str, object]:
     try:
         return path, load_tokenizer(path, end_token=cfg.model.end_token, chat_template=cfg.model.chat_template, **options)
     except (OSError, ValueError) as error:
-        raise UserError(_cannot_load(path, error)) from error
+        raise UserError(_cannot_load(key, path, error)) from error
 
 
 def _own_tokenizer(cfg: Config, store: Path) -> str:
@@ -139,15 +141,16 @@ def _own_tokenizer(cfg: Config, store: Path) -> str:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def base_model(cfg: Config, store: Path, part: ModelPart, tokenizer) -> str:
-    """Where the worker loads its first weights from: the checkpoint itself, or a folder with the config of a random one."""
+def base_model(cfg: Config, store: Path, name: str, tokenizer) -> str:
+    """Where the worker loads the first weights of `name`, actor or reward, from: the checkpoint, or a folder with a random one's config."""
     from transformers import AutoConfig
 
+    part = getattr(cfg.model, name)
     if part.init == "pretrained":
         try:
             config = AutoConfig.from_pretrained(part.path, revision=part.revision, trust_remote_code=cfg.model.trust_remote_code)
         except (OSError, ValueError) as error:
-            raise UserError(_cannot_load(part.path, error)) from error
+            raise UserError(_cannot_load(f"model.{name}.path", part.path, error)) from error
         if config.model_type != cfg.model.family:
             found = config.model_type
             raise UserError(f"{part.path} is a {found} model, but model.family={cfg.model.family}: type model.family={found}")
@@ -176,16 +179,18 @@ def _check_context(cfg: Config, path: str, config) -> None:
         )
 
 
-def _cannot_load(path: str, error: Exception) -> str:
+def _cannot_load(key: str, path: str, error: Exception) -> str:
+    """key: where the path was given, and where another one is to be typed."""
     if is_local(path):
-        return f"model folder {path} cannot be loaded: {str(error).splitlines()[0]}"
+        exists = Path(path).expanduser().exists()
+        return f"{key}={path} cannot be loaded: {str(error).splitlines()[0]}" if exists else no_folder(key, path)
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         return (
-            f"model {path} is not in the local Hugging Face cache, and the hub cannot be reached. Download it where there is a "
-            f"network (`hf download {path} --local-dir FOLDER`) and type model.actor.path=FOLDER (or model.reward.path); behind a proxy "
-            "set HTTPS_PROXY; without any model: model=tiny, or random weights with model.actor.init=random model.reward.init=random"
+            f"model {path} is not in the local Hugging Face cache, and the hub cannot be reached. Download it where there is a network "
+            f"(`hf download {path} --local-dir FOLDER`) and type {key}=FOLDER; behind a proxy set HTTPS_PROXY; without any model: "
+            "model=tiny, or random weights with model.actor.init=random model.reward.init=random"
         )
-    return f"model {path} cannot be loaded: {str(error).splitlines()[0]}. Check the name; a gated model needs `hf auth login`"
+    return f"{key}={path} cannot be loaded: {str(error).splitlines()[0]}. Check the name; a gated model needs `hf auth login`"
 
 
 # --- network ----------------------------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ WRONG = {
     "unknown format": (f"dataset=jsonl dataset.path={RUN}", "unknown format; use one of .json, .jsonl"),
     "empty split": ("dataset.split.reward=0", "dataset.split.reward=0: give it a share"),
     "demonstrations only": ("dataset=chinese", "type stage=sft, give it a share"),
-    "no checkpoint": ("sft.use=/nowhere", "sft.use=/nowhere is no Hugging Face checkpoint: there is no /nowhere/config.json"),
+    "no checkpoint": ("sft.use=/nowhere", "sft.use=/nowhere: this folder does not exist (looked from "),
     "mistyped DeepSpeed key": ("hardware.deepspeed={zero_optimisation:{}}", "did you mean zero_optimization?"),
     "our DeepSpeed key": ("hardware.deepspeed.optimizer.type=Adam", "is decided by the runner: set the stage's lr"),
     "path beside random weights": ("model.actor.path=/models/opt", "type model.actor.init=pretrained"),
@@ -195,7 +195,22 @@ def test_near_checkpoints_are_named(refused, here):
     (here / "step" / "model").mkdir(parents=True)
     (here / "step" / "model" / "config.json").write_text('{"architectures": ["OPTForSequenceClassification"]}')
     assert "Type sft.use=step/model" in refused("sft.use=./step")
+    for typo in ("./stp", "step/modle"):
+        assert f"sft.use={typo}: this folder does not exist" in (message := refused(f"sft.use={typo}"))
+        assert f"Did you mean {'step' if typo == './stp' else 'step/model'}?" in message
     assert "is a language model (ForCausalLM)" in refused("sft.use=./step/model")
+
+
+def test_hub_names_and_folders_are_told_apart(here):
+    from runner.paths import is_local
+
+    (here / "models").mkdir()
+    assert not any(map(is_local, ("gpt2", "facebook/opt-125m", "Dahoas/rm-static")))
+    assert all(map(is_local, ("runs/store", "runs/store/sft-1/model", "a/b/c", "models/opt", "./gpt2", "~/gpt2", "pairs.jsonl", "models")))
+
+
+def test_a_preset_with_weights_of_ones_own_takes_random_ones_too():
+    assert configured("model=opt175b", "model.actor.init=random", "model.reward.init=random").model.actor.init == "random"
 
 
 def test_an_experiment_may_fill_blocks_that_the_stage_does_not_read():
@@ -271,13 +286,16 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
     assert "have different tokenizers" in refused(*folders)
     assert "longer than the 256 positions of ./actor" in refused(*folders, "model.reward.path=./actor", "model.max_prompt_tokens=250")
     assert "type model.family=opt" in refused(*folders, "model.family=llama", "stage=sft")
-    assert "cannot be loaded" in refused(*folders, "model.actor.path=./runs", "stage=sft")
+    assert "model.actor.path=./runs cannot be loaded" in refused(*folders, "model.actor.path=./runs", "stage=sft")
+    message = refused(*folders, "model.actor.path=/models/opt", "stage=sft")
+    assert "model.actor.path=/models/opt: this folder does not exist" in message and "Repo id" not in message
 
 
 @pytest.mark.parametrize(
     "words, says",
     [
         ("model=opt125m hardware=cpu", "model facebook/opt-125m is not in the local Hugging Face cache, and the hub cannot be reached"),
+        ("sft.use=facebook/opt-125m", "and type sft.use=FOLDER"),
         ("dataset=hub dataset.path=Dahoas/rm-static", "data set Dahoas/rm-static cannot be loaded"),
     ],
 )

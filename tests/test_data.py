@@ -453,6 +453,8 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
     write(tmp_path / "pairs.jsonl", ROWS)
     with pytest.raises(UserError, match=r"data file .*/pears.jsonl does not exist .*there are: pairs.jsonl"):
         read(tmp_path / "pears.jsonl")
+    with pytest.raises(UserError, match=r"does not exist \(looked from [^)]*\)$"):  # nothing there is like it
+        read(tmp_path / "other.parquet")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 No torch and no tokenizer in here: the plan needs the key of the data.
 """
 
+import difflib
 import gzip
 import hashlib
 import json
@@ -13,8 +14,7 @@ from pathlib import Path
 from runner.config import Dataset, Source
 from runner.data import toy
 from runner.errors import UserError
-
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+from runner.paths import SUFFIXES, is_local
 
 # Raise it when an adapter, the encoder or the split changes what becomes of a row
 VERSION = 2
@@ -45,11 +45,6 @@ def data_key(dataset: Dataset) -> dict:
 def _described(source: Source) -> dict:
     """The fields that shape the rows. Where a local file lies does not."""
     return {k: v for k, v in asdict(source).items() if k != "path" or not is_local(source.path)}
-
-
-def is_local(path: str) -> bool:
-    """Whether a path means this machine's disk rather than the hub: it exists, or it looks like a file."""
-    return Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.endswith(SUFFIXES)
 
 
 def rows(source: Source, toy_rows: int) -> Iterator[tuple[str, dict | BrokenRow]]:
@@ -89,7 +84,8 @@ def content_key(source: Source, toy_rows: int) -> str:
 def _existing(path: str) -> Path:
     found = Path(path).expanduser()
     if not found.exists():
-        near = sorted(p.name for p in found.parent.glob("*") if p.name.endswith(SUFFIXES)) if found.parent.is_dir() else []
+        there = sorted(p.name for p in found.parent.glob("*") if p.name.endswith(SUFFIXES)) if found.parent.is_dir() else []
+        near = difflib.get_close_matches(found.name, there, n=3) or [name for name in there if Path(name).suffixes == found.suffixes]
         hint = f"; in {found.parent} there are: {', '.join(near[:8])}" if near else ""
         raise UserError(f"data file {path} does not exist (looked from {Path.cwd()}){hint}")
     if found.is_file() and not found.name.endswith(SUFFIXES):

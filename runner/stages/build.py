@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from runner import engine as engines
 from runner.config import Config, Lora
-from runner.data.sources import is_local
 from runner.models import Actor, Scalar, add_lora, load_causal, load_scalar
+from runner.paths import is_local
 from runner.tokenizer import load_tokenizer
 
 
