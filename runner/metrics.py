@@ -161,7 +161,7 @@ class RunLog:
         if mode == "disabled":
             return None
         if mode == "auto":
-            mode = "online" if _has_wandb_key() else "offline"
+            mode = "online" if has_wandb_key() else "offline"
         import wandb
 
         id_file = self.folder / "wandb_id"
@@ -188,7 +188,7 @@ class RunLog:
         return run
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path("~/.netrc").expanduser()

@@ -202,6 +202,17 @@ def command(cfg: Config, folder: Path) -> str:
         raise UserError(f"hardware.launch holds {error}: it knows {known}; write other braces doubled") from error
 
 
+def missing_hostfile(cfg: Config) -> str | None:
+    """What to do about the file that names the machines, if the launch command reads it and it is not there."""
+    h = cfg.hardware
+    if h.nodes == 1 or "{hostfile}" not in h.launch or Path(h.hostfile).expanduser().is_file():
+        return None
+    return (
+        f"hardware.hostfile={h.hostfile} does not exist (looked from {Path.cwd()}): write one line `machine slots={h.gpus}` into it for "
+        f"each of the {h.nodes} machines, or type hardware.hostfile=/where/it/is"
+    )
+
+
 # --- showing it -------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +239,8 @@ def show(cfg: Config, steps: list[Step], details: bool) -> None:
     console.print(table)
     if not details:
         return
+    if note := missing_hostfile(cfg):
+        print(f"\nnote: {note}")
     for step in steps:
         if step.done:
             continue

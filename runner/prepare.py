@@ -20,7 +20,7 @@ from runner.errors import UserError
 from runner.files import whole_folder
 from runner.lock import lock
 from runner.paths import is_local, no_folder
-from runner.plan import Step
+from runner.plan import Step, missing_hostfile
 
 
 def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
@@ -29,6 +29,7 @@ def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
     if not missing:
         return {}
     _check_devices(cfg)
+    _check_wandb(cfg)
     _go_offline_without_network(cfg, steps)
 
     from runner.data import cache
@@ -62,6 +63,8 @@ def _writable(store: str) -> Path:
 def _check_devices(cfg: Config) -> None:
     """Enough GPUs for this machine's share. A job of several nodes may be started from one that has none."""
     h = cfg.hardware
+    if problem := missing_hostfile(cfg):
+        raise UserError(problem)
     if h.accelerator != "cuda" or h.nodes > 1:
         return
     import torch
@@ -69,10 +72,24 @@ def _check_devices(cfg: Config) -> None:
     found = torch.cuda.device_count()
     if found < h.gpus:
         instead = f"hardware.gpus={found}" if found else "hardware=cpu"
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hidden = "CUDA_VISIBLE_DEVICES is not set" if visible is None else f"CUDA_VISIBLE_DEVICES={visible}"
         raise UserError(
-            f"hardware={h.name} wants {h.gpus} GPU{'s' * (h.gpus > 1)}, this machine shows {found} (CUDA_VISIBLE_DEVICES={visible}). "
+            f"hardware={h.name} wants {h.gpus} GPU{'s' * (h.gpus > 1)}, this machine shows {found} ({hidden}). "
             f"Type {instead}, or dry_run=true to see the plan only"
+        )
+
+
+def _check_wandb(cfg: Config) -> None:
+    """wandb.mode=online needs a key: the worker would find out only after everything is tokenised."""
+    if cfg.wandb.mode != "online":
+        return
+    from runner.metrics import has_wandb_key
+
+    if not has_wandb_key():
+        raise UserError(
+            "wandb.mode=online, but there is no API key: set WANDB_API_KEY, or type `wandb login` once. "
+            "Without one: wandb.mode=offline (upload later with `wandb sync`) or wandb.mode=disabled"
         )
 
 
@@ -104,9 +121,23 @@ def _tokenizers(cfg: Config, store: Path, steps: dict[str, Step]) -> dict[str, t
         if not same_tokens(a, b):
             raise UserError(
                 f"actor {actor} and reward model {reward} have different tokenizers: the reward model could not read what the actor "
-                "writes. Pick a reward model of the same family: model.reward.path=..."
+                f"writes. {_one_tokenizer(cfg, steps)}"
             )
     return found
+
+
+def _one_tokenizer(cfg: Config, steps: dict[str, Step]) -> str:
+    """How to get two models with the same tokenizer."""
+    pinned = [stage for stage in ("sft", "reward") if steps[stage].pinned]
+    random = [stage for stage, part in (("sft", cfg.model.actor), ("reward", cfg.model.reward)) if part.init == "random"]
+    own = [stage for stage in random if stage not in pinned]
+    if pinned and own:
+        given, made = f"{pinned[0]}.use", own[0]
+        return (
+            f"That of {given} came with its model, that of the {made} model (init=random) is trained on the data of this command: take the "
+            f"data and the model of the run that {given} comes from, or pin both models of one run with {made}.use=..."
+        )
+    return "Pick a reward model of the same family: model.reward.path=..."
 
 
 def _tokenizer(cfg: Config, store: Path, part: ModelPart, key: str) -> tuple[str, object]:

@@ -267,6 +267,22 @@ def test_too_few_gpus_are_said_before_data_is_read(here, refused):
     assert not (here / "runs" / "store").exists()
 
 
+def test_machines_that_nobody_has_named_are_said_before_data_is_read(here, refused, capfd, monkeypatch):
+    assert "hardware.hostfile=hostfile does not exist (looked from " in (message := refused("model=opt66b", "hardware=gpu64"))
+    assert "one line `machine slots=8` into it for each of the 8 machines" in message
+    assert not (here / "runs" / "store").exists()
+    monkeypatch.setattr("sys.argv", [RUN, "dry_run=true", "model=opt66b", "hardware=gpu64"])
+    runpy.run_path(RUN, run_name="__main__")
+    assert "note: hardware.hostfile=hostfile does not exist" in capfd.readouterr().out
+
+
+def test_wandb_online_without_a_key_is_said_before_data_is_read(here, refused, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(here))  # no ~/.netrc
+    assert "there is no API key: set WANDB_API_KEY" in refused("wandb.mode=online")
+    assert not (here / "runs" / "store").exists()
+
+
 def test_a_store_that_cannot_be_made_is_said(refused, here):
     (here / "file").write_text("")
     assert "store=file/store cannot be made (Not a directory): type store=" in refused("store=file/store")
@@ -284,6 +300,8 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
         kind.save_pretrained(here / name)
     folders = [f"model.{part}.{key}" for part in ("actor", "reward") for key in (f"path=./{part}", "init=pretrained")]
     assert "have different tokenizers" in refused(*folders)
+    message = refused("sft.use=./actor")  # beside a reward model with random weights, whose tokenizer is trained on the data
+    assert "take the data and the model of the run that sft.use comes from" in message and "reward.use=..." in message
     assert "longer than the 256 positions of ./actor" in refused(*folders, "model.reward.path=./actor", "model.max_prompt_tokens=250")
     assert "type model.family=opt" in refused(*folders, "model.family=llama", "stage=sft")
     assert "model.actor.path=./runs cannot be loaded" in refused(*folders, "model.actor.path=./runs", "stage=sft")
