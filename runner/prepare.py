@@ -6,6 +6,7 @@ store. The workers then find files.
 
 import hashlib
 import json
+import math
 import os
 import socket
 import sys
@@ -21,6 +22,9 @@ from runner.files import whole_folder
 from runner.lock import lock
 from runner.paths import is_local, no_folder
 from runner.plan import Step, missing_hostfile
+
+# Fewer iterations of PPO than this are said to be few
+FEW_ITERATIONS = 5
 
 
 def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
@@ -94,11 +98,22 @@ def _check_wandb(cfg: Config) -> None:
 
 
 def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
-    train = json.loads((data / "counts.json").read_text())["train"]
-    if stage == "ppo" and train < cfg.ppo.rollout_batch:
+    """Refuse PPO with too few prompts for one iteration, and warn of a run that is over before it has learnt anything."""
+    if stage != "ppo":
+        return
+    ppo, train = cfg.ppo, json.loads((data / "counts.json").read_text())["train"]
+    per_epoch = train // ppo.rollout_batch
+    if not per_epoch:
         raise UserError(
-            f"there are {train} prompts for PPO, fewer than ppo.rollout_batch={cfg.ppo.rollout_batch}: lower it, "
-            f"for example ppo.rollout_batch={max(1, train // cfg.ppo.minibatches) * cfg.ppo.minibatches}, or give more data"
+            f"there are {train} prompts for PPO, fewer than ppo.rollout_batch={ppo.rollout_batch}: lower it, "
+            f"for example ppo.rollout_batch={max(1, train // ppo.minibatches) * ppo.minibatches}, or give more data"
+        )
+    iterations = max(1, math.ceil(ppo.epochs * per_epoch))
+    if iterations < FEW_ITERATIONS and (ppo.max_steps is None or ppo.max_steps > iterations):
+        print(
+            f"warning: {train} prompts make {iterations} iteration{'s' * (iterations > 1)} of PPO, too few to learn from. "
+            f"Type ppo.epochs={math.ceil(FEW_ITERATIONS / per_epoch)} or more, a smaller ppo.rollout_batch, or give more data",
+            file=sys.stderr,
         )
 
 

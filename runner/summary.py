@@ -12,6 +12,7 @@ import math
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 STAGE_HEADER = ("stage", "state", "time", "steps", "train", "eval", "truncated", "dropped")
 CHANGE_HEADER = ("", "before", "after", "change", "during training")
+# Fewer pairs, prompts or steps carry no verdict
+CALIBRATION_PAIRS, SURE_PROMPTS, SFT_STEPS = 100, 32, 20
 TRY_NEXT = {"sft": "sft.epochs=1,2,4", "reward": "reward.epochs=1,2", "ppo": "ppo.kl_coef=0.02,0.05,0.1"}
 
 
@@ -120,7 +123,8 @@ def spent(trained: Iterable[Trained]) -> float:
 
 def sections(name: str, trained: Sequence[Trained], run_dir: Path, overrides: Sequence[str] = ()) -> list[Section]:
     parts = [stages_section(name, trained)]
-    describe = {"sft": sft_sections, "reward": reward_sections, "ppo": ppo_sections}
+    steps = next((t.result["steps"] for t in trained if t.step.stage == "sft" and "steps" in t.result), None)
+    describe = {"sft": sft_sections, "reward": reward_sections, "ppo": partial(ppo_sections, sft_steps=steps)}
     for t in trained:
         parts += describe[t.step.stage](t) if t.result else []
     return [*parts, places_section(trained, run_dir), next_section(trained, overrides)]
@@ -133,7 +137,8 @@ def stages_section(name: str, trained: Sequence[Trained]) -> Section:
         dropped = data.get("dropped")
         counts = [num(data.get(key)) for key in ("train", "eval", "truncated")]
         lost = "-" if dropped is None else num(sum(dropped.values()))
-        rows.append([t.step.stage, t.state, duration(t.result.get("seconds")), num(t.result.get("steps")), *counts, lost])
+        time = "-" if t.state == "reused" else duration(t.result.get("seconds"))  # another command has spent it
+        rows.append([t.step.stage, t.state, time, num(t.result.get("steps")), *counts, lost])
         notes += stage_notes(t, dropped or {})
     seconds = spent(trained)
     happened = f"trained in {duration(seconds)}" if seconds else "nothing new was trained"
@@ -166,7 +171,7 @@ def sft_sections(t: Trained) -> list[Section]:
     r = t.result
     rows = [
         change_row("perplexity", r.get("perplexity_before"), r.get("perplexity_after"), t.curves.get("eval/perplexity", ())),
-        change_row("loss", r.get("loss_before"), r.get("loss_after"), t.curves.get("train/loss", ())),
+        change_row("loss", r.get("loss_before"), r.get("loss_after"), t.curves.get("eval/loss", ())),
     ]
     return [Section("SFT on held-out answers", header=CHANGE_HEADER, rows=rows)]
 
@@ -193,47 +198,53 @@ def reward_notes(r: dict) -> list[str]:
         below = "Choosing the longer answer does better: PPO against this reward model teaches length."
         notes.append("It beats choosing the longer answer." if low > baseline else below if high < baseline else inside)
     bins = [b for b in r.get("calibration") or () if b["n"]]
-    if bins:
-        surest, total = max(bins, key=lambda b: b["confidence"]), sum(b["n"] for b in bins)
+    total = sum(b["n"] for b in bins)
+    if total >= CALIBRATION_PAIRS:
+        surest = max(bins, key=lambda b: b["confidence"])
         error = sum(abs(b["confidence"] - b["accuracy"]) * b["n"] for b in bins) / total
         sure, right = pct(surest["confidence"], digits=0), pct(surest["accuracy"], digits=0)
         notes.append(f"Calibration: when it is {sure} sure it is right {right} of the time; off by {100 * error:.1f} points on average.")
     return notes
 
 
-def ppo_sections(t: Trained) -> list[Section]:
+def ppo_sections(t: Trained, sft_steps: int | None) -> list[Section]:
     before, after = t.result.get("before") or {}, t.result.get("after") or {}
     lines = [
-        ("score", "score", "objective/scores", num),
+        ("score", "score", "eval/score", num),
         ("KL to SFT", "kl", "objective/kl", num),
         ("length (tokens)", "length", "rollout/response_length_mean", num),
         ("truncated", "truncated_rate", "rollout/truncated_rate", pct),
-        ("judge", "judge", "", num),
+        ("judge", "judge", "eval/judge", num),
     ]
     rows = [change_row(label, before.get(key), after.get(key), t.curves.get(curve, ()), show) for label, key, curve, show in lines]
     if before.get("judge") is None and after.get("judge") is None:
         rows.pop()  # only the toy data set has a judge
-    title = f"PPO on {num(t.result.get('eval_prompts'))} held-out prompts"
-    return [Section(title, header=CHANGE_HEADER, rows=rows, notes=ppo_notes(before, after)), *sample_sections(t.result)]
+    prompts = t.result.get("eval_prompts")
+    notes = ["Held-out scores are without ppo.score_clip and ppo.missing_eos_penalty; those of the progress lines have both."]
+    notes += ppo_notes(before, after, prompts or 0, sft_steps)
+    return [Section(f"PPO on {num(prompts)} held-out prompts", header=CHANGE_HEADER, rows=rows, notes=notes), *sample_sections(t.result)]
 
 
-def ppo_notes(before: dict, after: dict) -> list[str]:
+def change_of(key: str, before: dict, after: dict, prompts: int) -> float:
+    """after - before, or 0 where chance explains it: within two standard errors, or on few prompts where no error is known."""
+    if None in (before.get(key), after.get(key)):
+        return 0.0
+    change, errors = after[key] - before[key], [facts.get(f"{key}_se") for facts in (before, after)]
+    sure = prompts >= SURE_PROMPTS if None in errors else abs(change) > 2 * math.hypot(*errors)
+    return change if sure else 0.0
+
+
+def ppo_notes(before: dict, after: dict, prompts: int, sft_steps: int | None) -> list[str]:
     """What a practised eye would look for in these numbers."""
-
-    def grew(key: str, factor: float = 1.0) -> bool:
-        return None not in (before.get(key), after.get(key)) and after[key] > factor * before[key]
-
-    def fell(key: str) -> bool:
-        return None not in (before.get(key), after.get(key)) and after[key] < before[key]
-
+    score, judge, length = (change_of(key, before, after, prompts) for key in ("score", "judge", "length"))
     notes = []
-    if fell("score"):
+    if score < 0:
         notes.append("The score fell: try a smaller ppo.actor_lr or ppo.kl_coef, or more iterations.")
-    if grew("score") and fell("judge"):
+    if score > 0 > judge:
         notes.append("The score rose while the judge fell: the actor exploits the reward model. Try a larger ppo.kl_coef.")
-    if grew("score") and grew("length", 1.5):
+    if score > 0 and length > 0.5 * before["length"]:
         notes.append("The answers grew much longer along with the score: read the samples before you trust it.")
-    if (after.get("truncated_rate") or 0) > 0.2:
+    if (after.get("truncated_rate") or 0) > 0.2 and (sft_steps is None or sft_steps >= SFT_STEPS):
         notes.append("Many answers never end: raise ppo.missing_eos_penalty or model.max_response_tokens.")
     return notes
 

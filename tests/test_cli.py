@@ -257,6 +257,20 @@ def test_too_few_prompts_and_rows_are_said(here, refused):
     assert "has no rows to train on" in refused("dataset=jsonl", "dataset.path=none.jsonl")
 
 
+@pytest.mark.parametrize(
+    "words, warned",
+    [("", True), ("ppo.epochs=2", True), ("ppo.epochs=3", False), ("ppo.rollout_batch=16", False), ("ppo.max_steps=2", False)],
+)
+def test_a_ppo_of_few_iterations_is_warned_of(words, warned, tmp_path, capsys):
+    """150 prompts in batches of 64 are two iterations. Who asked for so few has what he wanted."""
+    from runner.prepare import _check_amounts
+
+    (tmp_path / "counts.json").write_text('{"train": 150}')
+    _check_amounts(configured(*words.split()), "ppo", tmp_path)
+    said = capsys.readouterr().err
+    assert ("too few to learn from. Type ppo.epochs=3 or more" in said) == warned, said
+
+
 def test_too_few_gpus_are_said_before_data_is_read(here, refused):
     import torch
 

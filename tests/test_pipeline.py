@@ -114,6 +114,8 @@ def test_metrics_have_their_names_and_plausible_values(finished):
         assert row["grad_norm/actor"] > 0 and row["grad_norm/critic"] > 0
     assert steps[1]["objective/kl_coef"] != steps[0]["objective/kl_coef"]  # the controller moved
     assert steps[-1]["episode"] == 3 * 32
+    after = json.loads((step_folder(store, "ppo") / "result.json").read_text())["after"]
+    assert 0 < after["score_se"] < 1  # of 8 prompts, whose scores are about one apart
 
 
 def test_running_again_reuses_everything_and_a_change_of_ppo_reuses_its_parents(finished):

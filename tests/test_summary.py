@@ -130,7 +130,7 @@ def row(text: str, label: str, holds: str = "") -> str:
 def test_tells_what_was_trained_and_how_well(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = summary(make_steps(Path("runs/store")), Path("runs/demo/1"), reused={"sft"})
-    assert row(text, "sft  ").split() == ["sft", "reused", "31", "s", "120", "1,920", "96", "14", "33"]
+    assert row(text, "sft  ").split() == ["sft", "reused", "-", "120", "1,920", "96", "14", "33"]
     assert row(text, "ppo  ").split()[1] == "trained"
     assert "demo: trained in 3 min 23 s" in text  # reward and ppo: the reused sft cost nothing
     assert "sft dropped: 2 empty response, 31 duplicate" in text
@@ -267,6 +267,45 @@ def test_remarks_on_suspicious_numbers(tmp_path, change, says):
     (stage, facts), base = next(iter(change.items())), {"reward": REWARD, "ppo": PPO}
     assert says not in summary([make_step(tmp_path, stage, base[stage])], tmp_path / "run")
     assert says in " ".join(summary([make_step(tmp_path, stage, base[stage] | facts)], tmp_path / "run").split())
+
+
+def told(tmp_path, **facts) -> str:
+    """The summary of a PPO step with these facts, on one line."""
+    return " ".join(summary([make_step(tmp_path, "ppo", PPO | facts)], tmp_path / "run").split())
+
+
+def evaluated(score: float, se: float | None = None) -> dict:
+    return PPO["after"] | {"score": score} | ({} if se is None else {"score_se": se})
+
+
+def test_noise_carries_no_verdict(tmp_path):
+    assert "The score fell" not in told(tmp_path, before=evaluated(0, 0.1), after=evaluated(-0.28, 0.1))
+    assert "The score fell" in told(tmp_path, before=evaluated(0, 0.1), after=evaluated(-0.29, 0.1), eval_prompts=6)
+    assert "The score fell" not in told(tmp_path, before=evaluated(0), after=evaluated(-0.5), eval_prompts=31)
+    assert "The score fell" in told(tmp_path, before=evaluated(0), after=evaluated(-0.5), eval_prompts=32)
+    fallen = {"before": evaluated(0, 0.1) | {"judge": 0.5}, "after": evaluated(1, 0.1) | {"judge": 0.4}}
+    assert "exploits" not in told(tmp_path, **fallen, eval_prompts=31) and "exploits" in told(tmp_path, **fallen, eval_prompts=32)
+
+
+@pytest.mark.parametrize(("pairs", "said"), [(99, False), (100, True)])
+def test_calibration_needs_pairs(tmp_path, pairs, said):
+    few = REWARD | {"calibration": [{"confidence": 0.96, "accuracy": 0.0, "n": pairs}]}
+    assert ("when it is 96 % sure" in summary([make_step(tmp_path, "reward", few)], tmp_path / "run")) == said
+
+
+@pytest.mark.parametrize(("steps", "said"), [(2, False), (20, True)])
+def test_endless_answers_are_no_news_after_a_few_steps_of_sft(tmp_path, steps, said):
+    both = [make_step(tmp_path, "sft", SFT | {"steps": steps})]
+    both.append(make_step(tmp_path, "ppo", PPO | {"after": PPO["after"] | {"truncated_rate": 0.9}}))
+    assert ("Many answers never end" in summary(both, tmp_path / "run")) == said
+
+
+def test_score_and_its_curve_are_of_the_same_kind(tmp_path):
+    """Training scores are clipped and have the penalty for missing EOS; those of the evaluations have not."""
+    rows = [{"step": n, "objective/scores": -n, "eval/score": n} for n in range(4)]
+    text = summary([make_step(tmp_path, "ppo", PPO, rows)], tmp_path / "run")
+    assert row(text, "score").endswith("▁▃▆█")
+    assert "without ppo.score_clip and ppo.missing_eos_penalty" in " ".join(text.split())
 
 
 def test_curves_of_a_resumed_run(tmp_path):

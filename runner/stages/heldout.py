@@ -45,6 +45,7 @@ class Evaluator:
         judged = [toy.judge(r) for r in responses] if self.judged else [None] * len(responses)
         facts = {
             "score": float(scores.mean()),
+            "score_se": float(scores.std()) / len(scores) ** 0.5,
             "kl": float(((rollout.logprobs - rollout.ref_logprobs) * rollout.mask).sum(1).mean()),
             "length": float(rollout.lengths.float().mean()),
             "truncated_rate": 1 - float(rollout.ended.float().mean()),
