@@ -63,7 +63,9 @@ def plan(cfg: Config) -> list[Step]:
         facts = _pinned_facts(stage, pinned) if pinned else _facts(cfg, stage, data, parents)
         models = {name: step.model for name, step in parents.items()}
         steps[stage] = _going_on(cfg, Step(stage, _key(facts), _folder(cfg, stage, _key(facts)), pinned, models, facts))
-        if not steps[stage].done:
+        if steps[stage].done:
+            _check_whole(steps[stage])
+        else:
             _check_share(cfg, stage)
             command(cfg, steps[stage].folder)
     return list(steps.values())
@@ -95,6 +97,28 @@ def _going_on(cfg: Config, step: Step) -> Step:
     origin = {"step": earlier.folder.name, "at": earlier.steps, "changed": earlier.describe()}
     facts = step.facts | {"goes_on_from": origin}
     return replace(step, key=_key(facts), folder=_folder(cfg, step.stage, _key(facts)), facts=facts, earlier=earlier)
+
+
+def _check_whole(step: Step) -> None:
+    """A step that says DONE has left its model and its facts; someone may have deleted or cut them since."""
+    if step.pinned:
+        return
+    weights, problem = list((step.folder / "model").glob("*.safetensors")), None
+    if not (step.folder / "model" / "config.json").exists() or not weights:
+        problem = f"{_shown(step.folder / 'model')} is missing, or has no weights"
+    elif empty := next((path for path in weights if not path.stat().st_size), None):
+        problem = f"{_shown(empty)} is empty"
+    elif not _is_json(step.folder / "result.json"):
+        problem = f"{_shown(step.folder / 'result.json')} is missing or cut off"
+    if problem:
+        raise UserError(f"{_shown(step.folder)} says DONE, but {problem}: delete the folder, and it is trained anew")
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return False
 
 
 def _check_share(cfg: Config, stage: str) -> None:

@@ -122,3 +122,23 @@ def test_differences_are_empty_only_for_equals_and_turn_around(one, other):
     found = differences(one, other)
     assert bool(found) == (one != other)
     assert {k: (b, a) for k, (a, b) in differences(other, one).items()} == found
+
+
+def finish(step: Step) -> None:
+    """Leave a step as a run leaves it that came to its end."""
+    (step.folder / "model").mkdir(parents=True)
+    for name, content in (("model/config.json", "{}"), ("model/model.safetensors", "weights"), ("result.json", '{"steps": 1}'), ("DONE", "")):
+        (step.folder / name).write_text(content)
+
+
+@pytest.mark.parametrize("file, content", [("model/model.safetensors", None), ("model/model.safetensors", ""), ("result.json", '{"ste')])
+def test_a_finished_step_whose_files_are_gone_is_not_reused(tmp_path, file, content):
+    step = planned(tmp_path)
+    finish(step)
+    assert planned(tmp_path).done
+    if content is None:
+        (step.folder / file).unlink()
+    else:
+        (step.folder / file).write_text(content)
+    with pytest.raises(UserError, match=r"sft-\w+ says DONE, but .*: delete the folder, and it is trained anew"):
+        planned(tmp_path)
