@@ -95,11 +95,30 @@ def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | 
     print("Assistant:", end="", flush=True)
     rows = model.generate(prompt, attention_mask=prompt * 0 + 1, generation_config=GenerationConfig(**how), streamer=screen)
     print()
-    return tokenizer.decode(rows[0, len(ids) :], skip_special_tokens=True).strip()
+    said = rows[0, len(ids) :].tolist()
+    if len(said) == longest and said[-1] != tokenizer.eos_token_id:
+        print(f"(cut off at {longest} tokens; --max-new-tokens allows more)")
+    return tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
-def talk(tokenizer, model, longest: int | None, temperature: float | None) -> None:
-    """Read messages and answer them until the end of the input."""
+def longest_trained(path: str) -> float:
+    """Tokens of the longest prompt that the model has seen in training, from the config.yaml of its step; infinite if there is none."""
+    import yaml
+
+    config = Path(path).parent / "config.yaml"
+    return yaml.safe_load(config.read_text())["model"]["max_prompt_tokens"] if config.exists() else math.inf
+
+
+def hear() -> str:
+    """The next message. Through a pipe nobody sees what was typed: then it is shown."""
+    message = input("\nHuman: ").strip()
+    if not sys.stdin.isatty():
+        print(message)
+    return message
+
+
+def talk(tokenizer, model, longest: int | None, temperature: float | None, familiar: float = math.inf) -> None:
+    """Read messages and answer them until the end of the input. familiar: the longest prompt of its training, in tokens."""
     longest = longest or model.generation_config.max_new_tokens or 256
     context = getattr(model.config, "max_position_embeddings", None) or math.inf  # ALiBi knows no limit
     if longest >= context:
@@ -107,7 +126,7 @@ def talk(tokenizer, model, longest: int | None, temperature: float | None) -> No
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
     turns: list[dict[str, str]] = []
-    while (message := input("\nHuman: ").strip()) != "/quit":
+    while (message := hear()) != "/quit":
         try:
             if message == "/clear":
                 turns = []
@@ -115,6 +134,8 @@ def talk(tokenizer, model, longest: int | None, temperature: float | None) -> No
                 print("(there are /clear and /quit)")
             elif message:
                 kept, ids = fit([*turns, {"role": "user", "content": message}], tokenizer, context - longest)
+                if len(ids) > familiar:
+                    print(f"(the dialogue has {len(ids)} tokens; in training the model has seen {familiar} at most)")
                 turns = [*kept, {"role": "assistant", "content": answer(ids, tokenizer, model, longest, temperature)}]
         except UserError as error:
             print(f"({error})")
@@ -134,7 +155,8 @@ def main() -> None:
     if sys.stdin.isatty():
         import readline  # noqa: F401  arrow keys and history in input()
     try:
-        talk(*load(find(args.path)), args.max_new_tokens, None if args.greedy else args.temperature)
+        path = find(args.path)
+        talk(*load(path), args.max_new_tokens, None if args.greedy else args.temperature, longest_trained(path))
     except UserError as error:
         sys.exit(f"error: {error}")
     except (EOFError, KeyboardInterrupt):

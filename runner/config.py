@@ -393,9 +393,10 @@ class Ppo:
         check(self.top_k >= 0, f"ppo.top_k={self.top_k} must be 0 (off) or more")
         check(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, f"ppo.gamma={self.gamma} and ppo.lam={self.lam} must be in [0, 1]")
         check(self.dual_clip == 0 or self.dual_clip > 1, f"ppo.dual_clip={self.dual_clip} must be 0 (off) or above 1")
+        fits = max(n for n in range(1, min(self.minibatches, self.rollout_batch) + 1) if self.rollout_batch % n == 0)
         check(
             self.rollout_batch % self.minibatches == 0,
-            f"ppo.rollout_batch={self.rollout_batch} does not divide into ppo.minibatches={self.minibatches}",
+            f"ppo.rollout_batch={self.rollout_batch} does not divide into ppo.minibatches={self.minibatches}: type ppo.minibatches={fits}",
         )
 
 
@@ -546,7 +547,9 @@ def did_you_mean(word: str, choices: List[str]) -> str:
     """' (did you mean X?)', or nothing when no choice resembles the word."""
     import difflib
 
+    block, _, leaf = word.rpartition(".")
     whole = [choice for choice in choices if choice.rpartition(".")[2] == word]  # the end of a dotted key
+    whole = whole or [choice for choice in choices if block and choice.startswith(f"{block}.") and choice.endswith(f"_{leaf}")]
     near = whole or difflib.get_close_matches(word, choices, n=1, cutoff=0.7)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 

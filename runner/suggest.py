@@ -26,18 +26,29 @@ def check_overrides(argv: list[str], conf: Path) -> list[str]:
     sweeps = any(a in ("-m", "--multirun") or a.startswith(("sweep=", "hydra.mode=")) for a in argv)
     parser = OverridesParser.create()
     checked = []
-    for before, argument in zip(["", *argv], argv, strict=False):
+    for before, argument, after in zip(["", *argv], argv, [*argv[1:], ""], strict=False):
         if not argument.startswith("-") and before not in TAKES_A_WORD:
-            override = _parse(parser, argument, known_keys())
+            if "=" not in argument[1:] and not argument.startswith("~"):
+                raise UserError(_no_override(before, argument, after, [*known_keys(), *groups]))
+            override = _parse(parser, argument)
             _check_sweep(override, sweeps)
             argument = _check_key(argument, override, groups, chosen, conf)
         checked.append(argument)
     return checked
 
 
-def _parse(parser: OverridesParser, argument: str, known: list[str]):
-    if "=" not in argument[1:] and not argument.startswith("~"):
-        raise UserError(f"{argument!r} is no override: type key=value{did_you_mean(argument.strip('='), known)}")
+def _no_override(before: str, argument: str, after: str, known: list[str]) -> str:
+    """What to type in place of a word without =, from the words around it."""
+    if argument == "help":
+        return "'help' is no override: python run.py --help explains, and --cfg job prints all keys"
+    if before.startswith("--") and "=" not in before:
+        return f"{before} {argument}: overrides have no dashes. Type {before.lstrip('-')}={argument}"
+    if argument in known:
+        return f"{argument!r} has no value: type {argument}={'...' if '=' in after or not after else after}"
+    return f"{argument!r} is no override: type key=value{did_you_mean(argument.strip('='), known)}"
+
+
+def _parse(parser: OverridesParser, argument: str):
     try:
         return parser.parse_override(argument)
     except HydraException as error:

@@ -115,6 +115,14 @@ def test_a_message_longer_than_the_context_is_refused_and_the_dialogue_goes_on(s
     assert [tokenizer.decode(ids).count("Human:") for ids in given] == [1, 2]
 
 
+def test_a_dialogue_longer_than_those_of_the_training_is_said(step, given, monkeypatch, capsys):
+    config = step / "config.yaml"
+    config.write_text("model: {max_prompt_tokens: 40}")
+    typed(monkeypatch, f"Hello.\n{'river ' * 40}\n", step / "model")
+    config.unlink()
+    assert capsys.readouterr().out.count("in training the model has seen 40 at most)") == 1 and len(given) == 2
+
+
 def test_answers_need_room(step, monkeypatch):
     with pytest.raises(SystemExit, match="lower --max-new-tokens"):
         typed(monkeypatch, "Hello.\n", step / "model", "--max-new-tokens", CONTEXT)
@@ -141,7 +149,17 @@ def test_answers_stream_and_are_what_the_model_says(step, capsys, monkeypatch):
     assert text == tokenizer.decode(expected, skip_special_tokens=True).strip()
     assert len(pieces) > 3  # "Assistant:", pieces of the answer, the line's end
     shown = "".join(pieces)
+    assert shown.endswith("(cut off at 5 tokens; --max-new-tokens allows more)")
     assert all(c.isprintable() or c in "\n\t" for c in shown)
+
+
+def test_an_answer_that_ends_is_not_said_to_be_cut_off(step, capsys, monkeypatch):
+    import torch
+
+    tokenizer, model = chat.load(str(step / "model"))
+    monkeypatch.setattr(model, "generate", lambda ids, **_: torch.cat([ids, torch.tensor([[5, tokenizer.eos_token_id]])], 1))
+    chat.answer([5, 6, 7], tokenizer, model, 2, None)
+    assert "cut off" not in capsys.readouterr().out
 
 
 def test_answers_are_sampled_from_the_whole_vocabulary(step, monkeypatch):
@@ -169,5 +187,5 @@ def test_it_works_through_a_pipe(step):
         env={"PATH": "", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
     )
     assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.count(b"Assistant:") == 2
+    assert done.stdout.count(b"\nAssistant:") == 2 and b"\nHuman: Please describe the river.\n" in done.stdout
     assert b"Traceback" not in done.stderr

@@ -148,7 +148,12 @@ WRONG = {
     "mistyped option": ("model=opt13", "model=opt13 does not exist (did you mean opt13b?). There are: bloom176b, "),
     "mistyped experiment": ("experiment=debog", "did you mean debug?"),
     "no group option": ("stage=null", "stage=null does not exist"),
-    "no override": ("ppo.kl_coef", "'ppo.kl_coef' is no override: type key=value"),
+    "end of another key": ("ppo.lr=1e-5", "unknown key ppo.lr (did you mean ppo.actor_lr or ppo.critic_lr?)"),
+    "key and value apart": ("ppo.kl_coef 0.1", "'ppo.kl_coef' has no value: type ppo.kl_coef=0.1"),
+    "key alone": ("seed name=x", "'seed' has no value: type seed=..."),
+    "key with dashes": ("--model opt1.3b", "--model opt1.3b: overrides have no dashes. Type model=opt1.3b"),
+    "cry for help": ("help", "python run.py --help explains"),
+    "no override": ("kl_coeff", "'kl_coeff' is no override: type key=value (did you mean "),
     "no key": ("=3", "'=3' is no override: type key=value"),
     "broken value": ("ppo.kl_coef=[1", "cannot read ppo.kl_coef=[1 "),
     "sweep without -m": ("ppo.kl_coef=0.1,0.2", "names several values: type -m for a sweep"),
@@ -158,7 +163,10 @@ WRONG = {
     "key of another stage": ("stage=sft ppo.kl_coef=1", "stage=sft does not use the ppo block. Leave it out, or type stage=ppo"),
     "deleted block": ("~ppo", "leave out ~ppo"),
     "impossible batch": ("hardware.micro_batch.sft=5", "Type sft.global_batch=35, or hardware.micro_batch.sft=4"),
-    "impossible minibatch": ("ppo.minibatches=3", "does not divide into ppo.minibatches=3"),
+    "impossible minibatch": (
+        "ppo.minibatches=3",
+        "does not divide into ppo.minibatches=3: type ppo.minibatches=2",
+    ),
     "too long": ("model.max_prompt_tokens=2000", "is longer than the 1024 positions of tiny: lower one of them"),
     "no file": ("dataset=jsonl dataset.path=pears.jsonl", "data file pears.jsonl does not exist (looked from "),
     "no path": ("dataset=jsonl", "dataset.path has no value: type dataset.path=..."),
@@ -281,6 +289,10 @@ def test_too_few_gpus_are_said_before_data_is_read(here, refused):
     assert not (here / "runs" / "store").exists()
 
 
+def test_named_runs_show_no_traceback(refused):
+    assert "ppo.gamma=2.0" in refused("ppo.gamma=2", "experiment=debug")
+
+
 def test_machines_that_nobody_has_named_are_said_before_data_is_read(here, refused, capfd, monkeypatch):
     assert "hardware.hostfile=hostfile does not exist (looked from " in (message := refused("model=opt66b", "hardware=gpu64"))
     assert "one line `machine slots=8` into it for each of the 8 machines" in message
@@ -352,7 +364,6 @@ def test_without_network_the_hub_is_given_up_soon(words, says, here):
     [
         ("ppo.gamma=2", {"HYDRA_FULL_ERROR": "1"}),
         ("ppo.gamma=2 debug=true", {}),
-        ("ppo.gamma=2 experiment=debug", {}),
         ("ppo.gama=2 debug=true", {}),
     ],
 )

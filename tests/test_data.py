@@ -457,6 +457,16 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
         read(tmp_path / "other.parquet")
 
 
+def test_broken_lines_say_what_is_broken(tmp_path):
+    lines = [json.dumps(ROWS), "[", '{"prompt": "a\tb"}', "5"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    one_line, open_list, control, number = [str(row) for _, row in read(tmp_path / "a.jsonl")]
+    for text in (one_line, open_list):
+        assert "a file that holds one list of rows is called .json: rename it" in text
+    assert control == "not valid JSON (Invalid control character at column 14)"
+    assert number == "a row must be a JSON object, this is a int"
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [

@@ -127,7 +127,12 @@ def test_differences_are_empty_only_for_equals_and_turn_around(one, other):
 def finish(step: Step) -> None:
     """Leave a step as a run leaves it that came to its end."""
     (step.folder / "model").mkdir(parents=True)
-    for name, content in (("model/config.json", "{}"), ("model/model.safetensors", "weights"), ("result.json", '{"steps": 1}'), ("DONE", "")):
+    for name, content in (
+        ("model/config.json", "{}"),
+        ("model/model.safetensors", "weights"),
+        ("result.json", '{"steps": 1}'),
+        ("DONE", ""),
+    ):
         (step.folder / name).write_text(content)
 
 

@@ -115,8 +115,17 @@ def _parse(text: str) -> dict | BrokenRow:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        return BrokenRow(f"not valid JSON ({error.msg} at column {error.colno})")
+        return BrokenRow(_not_json(error) + LIST_HINT * (text.strip() == "["))
+    if isinstance(value, list):
+        return BrokenRow(f"a row must be a JSON object, this is a list{LIST_HINT}")
     return value if isinstance(value, dict) else BrokenRow(f"a row must be a JSON object, this is a {type(value).__name__}")
+
+
+LIST_HINT = "; a file that holds one list of rows is called .json: rename it"
+
+
+def _not_json(error: json.JSONDecodeError) -> str:
+    return f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
@@ -128,7 +137,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
         if error.msg == "Extra data":  # one object per line in a file called .json
             yield from _line_rows(path)
             return
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from error
+        raise UserError(f"{path}:{error.lineno}: {_not_json(error)}") from error
     if isinstance(values, dict):
         lists = [v for v in values.values() if isinstance(v, list)]
         values = lists[0] if len(lists) == 1 else [values]
