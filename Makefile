@@ -30,5 +30,8 @@ lint: .venv/installed
 	    "$$python" -m venv --clear --without-pip .venv && $(PIP_ENV) "$$python" -m pip --python .venv/bin/python install -q pip; } || { \
 	    rm -rf .venv; echo "error: $$python cannot make a virtual environment: install its venv package (Debian: python3-venv)" >&2; exit 1; }; \
 	}
-	$(PIP_ENV) .venv/bin/python -m pip install -c constraints.txt -e '.[test]'
+	@echo "installing the packages of constraints.txt; a dot for each that is fetched, then they are unpacked, which takes a while"
+	@set -o pipefail; $(PIP_ENV) .venv/bin/python -m pip install -c constraints.txt -e '.[test]' | while read -r line; do \
+	  case "$$line" in Collecting*) printf .;; Installing\ collected*) printf ' unpacking';; esac; \
+	done && echo ' done'
 	@touch $@

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner.config import load
 from runner.errors import UserError
+from runner.files import remove_unused
 from runner.plan import plan, show
 from runner.resume import refuse
 from runner.suggest import check_overrides, in_words
@@ -43,6 +44,9 @@ def main(composed: DictConfig) -> None:
     except BrokenPipeError:
         # `run.py dry_run=true | head`: who read us has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        if HydraConfig.get().mode == RunMode.RUN:
+            remove_unused(Path(HydraConfig.get().runtime.output_dir))
 
 
 def run(composed: DictConfig) -> None:

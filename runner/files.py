@@ -30,6 +30,17 @@ def put_in_place(work: Path, folder: Path) -> None:
     flush(folder.parent)
 
 
+def remove_unused(run_dir: Path) -> None:
+    """Delete the folder that Hydra has made for a command, and parents of it under this folder, where nothing came of the command."""
+    if not {path.name for path in run_dir.glob("*")} <= {".hydra", "run.log"}:
+        return
+    shutil.rmtree(run_dir, ignore_errors=True)
+    for parent in run_dir.parents:
+        if parent == Path.cwd() or not parent.is_relative_to(Path.cwd()) or any(parent.iterdir()):
+            return
+        parent.rmdir()
+
+
 def flush(path: Path) -> None:
     """Push a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -242,25 +242,21 @@ def missing_hostfile(cfg: Config) -> str | None:
 
 def show(cfg: Config, steps: list[Step], details: bool) -> None:
     """Print what will run. details: launch command, batch algebra and DeepSpeed configs too, as dry_run does."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, soft_wrap=True)
     h = cfg.hardware
     unit = "GPU" if h.accelerator == "cuda" else "process"
     machine = f"{h.nodes} x {h.gpus} {unit}" if h.nodes > 1 else f"{h.gpus} {unit}"
     where = f"hardware={h.name} ({machine}, {h.precision})"
     print(f"\n{cfg.name}: {cfg.stage} of model={cfg.model.name} on dataset={cfg.dataset.name}, {where}, seed {cfg.seed}")
-    table = Table(box=None, pad_edge=False)
-    for column in ("step", "", "batch = micro x ranks x accumulation", "folder"):
-        table.add_column(column)
+    rows = [("step", "", "batch = micro x ranks x acc.", "folder")]
     for step in steps:
         at = steps_done(step.folder)
-        state = "given" if step.pinned else "reused" if step.done else "run" if at is None else f"resume at {at}"
+        state = "given" if step.pinned else "reused" if step.done else "run" if at is None else f"resume {at}"
         micro, gas = getattr(h.micro_batch, step.stage), accumulation(cfg, step.stage)
         algebra = f"{step_batch(cfg, step.stage)} = {micro} x {h.world_size} x {gas}"
-        table.add_row(step.stage, state, "" if step.done else algebra, _shown(step.pinned or step.folder))
-    console.print(table)
+        rows.append((step.stage, state, "" if step.done else algebra, _shown(step.pinned or step.folder)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if not details:
         return
     if note := missing_hostfile(cfg):

@@ -6,6 +6,7 @@ control characters are replaced, and a console without Unicode gets "?" instead 
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -119,10 +120,18 @@ def print_section(part: Section, console: Console) -> None:
         if part.literal:
             console.print()
     for note in part.notes:
-        indented(text(note))
+        for line in lines_of(note, width - 2):
+            indented(text(line))
     pad = max((len(label) for label, _ in part.literal), default=0)
     for label, words in part.literal:
         console.print(Text.assemble("  ", (label.ljust(pad), "dim"), "  ", text(words, limit=10_000)), soft_wrap=True)
+
+
+def lines_of(note: str, width: int) -> list[str]:
+    """A sentence in lines, none of which parts a number from its unit."""
+    glued = re.sub(r"(\d) (s|min|h|%)(?!\w)", "\\1\N{NO-BREAK SPACE}\\2", clean(note))
+    lines = textwrap.wrap(glued, width, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
 def rich_table(part: Section, text: Callable[..., Text], gap: int) -> Table:
@@ -176,7 +185,8 @@ def markdown(parts: Sequence[Section]) -> str:
 
 def escape(words: str) -> str:
     """Text that Markdown shows as it is, on one line, so that it also fits a table cell."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", clean(words)).replace("\n", "<br>")
+    # Between two letters _ means nothing, nor does > within a line
+    return re.sub(r"([\\`*{}\[\]<#|~&$]|(?<![^\W_])_|_(?![^\W_])|^>)", r"\\\1", clean(words)).replace("\n", "<br>")
 
 
 def clean(words: str) -> str:

@@ -49,7 +49,7 @@ class Job:
 
 
 def show_sweep(sweep_dir: Path, console: Console | None = None) -> None:
-    """Print the table of all jobs under sweep_dir, and write it to sweep.md (as printed) and sweep.csv (numbers in full)."""
+    """Print the table of all jobs under sweep_dir, and write it to sweep.md (as printed) and sweep.csv (six decimals)."""
     jobs = read_jobs(sweep_dir)
     if not jobs:
         return
@@ -115,6 +115,11 @@ def csv_rows(jobs: Sequence[Job]) -> list[list]:
     rows = [["job", *keys, *metrics, "seconds", "state"]]
     for job in jobs:
         facts = job.facts or {}
-        values = [facts.get(key, "") for key in (*metrics, "seconds")]
+        values = [rounded(facts.get(key, "")) for key in (*metrics, "seconds")]
         rows.append([job.number, *(job.overrides.get(key, "") for key in keys), *values, "done" if job.facts else "failed"])
     return rows
+
+
+def rounded(value):
+    """Rounding errors of a sum that is zero are no numbers: 3.7e-09 of KL."""
+    return round(value, 6) if isinstance(value, float) else value

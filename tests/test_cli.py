@@ -105,7 +105,27 @@ def test_the_plan_comes_without_torch_and_shows_everything(here, without_torch):
     assert list(shown) == ["sft actor", "reward reward", "ppo actor", "ppo critic", "ppo ref"]  # its reward model is replicated
     assert all(config["zero_optimization"]["stage"] == 3 for config in shown.values())
     assert shown["sft actor"]["train_micro_batch_size_per_gpu"] == shown["sft actor"]["gradient_accumulation_steps"] == 4
-    assert not (here / "runs" / "store").exists()
+    assert not any(here.iterdir())  # a plan leaves nothing behind
+
+
+def test_the_plan_fits_80_columns(here, monkeypatch, capsys):
+    """Also with the longest states, and without blanks at the end of its lines."""
+    from runner.plan import plan, show
+
+    cfg = configured()
+    for step in (steps := plan(cfg)):
+        if step.stage == "reward":
+            (step.folder / "DONE").parent.mkdir(parents=True)
+            (step.folder / "DONE").touch()
+        else:
+            (step.folder / "checkpoints" / "step_1000").mkdir(parents=True)
+            (step.folder / "checkpoints" / "step_1000" / "manifest.json").touch()
+    show(cfg, steps, details=False)
+    _, _, header, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[1] for row in rows] == ["resume", "reused", "resume"]
+    assert header.split() == ["step", "batch", "=", "micro", "x", "ranks", "x", "acc.", "folder"]
+    for line in (header, *rows):
+        assert len(line) <= 80 and line == line.rstrip()
 
 
 def engines(plan: str) -> dict[str, dict]:
@@ -289,6 +309,15 @@ def test_too_few_gpus_are_said_before_data_is_read(here, refused):
     assert not (here / "runs" / "store").exists()
 
 
+def test_a_refused_command_leaves_no_folder_behind(here, refused):
+    refused("ppo.gamma=2")
+    refused("dataset=jsonl", "dataset.path=pears.jsonl")
+    assert not any(here.iterdir())
+    (here / "runs" / "demo" / "kept").mkdir(parents=True)
+    refused("ppo.gamma=2")
+    assert [path.name for path in here.rglob("*")] == ["runs", "demo", "kept"]
+
+
 def test_named_runs_show_no_traceback(refused):
     assert "ppo.gamma=2.0" in refused("ppo.gamma=2", "experiment=debug")
 
@@ -388,6 +417,35 @@ def test_a_worker_with_a_broken_config_says_why(tmp_path):
     (tmp_path / "config.yaml").write_text("name: x\nnonsense: 1\n")
     with pytest.raises(UserError, match="unknown key nonsense"):
         load(tmp_path / "config.yaml")
+
+
+# --- make -------------------------------------------------------------------------------------------------------------
+
+PIP = """#!/bin/bash
+case "$*" in
+  *install*) printf '%s\\n' 'Collecting a' 'Requirement b' 'Collecting c' 'Installing collected packages: a, c'; exit $PIP_ENDS;;
+  *run.py*) echo "ran $*";;
+esac
+"""
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_shows_dots_for_packages_and_runs_only_when_all_are_there(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PIP)
+    python.chmod(0o755)
+
+    def make(ends: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PIP_ENDS": ends}
+        return subprocess.run(["make", "run", "ARGS=seed=2"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+
+    failed, first, second = make("1"), make("0"), make("0")
+    assert failed.returncode and "ran" not in failed.stdout
+    assert first.stdout.splitlines()[1:] == [".. unpacking done", "ran run.py seed=2"]
+    assert second.stdout == "ran run.py seed=2\n"
 
 
 # --- the README -------------------------------------------------------------------------------------------------------

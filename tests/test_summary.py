@@ -177,7 +177,7 @@ def test_text_of_a_model_is_not_markup(tmp_path):
     assert "[bold]loud[/x] :smile:" in text and "de[bold]mo" in text and "run[/b]" in text
     assert "\x1b" not in text and "\x07" not in text
     written = (tmp_path / "run[/b]" / "summary.md").read_text()
-    assert r"\[bold\]loud\[/x\] :smile:" in written and r"\<b\>\|\`\*" in written
+    assert r"\[bold\]loud\[/x\] :smile:" in written and r"\<b>\|\`\*" in written
 
 
 def test_long_samples_are_clipped_in_the_terminal_only(tmp_path):
@@ -321,6 +321,19 @@ def test_sparkline_and_numbers():
     assert pct(0.5) == "50.0 %" and pct(None) == "-"
 
 
+def test_lines_do_not_part_a_number_from_its_unit():
+    for width in range(40, 64):
+        console, raw = words(width=width)
+        print_sections([Section("t", notes=["sft time: train 38 s, eval 2.5 s, checkpoint 0.2 s, export 1 min 03 s, 95 % of it"])], console)
+        lines = raw.getvalue().decode().splitlines()
+        assert len(lines) > 2 and not any(line.split()[0] in ("s", "s,", "min", "%") for line in lines if line)
+
+
+def test_markdown_escapes_only_what_markdown_reads():
+    written = markdown([Section("kl_coef -> 0.2", notes=["> quoted", "_slanted_ __fat__ snake_case"])])
+    assert written == "# kl_coef -> 0.2\n\n- \\> quoted\n- \\_slanted\\_ \\_\\_fat\\_\\_ snake_case\n"
+
+
 def test_right_aligned_numbers():
     part = Section("t", header=("a", "b", "c"), rows=[["x", "1 %", "y"], ["x", "-", "2"]])
     assert "| --- | ---: | --- |" in markdown([part])
@@ -346,6 +359,14 @@ def make_sweep(folder: Path) -> Path:
     return folder
 
 
+def test_rounding_errors_are_no_numbers_in_the_table_of_a_sweep(tmp_path):
+    path = make_sweep(tmp_path) / "0" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ppo/after/kl": 3.725e-09, "ppo/after/length": 12.25}))
+    show_sweep(tmp_path, words()[0])
+    first = next(csv.DictReader((tmp_path / "sweep.csv").open()))
+    assert first["ppo/after/kl"] == "0.0" and first["ppo/after/length"] == "12.25"
+
+
 def test_sweep_table(tmp_path):
     console, raw = words()
     show_sweep(make_sweep(tmp_path), console)
@@ -356,7 +377,7 @@ def test_sweep_table(tmp_path):
     assert row(text, "1 ").split()[:2] == ["1", "0.05"] and row(text, "1 ").endswith("failed")
     assert row(text, "2 ").split()[1] == "0.1"
     assert row(text, "job 1 failed").endswith(str(tmp_path / "1"))
-    assert "| 0 | 0.02 | 71.2 % | -0.04 -\\> 1.90 |" in (tmp_path / "sweep.md").read_text()
+    assert "| 0 | 0.02 | 71.2 % | -0.04 -> 1.90 |" in (tmp_path / "sweep.md").read_text()
     table = list(csv.DictReader((tmp_path / "sweep.csv").open()))
     assert [line["ppo.kl_coef"] for line in table] == ["0.02", "0.05", "0.1"]
     assert [line["state"] for line in table] == ["done", "failed", "done"]
