@@ -191,12 +191,14 @@ def reward_sections(t: Trained) -> list[Section]:
 
 
 def reward_notes(r: dict) -> list[str]:
-    low, high, baseline = r.get("accuracy_low"), r.get("accuracy_high"), r.get("longer_is_better")
+    accuracy, baseline, pairs = r.get("accuracy"), r.get("longer_is_better"), r.get("eval_pairs")
     notes = []
-    if None not in (low, high, baseline):
+    if None not in (accuracy, baseline, pairs):
         inside = "It is not told apart from choosing the longer answer: more pairs or more training may help."
         below = "Choosing the longer answer does better: PPO against this reward model teaches length."
-        notes.append("It beats choosing the longer answer." if low > baseline else below if high < baseline else inside)
+        # Two standard errors of the difference: the baseline, too, is known from these pairs only
+        lead, doubt = accuracy - baseline, 2 * math.sqrt((accuracy * (1 - accuracy) + baseline * (1 - baseline)) / pairs)
+        notes.append("It beats choosing the longer answer." if lead > doubt else below if lead < -doubt else inside)
     bins = [b for b in r.get("calibration") or () if b["n"]]
     total = sum(b["n"] for b in bins)
     if total >= CALIBRATION_PAIRS:

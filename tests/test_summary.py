@@ -293,6 +293,12 @@ def test_calibration_needs_pairs(tmp_path, pairs, said):
     assert ("when it is 96 % sure" in summary([make_step(tmp_path, "reward", few)], tmp_path / "run")) == said
 
 
+@pytest.mark.parametrize(("pairs", "verdict"), [(16, "not told apart"), (160, "It beats choosing the longer answer")])
+def test_the_baseline_is_as_uncertain_as_the_accuracy(tmp_path, pairs, verdict):
+    facts = REWARD | {"accuracy": 0.688, "accuracy_low": 0.444, "longer_is_better": 0.406, "eval_pairs": pairs}
+    assert verdict in summary([make_step(tmp_path, "reward", facts)], tmp_path / "run")
+
+
 @pytest.mark.parametrize(("steps", "said"), [(2, False), (20, True)])
 def test_endless_answers_are_no_news_after_a_few_steps_of_sft(tmp_path, steps, said):
     both = [make_step(tmp_path, "sft", SFT | {"steps": steps})]
