@@ -92,9 +92,16 @@ class Actor(Wrapper):
 class Scalar(Wrapper):
     """A sequence classifier with one label, read at every position: reward model and critic."""
 
+    mean, std = 0.0, 1.0
+
+    def normalise(self, mean: float, std: float) -> None:
+        """Read the model in standard deviations from a mean: a critic that begins as the reward model then begins in the units
+        of the normalised rewards that it is to foresee."""
+        self.mean, self.std = mean, std
+
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, T) -> (B, T) fp32."""
-        return self.hf.score(self.hidden_states(ids, mask)).squeeze(-1)
+        return (self.hf.score(self.hidden_states(ids, mask)).squeeze(-1) - self.mean) / self.std
 
     def last(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Value at the last real token of each sequence. (B, T) -> (B,)."""

@@ -20,7 +20,7 @@ from runner.manifest import steps_done
 from runner.resume import Unfinished, unfinished
 
 # Raise it when the code changes what a step computes
-VERSION = 1
+VERSION = 2
 
 # Settings that do not shape the result
 NOT_HASHED = ("use", "eval_every", "eval_examples", "eval_prompts")

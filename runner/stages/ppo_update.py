@@ -56,17 +56,16 @@ class Progress:
     def metrics(self) -> dict[str, float]:
         """Averages over the tokens of all passes."""
         mean = {name: value / self.totals["tokens"] for name, value in self.totals.items()}
-        facts = {
-            "policy/approxkl_avg": mean["approxkl"],
-            "policy/clipfrac_avg": mean["clipfrac"],
-            "policy/entropy_avg": mean["entropy"],
-            "loss/policy_avg": mean["policy_loss"],
-            "loss/value_avg": mean["value_loss"],
-            "val/ratio": mean["ratio"],
-            "val/clipfrac_avg": mean["value_clipfrac"],
-            "val/first_ratio_error": self.ratio_error,
-            "policy/updates": self.position,
-        }
+        facts = {"loss/value_avg": mean["value_loss"], "val/clipfrac_avg": mean["value_clipfrac"], "policy/updates": self.position}
+        if self.norms["grad_norm/actor"]:  # not in the warm-up of the critic
+            facts |= {
+                "policy/approxkl_avg": mean["approxkl"],
+                "policy/clipfrac_avg": mean["clipfrac"],
+                "policy/entropy_avg": mean["entropy"],
+                "loss/policy_avg": mean["policy_loss"],
+                "val/ratio": mean["ratio"],
+                "val/first_ratio_error": self.ratio_error,
+            }
         if self.totals["ptx_tokens"]:
             facts["loss/ptx_avg"] = self.totals["ptx_loss"] / self.totals["ptx_tokens"]
         return facts | {name: float(np.mean(values)) for name, values in self.norms.items() if values}
@@ -88,8 +87,7 @@ def update(cfg: Config, models: Models, rollout: Rollout, mixture: Mixture | Non
         sums, norms = minibatch(cfg, models, rollout, np.split(order, ppo.minibatches)[k][:size], text, train_actor)
         sums = ranks.total(sums, rollout.lengths.device)
         progress.add(sums, norms)
-        far = ppo.early_stop_kl is not None and sums["approxkl"] / sums["tokens"] > ppo.early_stop_kl
-        progress.ended = far and k == ppo.minibatches - 1
+        progress.ended = ppo.early_stop_kl is not None and sums["approxkl"] / sums["tokens"] > ppo.early_stop_kl
         if progress.position < last and not progress.ended and (reason := stop.asked()):
             return reason
     return None
