@@ -149,6 +149,8 @@ def _load(auto, path: str, *, dtype, attention: str, dropout: float | None, seed
     if dropout is not None:
         for name in family.dropouts:
             setattr(config, name, dropout)
+    # OPT could leave out whole layers, other ones on every rank: their gradients would then wait for each other for ever
+    config.layerdrop = 0.0
     if attention == "auto":
         attention = family.attention[0]
     elif attention not in family.attention:
