@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner import checkpoint, engine
+from runner import checkpoint, engine, stop
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import Batches
@@ -114,9 +114,12 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         log.histogram(done, "rollout/scores", rollout.scores.tolist())
         if ppo.eval_every and done % ppo.eval_every == 0 and done < total:
             evaluator(done, state)
-        if checkpoint.due(cfg.checkpoint.every, done, total):
+        reason = stop.asked()
+        if reason or checkpoint.due(cfg.checkpoint.every, done, total):
             with log.phase("checkpoint"):
                 checkpoint.save(step.folder, done, engines, vars(state), ema.state() if ema else None, cfg.checkpoint.keep_last)
+        if reason:
+            raise stop.Stopped(reason)
 
     # 9. Export, and the facts for the summary
     after, ppo_rows = evaluator(total, state)

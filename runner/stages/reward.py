@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner import checkpoint, engine, ranks
+from runner import checkpoint, engine, ranks, stop
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pair_batch, pick, shard, subset, to
+from runner.finite import check_finite, numbered
 from runner.losses import learning_rate, pairwise_loss, wilson_interval
 from runner.metrics import RunLog
 from runner.models import count_parameters, save_adapter, save_model
@@ -68,14 +69,18 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         metrics = {"train/loss": mean["loss"], "train/accuracy": mean["correct"], "train/margin": mean["chosen"] - mean["rejected"]}
         metrics |= {"reward/chosen_mean": mean["chosen"], "reward/rejected_mean": mean["rejected"], "lr": rm.lr * share, "grad_norm": norm}
         tokens = 2 * int(lengths[here[here != EMPTY]].sum())
+        check_finite(cfg, step.folder, step.stage, done, mean["loss"], norm, numbered(rows, here), tokenizer)
         log.log(done, metrics, f"loss {mean['loss']:.3f}  accuracy {mean['correct']:.2f}", tokens, parameters)
 
         # 5. Evaluate and save now and then
         if rm.eval_every and done % rm.eval_every == 0 and done < total:
             evaluation(model, held, rm.eval_examples, micro, tokenizer.pad_token_id, log, done)
-        if checkpoint.due(cfg.checkpoint.every, done, total):
+        reason = stop.asked()
+        if reason or checkpoint.due(cfg.checkpoint.every, done, total):
             with log.phase("checkpoint"):
                 checkpoint.save(step.folder, done, {"reward": model}, {}, None, cfg.checkpoint.keep_last)
+        if reason:
+            raise stop.Stopped(reason)
 
     # 6. Export, and the facts for the summary
     facts = evaluation(model, held, rm.eval_examples, micro, tokenizer.pad_token_id, log, total)

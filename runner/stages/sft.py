@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner import checkpoint, engine, ranks
+from runner import checkpoint, engine, ranks, stop
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, loss_weights, pick, sft_batch, shard, subset, to
+from runner.finite import check_finite, numbered
 from runner.losses import learning_rate, sft_loss
 from runner.metrics import RunLog
 from runner.models import count_parameters, save_adapter, save_model
@@ -80,16 +81,20 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             "epoch": done / batches.per_epoch,
         }
         metrics["perf/padding_fraction"] = padding(lengths, here, micro)
+        check_finite(cfg, step.folder, step.stage, done, loss, norm, numbered(rows, here), tokenizer)
         log.log(done, metrics, f"loss {loss:.3f}", tokens, parameters)
 
         # 5. Evaluate and save now and then
         if sft.eval_every and done % sft.eval_every == 0 and done < total:
             latest = evaluation(done)
-        if checkpoint.due(cfg.checkpoint.every, done, total):
+        reason = stop.asked()
+        if reason or checkpoint.due(cfg.checkpoint.every, done, total):
             with log.phase("checkpoint"):
                 checkpoint.save(
                     step.folder, done, {"actor": actor}, {"before": before, "num_tokens": tokens_seen}, None, cfg.checkpoint.keep_last
                 )
+        if reason:
+            raise stop.Stopped(reason)
 
     # 6. Export, and the facts for the summary
     latest = evaluation(total)
