@@ -73,9 +73,11 @@ class End:
     def who(self) -> str:
         """'rank 1, in phase update after step 12,'; the rank only where there are several."""
         rank, _, note = self.culprit
-        facts = note or next((beat for beat in self.beats if beat["rank"] == rank), None)
         name = f"rank {rank}" if self.cfg.hardware.world_size > 1 else "the worker"
-        return f"{name}, {place(facts)}," if facts else name
+        if note:
+            return f"{name}, {place(note)},"
+        seen = next((beat for beat in self.beats if beat["rank"] == rank), None)
+        return f"{name}, last seen {place(seen)}," if seen else name
 
     def last_lines(self, count: int) -> list[str]:
         """Of the failing rank, without what torchrun said about it."""
@@ -106,6 +108,8 @@ def _torchrun_says(lines: list[str]) -> tuple[int, int] | None:
 
 def place(facts: dict) -> str:
     """Where a rank was, from its note or its last sign of life."""
+    if not facts["phase"] and not facts["step"]:
+        return "while starting"
     return (f"in phase {facts['phase']} " if facts["phase"] else "") + f"after step {facts['step']}"
 
 
@@ -208,15 +212,21 @@ def _bus_error(end: End) -> tuple[str, str]:
 # --- other ranks, the machine, the network ----------------------------------------------------------------------------
 
 
+# Seconds without a sign of life after which a rank counts as dead or stopped
+SILENT = 5.0
+
+
 def _late(end: End) -> tuple[str, str]:
     """Which rank kept the others waiting: one that no longer lives, or that is not waiting itself, or the one farthest behind."""
     minutes = f"{end.cfg.hardware.timeout_minutes:g}"
     what = f"the ranks waited for each other longer than hardware.timeout_minutes={minutes}"
     if end.beats:
         newest = max(beat["time"] for beat in end.beats)
-        late = min(end.beats, key=lambda b: (b["time"] > newest - 10, b["where"] == heartbeat.WAITING, b["step"]))
-        silent = f", its last sign of life {newest - late['time']:.0f} s before the others'" if late["time"] < newest - 10 else ""
-        what += f"; late is rank {late['rank']}, {place(late)}, at {late['where'] or 'unknown code'}{silent}"
+        late = min(end.beats, key=lambda b: (b["time"] > newest - SILENT, b["where"] == heartbeat.WAITING, b["step"]))
+        at = late["where"] if late["where"] == heartbeat.WAITING else f"at {late['where'] or 'unknown code'}"
+        what += f"; late is rank {late['rank']}, {place(late)}, {at}"
+        if late["time"] <= newest - SILENT:
+            what += f", with its last sign of life {newest - late['time']:.0f} s before the others'"
     return what, (
         "If that rank was only slow, raise hardware.timeout_minutes. If it hangs, look at its machine (nvidia-smi, dmesg); "
         "NCCL_DEBUG=INFO before the command shows the network that NCCL chose."
@@ -224,7 +234,8 @@ def _late(end: End) -> tuple[str, str]:
 
 
 def _missing_module(end: End) -> tuple[str, str]:
-    name = re.search(r"No module named '?([\w.]+)", end.said)[1]
+    found = re.search(r"No module named '?([\w.]+)", end.said)
+    name = found[1] if found else end.said
     install = f"{sys.executable} -m pip install -c constraints.txt -e ."
     return f"{end.who} lacks the Python module {name}", f"Type {install}, or `make run`, which installs what pyproject.toml names."
 
@@ -237,7 +248,8 @@ def _is_disk_full(end: End) -> bool:
     if re.search(r"No space left on device|Disk quota exceeded", end.said):
         return True
     # torch.save says less
-    return "file write failed" in end.said and shutil.disk_usage(end.step.folder).free < 100e6
+    writing = "inline_container" in end.said or "file write failed" in end.said
+    return writing and shutil.disk_usage(end.step.folder).free < 100e6
 
 
 def _hub(end: End) -> tuple[str, str]:

@@ -21,7 +21,7 @@ def check_finite(cfg: Config, folder: Path, stage: str, step: int, loss: float, 
     path = folder / f"bad_batch_step_{step}.jsonl"
     _save_batch(path, rows, tokenizer)
     raise UserError(
-        f"{stage}: step {step} gave loss {loss:g} and gradient norm {norm:g}, and training stops here; its batch is in {path}. "
+        f"step {step} gave loss {loss:g} and gradient norm {norm:g}, and training stops here; its batch is in {path}. "
         f"Lower the learning rate ({lower_rate(cfg, stage)}) or lengthen {stage}.warmup; or look at the batch for a broken row"
     )
 

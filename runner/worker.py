@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from runner import heartbeat, stop
@@ -83,7 +84,8 @@ def report(folder: Path, rank: int, error: BaseException) -> None:
         "memory": gpu_memory(error),
         **{name: heartbeat.now[name] for name in ("phase", "step")},
     }
-    (folder / "logs" / f"error_rank{rank}.json").write_text(json.dumps(note))
+    with suppress(OSError):  # a full disk: then the log's last lines, which the launcher keeps, must do
+        (folder / "logs" / f"error_rank{rank}.json").write_text(json.dumps(note))
 
 
 def gpu_memory(error: BaseException) -> dict | None:
