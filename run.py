@@ -58,14 +58,16 @@ def run(composed: DictConfig) -> None:
         return
 
     from runner.launch import launch
+    from runner.machine import naming_full_disks
     from runner.prepare import prepare
     from runner.summary import show_summary
 
     hydra_facts = HydraConfig.get()
     run_dir = Path(hydra_facts.runtime.output_dir)
-    inputs = prepare(cfg, steps)
-    reused = {step.stage for step in steps if not launch(cfg, step, inputs.get(step.stage), run_dir)}
-    show_summary(cfg.name, steps, reused, run_dir, list(hydra_facts.overrides.task))
+    with naming_full_disks(cfg.store):
+        inputs = prepare(cfg, steps)
+        reused = {step.stage for step in steps if not launch(cfg, step, inputs.get(step.stage), run_dir)}
+        show_summary(cfg.name, steps, reused, run_dir, list(hydra_facts.overrides.task))
 
 
 class Told(Exception):

@@ -16,7 +16,7 @@ from itertools import takewhile
 from runner import heartbeat
 from runner.config import Config
 from runner.finite import lower_rate
-from runner.machine import disk_full, gb, memory_limit
+from runner.machine import MORE_SPACE, disk_full, gb, memory_limit
 from runner.plan import Step, step_batch
 
 
@@ -241,7 +241,7 @@ def _missing_module(end: End) -> tuple[str, str]:
 
 
 def _disk_full(end: End) -> tuple[str, str]:
-    return f"{end.who} found {disk_full(end.step.folder)}", "Delete old steps there, or type store=/a/larger/disk."
+    return f"{end.who} could not write: {disk_full(end.step.folder)}", MORE_SPACE
 
 
 def _is_disk_full(end: End) -> bool:

@@ -1,10 +1,14 @@
 """What the machine says about its memory and disks. Linux; elsewhere the answers are "unknown"."""
 
+import errno
 import re
 import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from runner.errors import UserError
 
 
 def oom_kills() -> int | None:
@@ -49,4 +53,19 @@ def disk_full(path: Path) -> str:
     while not path.exists():
         path = path.parent
     size = shutil.disk_usage(path)
-    return f"the disk full: {gb(size.free)} of {gb(size.total)} are free at {path}"
+    return f"the disk is full: {gb(size.free)} of {gb(size.total)} are free at {path}"
+
+
+@contextmanager
+def naming_full_disks(store: str) -> Iterator[None]:
+    """The launcher writes too: data, configurations, summaries."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = disk_full(Path(error.filename or store).expanduser().absolute())
+        raise UserError(f"{full}. {MORE_SPACE} What was saved is intact: the same command goes on from it") from error
+
+
+MORE_SPACE = "Delete old steps there, or type store=/a/larger/disk."

@@ -1,0 +1,14 @@
+"""run.py without data and models: `python launcher.py <overrides>`. The worker that hardware.launch names is the real test."""
+
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import runner.prepare
+
+if __name__ == "__main__":
+    runner.prepare.prepare = lambda cfg, steps: {step.stage: {} for step in steps}
+    runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
