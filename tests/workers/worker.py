@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from runner import heartbeat, stop, worker
 from runner.errors import UserError
 
+stop.MARGIN = 1.0  # time limits are seconds here
+
 
 def main(folder: Path, how: str, rank: int) -> None:
     stop.die_with_parent(signal.SIGKILL, os.getppid())
@@ -78,7 +80,7 @@ def with_neighbours(act):
 
         from runner import ranks
 
-        ranks.start("cpu", timeout_minutes=0.05)
+        ranks.start("cpu", timeout_minutes=0.03)
         group = dist.new_group()  # as DeepSpeed makes one
         for turn in range(1000):
             if rank == 1 and turn == 3:
@@ -98,7 +100,7 @@ WAYS = {
     "kill": dies(signal.SIGKILL),
     "bus": dies(signal.SIGBUS),
     "rank_1_dies": with_neighbours(lambda: os.kill(os.getpid(), signal.SIGKILL)),
-    "rank_1_is_late": with_neighbours(lambda: time.sleep(6)),
+    "rank_1_is_late": with_neighbours(lambda: time.sleep(4)),
 }
 
 if __name__ == "__main__":
