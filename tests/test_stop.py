@@ -1,5 +1,6 @@
 """Stopping: signals, the time limit and restarts. Most runs use a worker without a model (tests/workers/worker.py)."""
 
+import fcntl
 import json
 import os
 import signal
@@ -15,7 +16,9 @@ from tiny import configured
 from runner import stop
 from runner.config import seconds_of
 from runner.errors import UserError
+from runner.launch import _await_orphans
 from runner.plan import plan
+from runner.worker import WORKERS_LOCK
 
 ROOT = Path(__file__).parents[1]
 WORKERS = ROOT / "tests" / "workers"
@@ -275,6 +278,29 @@ def test_what_would_only_happen_again_is_not_tried_again(how, says, tmp_path):
     assert launcher.returncode == 1 and says in printed and "Restart" not in printed
 
 
+HOLD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from runner.lock import share
+share(sys.argv[2])
+print(flush=True)
+time.sleep(0.5)
+"""
+
+
+def test_a_launcher_waits_for_workers_that_an_earlier_one_left(tmp_path):
+    step = plan(configured("stage=sft", f"store={tmp_path}"))[0]
+    _await_orphans(step)
+    orphans = [
+        subprocess.Popen([sys.executable, "-c", HOLD, str(ROOT), str(step.folder / WORKERS_LOCK)], stdout=subprocess.PIPE) for _ in range(2)
+    ]
+    for orphan in orphans:
+        orphan.stdout.readline()
+    start = time.monotonic()
+    _await_orphans(step)
+    assert time.monotonic() - start > 0.2
+
+
 # --- the real thing ---------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +320,8 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path):
     options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
     assert _until(run, "step 1/60")
+    with next(tmp_path.glob("sft-*/logs/workers.lock")).open("w") as held, pytest.raises(BlockingIOError):
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the worker's own: torchrun would not pass the launcher's on
     run.send_signal(signal.SIGTERM)
     printed = run.communicate(timeout=100)[0]
     assert run.returncode == 75, printed
