@@ -243,12 +243,14 @@ class Hardware:
     micro_batch: MicroBatch
     gradient_checkpointing: GradientCheckpointing
     logits_chunk: int
+    timeout_minutes: float
     deepspeed: Dict[str, Any]
 
     def __post_init__(self):
         check_choice("hardware.accelerator", self.accelerator, ("cpu", "cuda"))
         check_choice("hardware.precision", self.precision, ("fp32", "bf16", "fp16"))
         check(self.accelerator == "cuda" or self.precision != "fp16", "hardware.precision=fp16 does not run on a CPU: use fp32 or bf16")
+        check_above(self, 0, "timeout_minutes")
         check(self.nodes >= 1 and self.gpus >= 1, f"hardware.nodes={self.nodes} and hardware.gpus={self.gpus} must be at least 1")
         check(
             not self.offload.optimizer or min(self.zero.actor, self.zero.critic) > 0,
@@ -440,6 +442,8 @@ class Config:
     seed: int
     store: str
     resume: str
+    time_limit: Optional[str]
+    max_restarts: int
     dry_run: bool
     debug: bool
     invariants: str
@@ -458,8 +462,30 @@ class Config:
         check_choice("resume", self.resume, ("auto", "force", "new"))
         check_choice("invariants", self.invariants, ("stop", "warn"))
         check(self.seed >= 0, f"seed={self.seed} must be 0 or more")
+        check(self.max_restarts >= 0, f"max_restarts={self.max_restarts} must be 0 or more")
+        limit = self.time_limit_seconds
+        check(limit is None or 0 < limit < 1e9, f"time_limit={self.time_limit} must be above 0, or null for none")
         plain = "/" not in self.name and self.name not in ("", ".", "..")
         check(plain, f"name={self.name!r} names a folder under runs/: it may not hold a slash")
+
+    @property
+    def time_limit_seconds(self) -> Optional[float]:
+        return None if self.time_limit is None else seconds_of(self.time_limit)
+
+
+DURATION = re.compile(r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+))?(?::(?P<s>\d+))?|(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+))")
+
+
+def seconds_of(text: str) -> float:
+    """Seconds of a duration: minutes ("90", "0.5"), or in SLURM's notation "MM:SS", "HH:MM:SS", "D-HH", "D-HH:MM", "D-HH:MM:SS"."""
+    try:
+        return 60 * float(text)
+    except ValueError:
+        found = DURATION.fullmatch(text)
+    check(found is not None, f"time_limit={text} is no duration: type minutes (90), HH:MM:SS (01:30:00) or D-HH:MM:SS (1-12:00:00)")
+    part = {name: int(value or 0) for name, value in found.groupdict().items()}
+    hours = 24 * part["days"] + part["h"] + part["hours"]
+    return 3600 * hours + 60 * (part["m"] + part["minutes"]) + part["s"] + part["seconds"]
 
 
 # --- the door ---------------------------------------------------------------------------------------------------------

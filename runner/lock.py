@@ -1,7 +1,8 @@
 """A lock between processes: who holds it makes the thing, the others wait and then find it made.
 
 The kernel releases it when its holder dies, however it dies, so there are no stale locks. The launcher passes the lock's
-file descriptor on to the worker it starts: the lock lives as long as anything that writes to the folder.
+file descriptor on to what it starts, but torchrun's children do not inherit it: every worker holds a lock of its own, shared with
+the other ranks (`share`), on which the next launcher waits.
 """
 
 import fcntl
@@ -44,3 +45,10 @@ def is_held(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def share(path: Path) -> int:
+    """Hold the lock at `path` together with others that share it, until this process ends. Returns its file descriptor."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from runner import ranks
+from runner import heartbeat, ranks
 from runner.config import Config
 
 # Seconds between two progress lines
@@ -41,6 +41,7 @@ class RunLog:
         """Announce a loop over steps first..total-1."""
         self.first, self.total, self._step_started = first, total, time.monotonic()
         self._loop_started = self._step_started
+        heartbeat.now.update(step=first, total=total)
         if first:
             self.say(f"resumed at step {first} of {total}")
 
@@ -68,7 +69,9 @@ class RunLog:
     def phase(self, name: str):
         """Count the time inside as this phase's. The GPU is waited for, or its time would be booked on the next phase."""
         start = time.monotonic()
-        yield
+        heartbeat.now["phase"] = name
+        yield  # no `finally`: after an error the phase is where it happened
+        heartbeat.now["phase"] = ""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.phases[name] += time.monotonic() - start
@@ -81,6 +84,7 @@ class RunLog:
         which counts 6 FLOPs per parameter and token and no recomputation (arXiv 2204.02311).
         """
         now = time.monotonic()
+        heartbeat.now["step"] = step
         row = {"step": step, **metrics}
         seconds = now - self._step_started
         row |= {f"time/{name}": value for name, value in self.step_phases.items()} | {"time/step": seconds}

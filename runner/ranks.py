@@ -2,13 +2,19 @@
 
 import os
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
+_new_group = dist.new_group
 
-def start(accelerator: str) -> torch.device:
-    """Join the process group and return this rank's device. Works under torchrun, deepspeed, srun + torchrun, or alone."""
+
+def start(accelerator: str, timeout_minutes: float = 30) -> torch.device:
+    """Join the process group and return this rank's device. Works under torchrun, deepspeed, srun + torchrun, or alone.
+
+    timeout_minutes: how long a rank waits for the others in a collective before it raises (gloo) or aborts (NCCL).
+    """
     os.environ.setdefault("LOCAL_RANK", "0")
     cuda = accelerator == "cuda"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -16,8 +22,11 @@ def start(accelerator: str) -> torch.device:
         torch.cuda.set_device(device)
     # Gloo beside NCCL: a few Python objects travel over the CPU
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
+    # DeepSpeed makes groups of its own without naming a time, and torch would give NCCL's 10 minutes
+    dist.new_group = partial(_new_group, timeout=timeout)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timeout)
     else:
         # Alone: no port that a neighbour could hold
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")

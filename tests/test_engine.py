@@ -231,7 +231,7 @@ def ppo_models(folder: Path, device: torch.device, lora: Lora | None = None, **c
 def updated(cfg, models, rollout, iteration: int) -> dict[str, float]:
     """A whole update. Returns its metrics."""
     progress = ppo_update.Progress()
-    assert ppo_update.update(cfg, models, rollout, None, iteration, progress) is None
+    assert ppo_update.update(cfg, models, rollout, None, iteration, progress, guard=lambda **_: None) is None
     return progress.metrics()
 
 
@@ -286,7 +286,7 @@ def test_an_update_that_stops_in_the_middle_goes_on_alike(folder, alone, monkeyp
     cfg, models, rollout = ppo_models(folder, alone, ppo_epochs=2, early_stop_kl=None)
     monkeypatch.setattr(ppo_update.stop, "asked", lambda: "stopped")
     progress, stops = ppo_update.Progress(), 0
-    while ppo_update.update(cfg, models, rollout, None, 0, progress):
+    while ppo_update.update(cfg, models, rollout, None, 0, progress, guard=lambda **_: None):
         progress, stops = ppo_update.Progress(**json.loads(json.dumps(asdict(progress)))), stops + 1
     assert stops == 3
     assert progress.metrics() == expected[0]

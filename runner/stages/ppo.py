@@ -5,6 +5,7 @@ random numbers of response i come from (seed, i) alone. Dropout is off in all fo
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from runner.config import Config
 from runner.data import cache
 from runner.data.batches import Batches
 from runner.ema import Ema
+from runner.finite import check_finite
 from runner.losses import (
     adapt_kl_coef,
     explained_variance,
@@ -82,6 +84,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     frozen = {"reward": models.reward} | ({"ref": models.ref} if models.ref else {})
     warm = ppo.critic_warmup + warmup_steps(ppo.warmup, total - ppo.critic_warmup)
     watch = invariants.watch_weights(log, {"actor": models.actor, "critic": models.critic}, frozen, warm + 2)
+    guard = partial(check_finite, cfg, step.folder, step.stage, tokenizer=tokenizer)
 
     for i in range(first, total):
         # The actor's schedule begins when the actor does
@@ -98,7 +101,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
                 try:
                     rollout = collect(models, reader, prompts, cfg.seed, episodes, stoppable=True)
                 except Stopped as stopped:  # nothing has been learnt from it, and sampling it again gives the same
-                    checkpoints.leave(str(stopped), f"step_{i}", i, total, asdict(state))
+                    checkpoints.leave(str(stopped), f"step_{i}", i, asdict(state))
             state.tokens += rollout.tokens()
             state.progress = Progress()
 
@@ -108,9 +111,9 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
 
         # 6. Update: several passes of several minibatches
         with log.phase("update"):
-            reason = update(cfg, models, rollout, mixture, i, state.progress)
+            reason = update(cfg, models, rollout, mixture, i, state.progress, guard)
         if reason:
-            checkpoints.leave(reason, f"step_{i}_{state.progress.position}", i, total, asdict(state), rollout.sampled())
+            checkpoints.leave(reason, f"step_{i}_{state.progress.position}", i, asdict(state), rollout.sampled())
         metrics |= state.progress.metrics()
         ratio = invariants.first_ratio(state.progress.ratio_error, cfg.hardware.precision)
         invariants.check(log, f"iteration {i + 1}", {"first_ratio": ratio})

@@ -1,5 +1,6 @@
 """The update of PPO: several passes over a rollout, in minibatches of one optimizer step of critic and actor each."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,9 +72,12 @@ class Progress:
         return facts | {name: float(np.mean(values)) for name, values in self.norms.items() if values}
 
 
-def update(cfg: Config, models: Models, rollout: Rollout, mixture: Mixture | None, iteration: int, progress: Progress) -> str | None:
+def update(
+    cfg: Config, models: Models, rollout: Rollout, mixture: Mixture | None, iteration: int, progress: Progress, guard: Callable[..., None]
+) -> str | None:
     """Several passes over a rollout, each in minibatches of one optimizer step, from where `progress` says.
 
+    Args: guard: is given step, loss, norm and rows of every minibatch; it raises where they are not finite (see finite.py).
     Returns None at the end, or why it was asked to stop before. Collective.
     """
     ppo, size = cfg.ppo, step_batch(cfg, "ppo")
@@ -84,8 +88,11 @@ def update(cfg: Config, models: Models, rollout: Rollout, mixture: Mixture | Non
         epoch, k = divmod(progress.position, ppo.minibatches)
         order = np.random.default_rng([cfg.seed, iteration, epoch]).permutation(len(rollout))
         text = mixture.at(number + progress.position) if mixture and train_actor else None
-        sums, norms = minibatch(cfg, models, rollout, np.split(order, ppo.minibatches)[k][:size], text, train_actor)
+        chosen = np.split(order, ppo.minibatches)[k][:size]
+        sums, norms = minibatch(cfg, models, rollout, chosen, text, train_actor)
         sums = ranks.total(sums, rollout.lengths.device)
+        loss = sum(sums[name] for name in ("policy_loss", "value_loss", "ptx_loss")) / sums["tokens"]
+        guard(step=iteration + 1, loss=loss, norm=sum(norms.values()), rows=rollout.as_rows(chosen))
         progress.add(sums, norms)
         progress.ended = ppo.early_stop_kl is not None and sums["approxkl"] / sums["tokens"] > ppo.early_stop_kl
         if progress.position < last and not progress.ended and (reason := stop.asked()):

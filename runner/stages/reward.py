@@ -10,6 +10,7 @@ from runner.checkpoint import Checkpoints
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pair_batch, pick, shard, subset, to
+from runner.finite import check_finite, numbered
 from runner.losses import learning_rate, pairwise_loss, warmup_steps, wilson_interval
 from runner.metrics import RunLog
 from runner.models import count_parameters, save_adapter, save_model
@@ -71,6 +72,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         metrics = {"train/loss": mean["loss"], "train/accuracy": mean["correct"], "train/margin": mean["chosen"] - mean["rejected"]}
         metrics |= {"reward/chosen_mean": mean["chosen"], "reward/rejected_mean": mean["rejected"], "lr": rm.lr * share, "grad_norm": norm}
         tokens = 2 * int(lengths[here[here != EMPTY]].sum())
+        check_finite(cfg, step.folder, step.stage, done, mean["loss"], norm, numbered(rows, here), tokenizer)
         log.log(done, metrics, f"loss {mean['loss']:.3f}  accuracy {mean['correct']:.2f}", tokens, parameters)
         watch(done)
 

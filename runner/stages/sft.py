@@ -11,6 +11,7 @@ from runner.checkpoint import Checkpoints
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, loss_weights, pick, sft_batch, shard, subset, to
+from runner.finite import check_finite, numbered
 from runner.losses import learning_rate, sft_loss, warmup_steps
 from runner.metrics import RunLog
 from runner.models import count_parameters, save_adapter, save_model
@@ -82,6 +83,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             "epoch": done / batches.per_epoch,
         }
         metrics["perf/padding_fraction"] = padding(lengths, here, micro)
+        check_finite(cfg, step.folder, step.stage, done, loss, norm, numbered(rows, here), tokenizer)
         log.log(done, metrics, f"loss {loss:.3f}", tokens, parameters)
         watch(done)
 
