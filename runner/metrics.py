@@ -164,7 +164,8 @@ class RunLog:
             id=run_id,
             resume="allow" if mode == "online" else None,
             config=asdict(self.cfg) | facts,
-            settings=wandb.Settings(silent=True, console="off"),
+            # No git: it would upload the remote's URL, with whatever credentials stand in it, and changes that were not committed
+            settings=wandb.Settings(silent=True, console="off", disable_git=True),
         )
         axis = "episode" if self.stage == "ppo" else "step"
         run.define_metric(axis)

@@ -7,6 +7,7 @@ network, nothing is started.
 
 import hashlib
 import json
+import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from runner.config import PARENTS, Config, ModelPart
 from runner.data.sources import data_key, is_local, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.errors import UserError
+from runner.trust import has_weights, read_settings
 
 # Raise it when the code changes what a step computes
 VERSION = 1
@@ -54,7 +56,7 @@ def plan(cfg: Config) -> list[Step]:
             raise UserError(f"stage={cfg.stage} needs the block {stage}: leave out ~{stage}")
         accumulation(cfg, stage)
         parents = {parent: steps[parent] for parent in PARENTS[stage]}
-        pinned = getattr(cfg, stage).use
+        pinned = _expanded(getattr(cfg, stage).use)
         facts = _pinned_facts(stage, pinned) if pinned else _facts(cfg, stage, data, parents)
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
         folder = Path(cfg.store).expanduser().absolute() / f"{stage}-{key}"
@@ -63,6 +65,11 @@ def plan(cfg: Config) -> list[Step]:
             _check_share(cfg, stage)
             command(cfg, folder)
     return list(steps.values())
+
+
+def _expanded(path: str | None) -> str | None:
+    """The shell leaves the ~ of `sft.use=~/model` alone."""
+    return os.path.expanduser(path) if path else path
 
 
 def _check_share(cfg: Config, stage: str) -> None:
@@ -99,10 +106,12 @@ def _pinned_facts(stage: str, path: str) -> dict:
     if not (folder / "config.json").exists():
         inside = f". Type {stage}.use={folder / 'model'}" if (folder / "model" / "config.json").exists() else ""
         raise UserError(f"{stage}.use={path} is no Hugging Face checkpoint: there is no {folder / 'config.json'}{inside}")
-    kinds = json.loads((folder / "config.json").read_text()).get("architectures") or ()
-    if kinds and (stage == "reward") != kinds[0].endswith("ForSequenceClassification"):
+    kind = "".join(map(str, read_settings(folder / "config.json").get("architectures") or ()))
+    if kind and (stage == "reward") != kind.endswith("ForSequenceClassification"):
         wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"
-        raise UserError(f"{stage}.use={path} holds {kinds[0]}, but {stage} is {wanted}: name the folder of such a one")
+        raise UserError(f"{stage}.use={path} holds {kind}, but {stage} is {wanted}: name the folder of such a one")
+    if not has_weights(folder):
+        raise UserError(f"{stage}.use={path} holds no weights: neither *.safetensors nor *.bin")
     return {"use": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]}
 
 

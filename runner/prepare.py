@@ -11,7 +11,8 @@ import shutil
 import socket
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,6 +21,8 @@ from runner.data.sources import data_key, is_local, sources_of
 from runner.errors import UserError
 from runner.lock import lock
 from runner.plan import Step
+from runner.secrets import redact
+from runner.trust import has_weights
 
 
 def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
@@ -112,10 +115,8 @@ def _tokenizer(cfg: Config, store: Path, part: ModelPart) -> tuple[str, object]:
 
     path = _own_tokenizer(cfg, store) if part.init == "random" else part.path
     options = {"revision": part.revision, "trust_remote_code": cfg.model.trust_remote_code}
-    try:
+    with _loading(path):
         return path, load_tokenizer(path, end_token=cfg.model.end_token, chat_template=cfg.model.chat_template, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load(path, error)) from error
 
 
 def _own_tokenizer(cfg: Config, store: Path) -> str:
@@ -143,14 +144,16 @@ def base_model(cfg: Config, store: Path, part: ModelPart, tokenizer) -> str:
     from transformers import AutoConfig
 
     if part.init == "pretrained":
-        try:
+        with _loading(part.path):
             config = AutoConfig.from_pretrained(part.path, revision=part.revision, trust_remote_code=cfg.model.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise UserError(_cannot_load(part.path, error)) from error
         if config.model_type != cfg.model.family:
             found = config.model_type
             raise UserError(f"{part.path} is a {found} model, but model.family={cfg.model.family}: type model.family={found}")
         _check_context(cfg, part.path, config)
+        if is_local(part.path) and not has_weights(Path(part.path).expanduser()):
+            raise UserError(
+                f"model folder {part.path} holds no weights: neither *.safetensors nor *.bin. With init=random they are made up"
+            )
         return part.path
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     shape = part.shape | {"vocab_size": max(part.shape["vocab_size"], len(tokenizer))}
@@ -182,16 +185,27 @@ def _save_atomically(folder: Path, save) -> None:
     work.rename(folder)
 
 
-def _cannot_load(path: str, error: Exception) -> str:
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes one message about the checkpoint at `path`: a broken file makes libraries raise anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_cannot_load(path, redact((str(error) or repr(error)).splitlines()[0]))) from error
+
+
+def _cannot_load(path: str, why: str) -> str:
     if is_local(path):
-        return f"model folder {path} cannot be loaded: {str(error).splitlines()[0]}"
+        return f"model folder {path} cannot be loaded: {why}"
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         return (
             f"model {path} is not in the local Hugging Face cache, and the hub cannot be reached. Download it where there is a "
             f"network (`hf download {path} --local-dir FOLDER`) and type model.actor.path=FOLDER (or model.reward.path); behind a proxy "
             "set HTTPS_PROXY; without any model: model=tiny, or random weights with model.actor.init=random model.reward.init=random"
         )
-    return f"model {path} cannot be loaded: {str(error).splitlines()[0]}. Check the name; a gated model needs `hf auth login`"
+    return f"model {path} cannot be loaded: {why}. Check the name; a gated model needs `hf auth login`"
 
 
 # --- network ----------------------------------------------------------------------------------------------------------

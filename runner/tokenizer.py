@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from runner.families import FAMILIES
+from runner.trust import refuse_code
 
 Turn = dict[str, str]
 
@@ -29,6 +30,8 @@ def load_tokenizer(
 
     Args: path: hub id or folder. end_token: replaces EOS, added where it is missing. chat_template: None keeps the saved one.
     """
+    if not trust_remote_code:
+        refuse_code(path, revision)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     if end_token:
         tokenizer.add_special_tokens({"eos_token": end_token})
