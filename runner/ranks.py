@@ -1,6 +1,7 @@
 """Who am I among the processes, and the few sums that they share."""
 
 import os
+import socket
 from datetime import timedelta
 
 import torch
@@ -17,12 +18,32 @@ def start(accelerator: str) -> torch.device:
     # Gloo beside NCCL: a few Python objects travel over the CPU
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), **_meeting_here())
     else:
         # Alone: no port that a neighbour could hold
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def _meeting_here() -> dict:
+    """Where ranks of one machine meet when the launcher has not opened a port for it (conf/hardware): at 127.0.0.1.
+
+    A store that PyTorch opens by itself listens on all interfaces, and believes whoever connects.
+    """
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if not alone or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "False":
+        return {}
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    rank, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    listening = {}
+    if rank == 0:
+        server = socket.create_server(("127.0.0.1", port), backlog=1024)
+        listening = {"is_master": True, "master_listen_fd": server.detach()}
+    store = dist.TCPStore("127.0.0.1", port, world, timeout=timedelta(minutes=30), **listening)
+    return {"store": store, "rank": rank, "world_size": world}
 
 
 def rank() -> int:
