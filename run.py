@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from runner.config import load
 from runner.errors import UserError
@@ -86,7 +87,7 @@ if __name__ == "__main__":
         sys.exit("\ninterrupted; the same command goes on from the last checkpoint")
     except Told:
         sys.exit(1)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         if WANTS_TRACEBACK or "debug=true" in sys.argv:
             raise
         sys.exit(f"error: {in_words(error)}")
