@@ -47,7 +47,7 @@ def load(path: str):
     import transformers
     import yaml
 
-    from runner.tokenizer import load_tokenizer
+    from runner.tokenizer import check_template, load_tokenizer
     from runner.trust import refuse_code, refused_pickle
 
     transformers.logging.set_verbosity_error()
@@ -66,6 +66,7 @@ def load(path: str):
         raise UserError(f"{path} cannot talk: {redact((str(error) or repr(error)).splitlines()[0])}. {instead()}") from error
     # A model that was not trained here may have no template: then ours
     tokenizer.chat_template = tokenizer.chat_template or yaml.safe_load(TEMPLATE.read_text())["chat_template"]
+    check_template(tokenizer, f"the chat template of {path}")
     return tokenizer, model
 
 

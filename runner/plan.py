@@ -17,7 +17,7 @@ from runner.config import PARENTS, Config, ModelPart
 from runner.data.sources import data_key, is_local, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.errors import UserError
-from runner.trust import has_weights, read_settings
+from runner.trust import check_weights, read_settings
 
 # Raise it when the code changes what a step computes
 VERSION = 1
@@ -110,8 +110,7 @@ def _pinned_facts(stage: str, path: str) -> dict:
     if kind and (stage == "reward") != kind.endswith("ForSequenceClassification"):
         wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"
         raise UserError(f"{stage}.use={path} holds {kind}, but {stage} is {wanted}: name the folder of such a one")
-    if not has_weights(folder):
-        raise UserError(f"{stage}.use={path} holds no weights: neither *.safetensors nor *.bin")
+    check_weights(folder)
     return {"use": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]}
 
 

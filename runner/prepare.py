@@ -22,7 +22,7 @@ from runner.errors import UserError
 from runner.lock import lock
 from runner.plan import Step
 from runner.secrets import redact
-from runner.trust import has_weights
+from runner.trust import check_weights
 
 
 def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
@@ -111,18 +111,20 @@ def _tokenizers(cfg: Config, store: Path, steps: dict[str, Step]) -> dict[str, t
 
 
 def _tokenizer(cfg: Config, store: Path, part: ModelPart) -> tuple[str, object]:
-    from runner.tokenizer import load_tokenizer
+    from runner.tokenizer import check_template, load_tokenizer
 
     path = _own_tokenizer(cfg, store) if part.init == "random" else part.path
     options = {"revision": part.revision, "trust_remote_code": cfg.model.trust_remote_code}
     with _loading(path):
-        return path, load_tokenizer(path, end_token=cfg.model.end_token, chat_template=cfg.model.chat_template, **options)
+        tokenizer = load_tokenizer(path, end_token=cfg.model.end_token, chat_template=cfg.model.chat_template, **options)
+    check_template(tokenizer, "model.chat_template")
+    return path, tokenizer
 
 
 def _own_tokenizer(cfg: Config, store: Path) -> str:
     """A tokenizer for models with random weights, trained on the demonstrations."""
     from runner.data.cache import training_texts
-    from runner.tokenizer import train_tokenizer
+    from runner.tokenizer import check_template, train_tokenizer
 
     facts = [data_key(cfg.dataset), cfg.model.chat_template, cfg.model.tokenizer_vocab]
     name = f"tokenizer-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]}"
@@ -131,6 +133,7 @@ def _own_tokenizer(cfg: Config, store: Path) -> str:
         if not folder.exists():
             blank = train_tokenizer([], 300)
             blank.chat_template = cfg.model.chat_template
+            check_template(blank, "model.chat_template")
             tokenizer = train_tokenizer(training_texts(cfg.dataset, blank), cfg.model.tokenizer_vocab)
             _save_atomically(folder, tokenizer.save_pretrained)
     return str(folder)
@@ -150,10 +153,8 @@ def base_model(cfg: Config, store: Path, part: ModelPart, tokenizer) -> str:
             found = config.model_type
             raise UserError(f"{part.path} is a {found} model, but model.family={cfg.model.family}: type model.family={found}")
         _check_context(cfg, part.path, config)
-        if is_local(part.path) and not has_weights(Path(part.path).expanduser()):
-            raise UserError(
-                f"model folder {part.path} holds no weights: neither *.safetensors nor *.bin. With init=random they are made up"
-            )
+        if is_local(part.path):
+            check_weights(Path(part.path))
         return part.path
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     shape = part.shape | {"vocab_size": max(part.shape["vocab_size"], len(tokenizer))}

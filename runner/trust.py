@@ -82,3 +82,17 @@ def read_settings(file: Path) -> dict:
 
 def has_weights(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "*.bin"))
+
+
+def check_weights(folder: Path) -> None:
+    """Raise UserError when a model folder has no weights, or when a safetensors file is not whole. Reads headers only."""
+    from safetensors import SafetensorError, safe_open
+
+    if not has_weights(folder):
+        raise UserError(f"model folder {folder} holds no weights: neither *.safetensors nor *.bin")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged ({error}): copy or download it again") from error

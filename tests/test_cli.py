@@ -173,6 +173,7 @@ WRONG = {
     "path beside random weights": ("model.actor.path=/models/opt", "type model.actor.init=pretrained"),
     "unknown interpolation": ("name=${nix}", "Interpolation key 'nix' not found"),
     "launch command": ("hardware.launch='{pyton}'", "hardware.launch holds 'pyton': it knows {python}, "),
+    "broken template": ("model.chat_template='{%' stage=sft", "model.chat_template is refused by the template engine: "),
     "fp16 on a CPU": ("hardware.precision=fp16", "use fp32 or bf16"),
 }
 

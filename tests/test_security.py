@@ -152,6 +152,38 @@ def test_everything_that_unpickles_says_weights_only():
             assert options.get("weights_only") != "False" and options.get("shell") != "True", file
 
 
+BROKEN = {
+    "config.json": (b'{"model_type":', "config.json cannot be read"),
+    "tokenizer_config.json": (b"[1]", "tokenizer_config.json is no JSON object"),
+    "tokenizer.json": (b"[]", "cannot be loaded|no usable tokenizer"),
+    "model.safetensors": (b"\0" * 50, "model.safetensors is damaged .*: copy or download it again"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_of_a_model_are_found_before_anything_is_trained(name, model, tmp_path):
+    from runner.plan import plan
+    from runner.prepare import prepare
+
+    content, says = BROKEN[name]
+    (model / name).write_bytes(content)
+    for words in (PLACES["actor"], PLACES["sft.use"]):
+        cfg = configured(*[word.format(model=model) for word in words], f"store={tmp_path}/store", "dataset.toy_rows=100", *SHORT)
+        with pytest.raises(UserError, match=says):
+            prepare(cfg, plan(cfg))
+
+
+def test_a_model_folder_without_weights_is_not_filled_with_random_ones(model, tmp_path):
+    from runner.plan import plan
+    from runner.prepare import prepare
+
+    (model / "model.safetensors").unlink()
+    for words in (PLACES["actor"], PLACES["sft.use"]):
+        cfg = configured(*[word.format(model=model) for word in words], f"store={tmp_path}/store", "dataset.toy_rows=100", *SHORT)
+        with pytest.raises(UserError, match="holds no weights"):
+            prepare(cfg, plan(cfg))
+
+
 def test_no_service_on_the_internet_is_asked_to_convert_pickles():
     import runner.models  # noqa: F401
 
@@ -182,6 +214,7 @@ def no_questions(monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
 
 
+SHORT = ["model.max_prompt_tokens=60", "model.max_response_tokens=60"]  # the tiny model's context
 PLACES = {
     "actor": ["stage=sft", "model.actor.init=pretrained", "model.actor.path={model}"],
     "reward": ["stage=reward", "model.reward.init=pretrained", "model.reward.path={model}"],
@@ -239,6 +272,14 @@ def test_a_chat_template_cannot_reach_python(tokenizer):
     hostile = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(SecurityError):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template=hostile, tokenize=False)
+
+
+def test_chat_says_so_before_the_first_message(model):
+    from runner import chat
+
+    (model / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(UserError, match=r"the chat template of .* is refused by the template engine: access to attribute"):
+        chat.load(str(model))
 
 
 # --- presets and overrides --------------------------------------------------------------------------------------------
