@@ -37,7 +37,8 @@ def find(text: str) -> str | None:
     for kind, pattern in PATTERNS.items():
         if pattern.search(text):
             return kind
-    return next((f"the value of {name}" for name, value in _of_environment().items() if value in text), None)
+    # A plain word ("disabled") is more likely to be a setting that has KEY in its name
+    return next((f"the value of {name}" for name, value in _of_environment().items() if value in text and not value.isalpha()), None)
 
 
 def redact(text: str) -> str:

@@ -460,6 +460,11 @@ def test_what_is_no_secret_passes(text):
     assert secrets.redact(text) == text
 
 
+def test_a_plain_word_of_the_environment_passes(monkeypatch):
+    monkeypatch.setenv("KEYRING_MODE", "disabled")
+    assert secrets.find("wandb.mode=disabled") is None
+
+
 def test_every_preset_passes():
     for file in (ROOT / "conf").rglob("*.yaml"):
         assert secrets.find(file.read_text()) is None, file
