@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from runner import stop
 from runner.config import load
@@ -92,7 +93,7 @@ if __name__ == "__main__":
         sys.exit(interrupt.args[0] if interrupt.args else 128 + 2)
     except Told:
         sys.exit(1)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         if WANTS_TRACEBACK or "debug=true" in sys.argv:
             raise
         sys.exit(f"error: {in_words(error)}")

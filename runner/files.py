@@ -1,4 +1,4 @@
-"""Folders that are whole or absent, and on the disk before they have their name."""
+"""Files and folders that are whole or absent."""
 
 import os
 import shutil
@@ -28,6 +28,14 @@ def put_in_place(work: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(work, folder)
     flush(folder.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole or as it was; a link at its place is replaced, not followed."""
+    work = path.with_name(path.name + ".tmp")
+    work.unlink(missing_ok=True)
+    work.write_text(text, encoding="utf-8")
+    os.replace(work, path)
 
 
 def flush(path: Path) -> None:

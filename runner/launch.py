@@ -16,10 +16,12 @@ from omegaconf import OmegaConf
 from runner import faults, machine, stop
 from runner.config import Config
 from runner.errors import UserError
+from runner.files import write_text
 from runner.lock import lock
 from runner.manifest import steps_done
 from runner.plan import Step, command, engine_configs
 from runner.resume import adopt, write_facts
+from runner.secrets import redact
 from runner.worker import WORKERS_LOCK
 
 ROOT = Path(__file__).parent.parent
@@ -90,10 +92,10 @@ def _write_inputs(cfg: Config, step: Step, inputs: dict) -> None:
     write_facts(step.folder, cfg.name, step.key, step.facts)
     for old in logs.glob("error_rank*.json"):
         old.unlink()
-    OmegaConf.save(OmegaConf.create(asdict(cfg)), step.folder / "config.yaml")
     facts = {"stage": step.stage, "key": step.key, "parents": step.parents, **inputs}
-    (step.folder / "step.json").write_text(json.dumps(facts, indent=2))
-    (step.folder / "ds_config.json").write_text(json.dumps(engine_configs(cfg, step.stage), indent=2))
+    write_text(step.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(cfg))))
+    write_text(step.folder / "step.json", json.dumps(facts, indent=2))
+    write_text(step.folder / "ds_config.json", json.dumps(engine_configs(cfg, step.stage), indent=2))
 
 
 def _environment(cfg: Config) -> dict[str, str]:
@@ -159,7 +161,7 @@ def _relay(lines, log) -> list[str]:
     """
     live, columns = sys.stdout.isatty(), shutil.get_terminal_size().columns
     pending, last = False, deque(maxlen=200)
-    for line in lines:
+    for line in map(redact, lines):
         last.append(line.rstrip("\n"))
         with suppress(OSError):  # a full disk ends the workers; we are still needed, to say so
             log.write(line)

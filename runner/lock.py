@@ -5,6 +5,7 @@ file descriptor on to what it starts, but torchrun's children do not inherit it:
 the other ranks (`share`), on which the next launcher waits.
 """
 
+import errno
 import fcntl
 import os
 import socket
@@ -13,12 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from runner.errors import UserError
+
 
 @contextmanager
 def lock(path: Path, what: str) -> Iterator[int]:
     """Hold the lock at `path`, waiting for it if need be. Yields its file descriptor."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"the lock {path} is a link: whoever made it would have us write elsewhere. Delete it") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,6 +17,7 @@ import torch
 
 from runner import heartbeat, ranks
 from runner.config import Config
+from runner.files import write_text
 
 # Seconds between two progress lines
 QUIET = 5.0
@@ -144,9 +145,14 @@ class RunLog:
         if not self.writes:
             return
         common = {"stage": self.stage, "seconds": time.monotonic() - self.started, "phases": dict(self.phases), "world_size": ranks.world()}
-        (self.folder / "result.json").write_text(json.dumps(common | {"resumed_from": self.first} | facts, indent=2))
+        write_text(self.folder / "result.json", json.dumps(common | {"resumed_from": self.first} | facts, indent=2))
         if self.wandb:
             self.wandb.summary.update({k: v for k, v in facts.items() if isinstance(v, int | float)})
+        self.close()
+
+    def close(self) -> None:
+        """Let W&B write what it has."""
+        if self.wandb:
             self.wandb.finish()
 
     # --- where it goes ---
@@ -184,7 +190,8 @@ class RunLog:
             id=run_id,
             resume="allow" if mode == "online" else None,
             config=asdict(self.cfg) | facts,
-            settings=wandb.Settings(silent=True, console="off"),
+            # No git: it would upload the remote's URL, with whatever credentials stand in it, and changes that were not committed
+            settings=wandb.Settings(silent=True, console="off", disable_git=True),
         )
         axis = "episode" if self.stage == "ppo" else "step"
         run.define_metric(axis)

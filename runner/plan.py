@@ -7,6 +7,7 @@ network, nothing is started.
 
 import hashlib
 import json
+import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.errors import UserError
 from runner.manifest import steps_done
 from runner.resume import Unfinished, unfinished
+from runner.trust import check_weights, read_settings
 
 # Raise it when the code changes what a step computes
 VERSION = 2
@@ -58,7 +60,7 @@ def plan(cfg: Config) -> list[Step]:
             raise UserError(f"stage={cfg.stage} needs the block {stage}: leave out ~{stage}")
         accumulation(cfg, stage)
         parents = {parent: steps[parent] for parent in PARENTS[stage]}
-        pinned = getattr(cfg, stage).use
+        pinned = _expanded(getattr(cfg, stage).use)
         facts = _pinned_facts(stage, pinned) if pinned else _facts(cfg, stage, data, parents)
         models = {name: step.model for name, step in parents.items()}
         steps[stage] = _going_on(cfg, Step(stage, _key(facts), _folder(cfg, stage, _key(facts)), pinned, models, facts))
@@ -94,6 +96,11 @@ def _going_on(cfg: Config, step: Step) -> Step:
     origin = {"step": earlier.folder.name, "at": earlier.steps, "changed": earlier.describe()}
     facts = step.facts | {"goes_on_from": origin}
     return replace(step, key=_key(facts), folder=_folder(cfg, step.stage, _key(facts)), facts=facts, earlier=earlier)
+
+
+def _expanded(path: str | None) -> str | None:
+    """The shell leaves the ~ of `sft.use=~/model` alone."""
+    return os.path.expanduser(path) if path else path
 
 
 def _check_share(cfg: Config, stage: str) -> None:
@@ -132,10 +139,11 @@ def _pinned_facts(stage: str, path: str) -> dict:
     if not (folder / "config.json").exists():
         inside = f". Type {stage}.use={folder / 'model'}" if (folder / "model" / "config.json").exists() else ""
         raise UserError(f"{stage}.use={path} is no Hugging Face checkpoint: there is no {folder / 'config.json'}{inside}")
-    kinds = json.loads((folder / "config.json").read_text()).get("architectures") or ()
-    if kinds and (stage == "reward") != kinds[0].endswith("ForSequenceClassification"):
+    kind = "".join(map(str, read_settings(folder / "config.json").get("architectures") or ()))
+    if kind and (stage == "reward") != kind.endswith("ForSequenceClassification"):
         wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"
-        raise UserError(f"{stage}.use={path} holds {kinds[0]}, but {stage} is {wanted}: name the folder of such a one")
+        raise UserError(f"{stage}.use={path} holds {kind}, but {stage} is {wanted}: name the folder of such a one")
+    check_weights(folder)
     return {"use": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]}
 
 

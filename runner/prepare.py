@@ -10,7 +10,8 @@ import os
 import socket
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,6 +21,8 @@ from runner.errors import UserError
 from runner.files import whole_folder
 from runner.lock import lock
 from runner.plan import Step
+from runner.secrets import redact
+from runner.trust import check_weights
 
 
 def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
@@ -108,20 +111,20 @@ def _tokenizers(cfg: Config, store: Path, steps: dict[str, Step]) -> dict[str, t
 
 
 def _tokenizer(cfg: Config, store: Path, part: ModelPart) -> tuple[str, object]:
-    from runner.tokenizer import load_tokenizer
+    from runner.tokenizer import check_template, load_tokenizer
 
     path = _own_tokenizer(cfg, store) if part.init == "random" else part.path
     options = {"revision": part.revision, "trust_remote_code": cfg.model.trust_remote_code}
-    try:
-        return path, load_tokenizer(path, end_token=cfg.model.end_token, chat_template=cfg.model.chat_template, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load(path, error)) from error
+    with _loading(path):
+        tokenizer = load_tokenizer(path, end_token=cfg.model.end_token, chat_template=cfg.model.chat_template, **options)
+    check_template(tokenizer, "model.chat_template")
+    return path, tokenizer
 
 
 def _own_tokenizer(cfg: Config, store: Path) -> str:
     """A tokenizer for models with random weights, trained on the demonstrations."""
     from runner.data.cache import training_texts
-    from runner.tokenizer import train_tokenizer
+    from runner.tokenizer import check_template, train_tokenizer
 
     facts = [data_key(cfg.dataset), cfg.model.chat_template, cfg.model.tokenizer_vocab]
     name = f"tokenizer-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]}"
@@ -130,6 +133,7 @@ def _own_tokenizer(cfg: Config, store: Path) -> str:
         if not folder.exists():
             blank = train_tokenizer([], 300)
             blank.chat_template = cfg.model.chat_template
+            check_template(blank, "model.chat_template")
             tokenizer = train_tokenizer(training_texts(cfg.dataset, blank), cfg.model.tokenizer_vocab)
             with whole_folder(folder) as work:
                 tokenizer.save_pretrained(work)
@@ -144,14 +148,14 @@ def base_model(cfg: Config, store: Path, part: ModelPart, tokenizer) -> str:
     from transformers import AutoConfig
 
     if part.init == "pretrained":
-        try:
+        with _loading(part.path):
             config = AutoConfig.from_pretrained(part.path, revision=part.revision, trust_remote_code=cfg.model.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise UserError(_cannot_load(part.path, error)) from error
         if config.model_type != cfg.model.family:
             found = config.model_type
             raise UserError(f"{part.path} is a {found} model, but model.family={cfg.model.family}: type model.family={found}")
         _check_context(cfg, part.path, config)
+        if is_local(part.path):
+            check_weights(Path(part.path))
         return part.path
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     shape = part.shape | {"vocab_size": max(part.shape["vocab_size"], len(tokenizer))}
@@ -176,16 +180,27 @@ def _check_context(cfg: Config, path: str, config) -> None:
         )
 
 
-def _cannot_load(path: str, error: Exception) -> str:
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes one message about the checkpoint at `path`: a broken file makes libraries raise anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_cannot_load(path, redact((str(error) or repr(error)).splitlines()[0]))) from error
+
+
+def _cannot_load(path: str, why: str) -> str:
     if is_local(path):
-        return f"model folder {path} cannot be loaded: {str(error).splitlines()[0]}"
+        return f"model folder {path} cannot be loaded: {why}"
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         return (
             f"model {path} is not in the local Hugging Face cache, and the hub cannot be reached. Download it where there is a "
             f"network (`hf download {path} --local-dir FOLDER`) and type model.actor.path=FOLDER (or model.reward.path); behind a proxy "
             "set HTTPS_PROXY; without any model: model=tiny, or random weights with model.actor.init=random model.reward.init=random"
         )
-    return f"model {path} cannot be loaded: {str(error).splitlines()[0]}. Check the name; a gated model needs `hf auth login`"
+    return f"model {path} cannot be loaded: {why}. Check the name; a gated model needs `hf auth login`"
 
 
 # --- network ----------------------------------------------------------------------------------------------------------

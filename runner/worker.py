@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from runner import heartbeat, stop
+from runner.files import write_text
 from runner.lock import share
 
 WORKERS_LOCK = "logs/workers.lock"
@@ -55,6 +56,7 @@ def work(folder: Path) -> None:
     try:
         {"sft": sft, "reward": reward, "ppo": ppo}[inputs.stage].train(cfg, inputs, log, device)
     except stop.Stopped as stopped:
+        log.close()
         leave(folder, stop.NOTE, json.dumps({"reason": str(stopped), **heartbeat.now}))
     else:
         leave(folder, "DONE", time.strftime("%Y-%m-%d %H:%M:%S\n"))
@@ -67,20 +69,21 @@ def leave(folder: Path, name: str, text: str) -> None:
 
     dist.barrier()
     if dist.get_rank() == 0:
-        (folder / name).write_text(text)
+        write_text(folder / name, text)
 
 
 def report(folder: Path, rank: int, error: BaseException) -> None:
     """Leave a note for the launcher: what went wrong here, and where. runner/faults.py reads it."""
     from runner.errors import UserError
+    from runner.secrets import redact
 
     note = {
         "rank": rank,
         "time": time.time(),
         "user": isinstance(error, UserError),
         "kind": type(error).__name__,
-        "message": str(error),
-        "traceback": traceback.format_exc(),
+        "message": redact(str(error)),
+        "traceback": redact(traceback.format_exc()),
         "memory": gpu_memory(error),
         **{name: heartbeat.now[name] for name in ("phase", "step")},
     }
@@ -102,3 +105,6 @@ def gpu_memory(error: BaseException) -> dict | None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    # All is written. Taking the process apart costs seconds, and a thread of gloo's sometimes aborts it
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)

@@ -100,7 +100,7 @@ def test_the_plan_comes_without_torch_and_shows_everything(here, without_torch):
     for stage, algebra in (("sft", "128 = 4 x 8 x 4"), ("reward", "64 = 4 x 8 x 2"), ("ppo", "64 = 2 x 8 x 4")):
         assert any(line.split()[:2] == [stage, "run"] and algebra in line for line in plan.splitlines())
         assert f"{stage}: launch command, 8 ranks\n" in plan
-    assert plan.count("torch.distributed.run --standalone --nproc-per-node=8 -m runner.worker") == 3
+    assert plan.count("--nproc-per-node=8 -m runner.worker") == 3
     shown = engines(plan)
     assert list(shown) == ["sft actor", "reward reward", "ppo actor", "ppo critic", "ppo ref"]  # its reward model is replicated
     assert all(config["zero_optimization"]["stage"] == 3 for config in shown.values())
@@ -173,6 +173,7 @@ WRONG = {
     "path beside random weights": ("model.actor.path=/models/opt", "type model.actor.init=pretrained"),
     "unknown interpolation": ("name=${nix}", "Interpolation key 'nix' not found"),
     "launch command": ("hardware.launch='{pyton}'", "hardware.launch holds 'pyton': it knows {python}, "),
+    "broken template": ("model.chat_template='{%' stage=sft", "model.chat_template is refused by the template engine: "),
     "fp16 on a CPU": ("hardware.precision=fp16", "use fp32 or bf16"),
 }
 
