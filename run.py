@@ -5,7 +5,6 @@ in worker processes (runner/worker.py). README.md tells what to type.
 """
 
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -15,7 +14,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from runner import stop
 from runner.config import load
 from runner.errors import UserError
 from runner.files import remove_unused
@@ -41,6 +42,10 @@ def main(composed: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise Told from error
         sys.exit(1)
+    except stop.Stopped as stopped:
+        # SystemExit ends a sweep too
+        print(f"\n{stopped}", file=sys.stderr, flush=True)
+        sys.exit(stop.RESUME_ME)
     except BrokenPipeError:
         # `run.py dry_run=true | head`: who read us has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,6 +57,7 @@ def main(composed: DictConfig) -> None:
 def run(composed: DictConfig) -> None:
     """One run: check, plan, prepare, train what is missing, sum up."""
     cfg = load(composed)
+    stop.limit(cfg.time_limit_seconds)
     steps = plan(cfg)
     show(cfg, steps, details=cfg.dry_run)
     if cfg.dry_run:
@@ -61,27 +67,24 @@ def run(composed: DictConfig) -> None:
         refuse(interrupted.stage, interrupted.earlier)
 
     from runner.launch import launch
+    from runner.machine import naming_full_disks
     from runner.prepare import prepare
     from runner.summary import show_summary
 
     hydra_facts = HydraConfig.get()
     run_dir = Path(hydra_facts.runtime.output_dir)
-    inputs = prepare(cfg, steps)
-    reused = {step.stage for step in steps if not launch(cfg, step, inputs.get(step.stage), run_dir)}
-    show_summary(cfg.name, steps, reused, run_dir, list(hydra_facts.overrides.task))
+    with naming_full_disks(cfg.store):
+        inputs = prepare(cfg, steps)
+        reused = {step.stage for step in steps if not launch(cfg, step, inputs.get(step.stage), run_dir)}
+        show_summary(cfg.name, steps, reused, run_dir, list(hydra_facts.overrides.task))
 
 
 class Told(Exception):
     """A UserError whose message has been printed."""
 
 
-def stop(signal_number: int, frame: object) -> None:
-    """SIGTERM (SLURM, Docker, timeout) leaves through the same doors as an error, so that the workers go too."""
-    sys.exit("\nstopped; the same command goes on from the last checkpoint")
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
+    stop.listen()
     try:
         sys.argv[1:] = check_overrides(sys.argv[1:], CONF)
     except UserError as error:
@@ -90,11 +93,11 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on from the last checkpoint")
+    except KeyboardInterrupt as interrupt:
+        sys.exit(interrupt.args[0] if interrupt.args else 128 + 2)
     except Told:
         sys.exit(1)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         if WANTS_TRACEBACK or "debug=true" in sys.argv:
             raise
         sys.exit(f"error: {in_words(error)}")

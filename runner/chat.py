@@ -9,8 +9,10 @@ import math
 import os
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 
 from runner.errors import UserError
+from runner.secrets import redact
 
 TEMPLATE = Path(__file__).parent.parent / "conf" / "model" / "family" / "base.yaml"
 
@@ -45,21 +47,26 @@ def load(path: str):
     import transformers
     import yaml
 
-    from runner.tokenizer import load_tokenizer
+    from runner.tokenizer import check_template, load_tokenizer
+    from runner.trust import refuse_code, refused_pickle
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)  # half precision is slow on most CPUs
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        refuse_code(path, None, remedy="load it with transformers yourself; runner.chat runs no code but its own")
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
             raise UserError("it is a reward model or critic, which scores dialogues and writes none")
         tokenizer = load_tokenizer(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device).eval()
+    except UnpicklingError as error:
+        raise refused_pickle(path, None) from error
     except Exception as error:  # whatever transformers, safetensors and the hub raise
-        raise UserError(f"{path} cannot talk: {(str(error) or repr(error)).splitlines()[0]}. {instead()}") from error
+        raise UserError(f"{path} cannot talk: {redact((str(error) or repr(error)).splitlines()[0])}. {instead()}") from error
     # A model that was not trained here may have no template: then ours
     tokenizer.chat_template = tokenizer.chat_template or yaml.safe_load(TEMPLATE.read_text())["chat_template"]
+    check_template(tokenizer, f"the chat template of {path}")
     return tokenizer, model
 
 

@@ -65,13 +65,13 @@ class Checkpoints:
             self._poll()
         if reason:
             self.finish()
-            raise Stopped(f"{reason} at step {done} of {total}")
+            raise Stopped(reason)
 
-    def leave(self, reason: str, name: str, step: int, total: int, state: dict, shared: dict[str, Tensor] | None = None) -> None:
+    def leave(self, reason: str, name: str, step: int, state: dict, shared: dict[str, Tensor] | None = None) -> None:
         """Save in the middle of a step, and raise Stopped."""
         self.save(name, step, state, shared=shared)
         self.finish()
-        raise Stopped(f"{reason} in step {step + 1} of {total}")
+        raise Stopped(reason)
 
     def save(self, name: str, step: int, state: dict, score: float | None = None, shared: dict[str, Tensor] | None = None) -> None:
         """Write checkpoints/<name>, in the background if the config says so. shared: tensors that every rank holds alike."""
@@ -140,6 +140,7 @@ class Checkpoints:
             errors = [e for e in ranks.every(writer.error) if e]
             if errors:
                 self.saved = None
+                shutil.rmtree(writer.work, ignore_errors=True)  # it may be what fills the disk
                 raise OSError(*errors[0]) if errors[0][0] else RuntimeError(errors[0][1])
             if ranks.rank() == 0:
                 self.log.sync()

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from runner import secrets
 from runner.errors import UserError
 
 STAGES = ("sft", "reward", "ppo")
@@ -30,6 +32,12 @@ def check(ok: bool, message: str) -> None:
 
 def check_choice(where: str, value: object, choices: tuple) -> None:
     check(value in choices, f"{where}={value} is not one of {', '.join(map(str, choices))}")
+
+
+def check_name(name: str) -> None:
+    """A name that is a folder of its own under runs/, on every file system, and no way out of it."""
+    plain = re.fullmatch(r"\w[\w .,=+@-]{0,99}", name)
+    check(bool(plain), f"name={name!r} names a folder under runs/: type letters, digits, '-', '_' and '.', at most 100, and no slash")
 
 
 def check_least(block: object, least: float, *names: str) -> None:
@@ -243,12 +251,14 @@ class Hardware:
     micro_batch: MicroBatch
     gradient_checkpointing: GradientCheckpointing
     logits_chunk: int
+    timeout_minutes: float
     deepspeed: Dict[str, Any]
 
     def __post_init__(self):
         check_choice("hardware.accelerator", self.accelerator, ("cpu", "cuda"))
         check_choice("hardware.precision", self.precision, ("fp32", "bf16", "fp16"))
         check(self.accelerator == "cuda" or self.precision != "fp16", "hardware.precision=fp16 does not run on a CPU: use fp32 or bf16")
+        check_above(self, 0, "timeout_minutes")
         check(self.nodes >= 1 and self.gpus >= 1, f"hardware.nodes={self.nodes} and hardware.gpus={self.gpus} must be at least 1")
         check(
             not self.offload.optimizer or min(self.zero.actor, self.zero.critic) > 0,
@@ -441,6 +451,8 @@ class Config:
     seed: int
     store: str
     resume: str
+    time_limit: Optional[str]
+    max_restarts: int
     dry_run: bool
     debug: bool
     invariants: str
@@ -459,8 +471,29 @@ class Config:
         check_choice("resume", self.resume, ("auto", "force", "new"))
         check_choice("invariants", self.invariants, ("stop", "warn"))
         check(self.seed >= 0, f"seed={self.seed} must be 0 or more")
-        plain = "/" not in self.name and self.name not in ("", ".", "..")
-        check(plain, f"name={self.name!r} names a folder under runs/: it may not hold a slash")
+        check(self.max_restarts >= 0, f"max_restarts={self.max_restarts} must be 0 or more")
+        limit = self.time_limit_seconds
+        check(limit is None or 0 < limit < 1e9, f"time_limit={self.time_limit} must be above 0, or null for none")
+        check_name(self.name)
+
+    @property
+    def time_limit_seconds(self) -> Optional[float]:
+        return None if self.time_limit is None else seconds_of(self.time_limit)
+
+
+DURATION = re.compile(r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+))?(?::(?P<s>\d+))?|(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+))")
+
+
+def seconds_of(text: str) -> float:
+    """Seconds of a duration: minutes ("90", "0.5"), or in SLURM's notation "MM:SS", "HH:MM:SS", "D-HH", "D-HH:MM", "D-HH:MM:SS"."""
+    try:
+        return 60 * float(text)
+    except ValueError:
+        found = DURATION.fullmatch(text)
+    check(found is not None, f"time_limit={text} is no duration: type minutes (90), HH:MM:SS (01:30:00) or D-HH:MM:SS (1-12:00:00)")
+    part = {name: int(value or 0) for name, value in found.groupdict().items()}
+    hours = 24 * part["days"] + part["h"] + part["hours"]
+    return 3600 * hours + 60 * (part["m"] + part["minutes"]) + part["s"] + part["seconds"]
 
 
 # --- the door ---------------------------------------------------------------------------------------------------------
@@ -473,11 +506,12 @@ def load(composed: DictConfig | str | Path) -> Config:
         UserError: a key that does not exist, a value of the wrong type or out of range, a mandatory value left open.
     """
     if not isinstance(composed, DictConfig):
-        composed = OmegaConf.load(composed)
+        composed = OmegaConf.create(read_yaml(Path(composed)))
     try:
         if missing := next(open_keys(OmegaConf.to_container(composed)), None):
             raise UserError(f"{missing} has no value: type {missing}=...")
         values = OmegaConf.to_container(composed, resolve=True)
+        secrets.refuse_in_config(values)
         chosen = values.get("stage")
         for stage in STAGES:  # an experiment may fill blocks that the chosen stage does not read
             if chosen in STAGES and stage not in (chosen, *PARENTS[chosen]):
@@ -513,6 +547,27 @@ def check_kinds(values: dict, node: type = Config, prefix: str = "") -> None:
             raise UserError(f"{key}={value} must be a mapping: type {key}='{{name: value}}'")
         if str(kind).startswith("typing.List"):
             raise UserError(f"{key}={value} must be a list: type {key}=[{value}]")
+
+
+def read_yaml(path: Path) -> dict:
+    """A file of plain YAML: mappings, lists and scalars. Tags that would make Python objects are refused."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(broken_yaml(error, path)) from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no mapping of keys to values")
+    return values
+
+
+def broken_yaml(error: yaml.YAMLError, path: Path | None = None) -> str:
+    """Where a YAML file is broken, and how; the path may be known to the error only."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error).splitlines()[0]
+    tag = re.search(r"tag '(.*?)'", problem)
+    where = f"{path or getattr(mark, 'name', 'a YAML file')}:{mark.line + 1}" if mark else str(path)
+    return f"{where}: {f'the tag {tag[1]} is refused: it would run Python code' if tag else f'not valid YAML ({problem})'}"
 
 
 KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}

@@ -74,6 +74,11 @@ def set_learning_rate(engine, share: float) -> None:
         group["lr"] = group["peak_lr"] * share
 
 
+def learning_rate(engine) -> float:
+    """The largest rate that any group has now: of the adapters, where only they train."""
+    return max(group["lr"] for group in engine.optimizer.param_groups)
+
+
 def backward(engine, loss_sum: Tensor, total: float) -> None:
     """Backward for `loss_sum`, one micro batch's share of a loss that is divided by `total` over the whole optimizer step.
 

@@ -21,7 +21,7 @@ FAMILIES = {
         True,
         "decoder.layers",
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-        ("dropout", "attention_dropout", "activation_dropout", "layerdrop"),
+        ("dropout", "attention_dropout", "activation_dropout"),
         ("<pad>",),
     ),
     "bloom": Family(

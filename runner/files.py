@@ -1,4 +1,4 @@
-"""Folders that are whole or absent, and on the disk before they have their name."""
+"""Files and folders that are whole or absent."""
 
 import os
 import shutil
@@ -39,6 +39,14 @@ def remove_unused(run_dir: Path) -> None:
         if parent == Path.cwd() or not parent.is_relative_to(Path.cwd()) or any(parent.iterdir()):
             return
         parent.rmdir()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole or as it was; a link at its place is replaced, not followed."""
+    work = path.with_name(path.name + ".tmp")
+    work.unlink(missing_ok=True)
+    work.write_text(text, encoding="utf-8")
+    os.replace(work, path)
 
 
 def flush(path: Path) -> None:

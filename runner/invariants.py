@@ -6,7 +6,7 @@ rollout, so all of them come to the same decision.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from runner.losses import masked_mean
 from runner.metrics import RunLog
 from runner.rollout.collect import Reader
 from runner.rollout.record import Rollout
+from runner.shards import shards, steps_taken
 
 Findings = dict[str, str | None]  # name of the invariant -> what is broken, or None
 
@@ -207,6 +208,37 @@ def first_ratio(error: float, precision: str) -> str | None:
 # --- the weights ------------------------------------------------------------------------------------------------------
 
 
+def watch_weights(log: RunLog, engines: dict, frozen: dict[str, nn.Module], not_before: int) -> Callable[[int], None]:
+    """Remember the weights as they are now. Returns a function to call with the number of every finished step: it compares, once.
+
+    Args: frozen: modules that nothing may touch. not_before: the step at which the warm-up is over. Two steps of AdamW must have
+    passed too: B of an adapter starts at 0, which gives A no gradient in the first, and fp16 skips steps while it finds its scale.
+    """
+    # With a learning rate of 0 nothing moves, and is meant not to
+    engines = {name: e for name, e in engines.items() if all(group["peak_lr"] > 0 for group in e.optimizer.param_groups)}
+    begun = {name: (steps_taken(e), fingerprint(engine_pieces(e))) for name, e in engines.items()}
+    still = {name: fingerprint(local_pieces(module)) for name, module in frozen.items()}
+
+    def after(done: int) -> None:
+        if not (begun or still) or done < not_before or any(steps_taken(e) < begun[name][0] + 2 for name, e in engines.items()):
+            return
+        for name, e in engines.items():
+            trainable = {n for n, p in e.module.named_parameters() if p.requires_grad}
+            check(log, f"{name} at step {done}", compare(begun.pop(name)[1], fingerprint(engine_pieces(e)), trainable))
+        for name, module in frozen.items():
+            check(log, f"{name} at step {done}", compare(still.pop(name), fingerprint(local_pieces(module)), set()))
+        engines.clear(), frozen.clear()
+
+    return after
+
+
+def engine_pieces(engine) -> Iterator[tuple[str, int, Tensor]]:
+    """What this rank holds of a trained module: fp32 masters of what trains, and the frozen rest."""
+    yield from ((shard.name, shard.start, shard.tensors["weight"]) for shard in shards(engine))
+    trains = {n for n, p in engine.module.named_parameters() if p.requires_grad}
+    yield from (piece for piece in local_pieces(engine.module) if piece[0] not in trains)
+
+
 def fingerprint(pieces: Iterable[tuple[str, int, Tensor]]) -> dict[tuple[str, int], tuple]:
     """A few numbers per piece (name, start, tensor) that change with any change of it, and take no copy of the model."""
     return {(name, start): _numbers(tensor.detach().flatten()) for name, start, tensor in pieces}
@@ -222,18 +254,13 @@ def _numbers(flat: Tensor) -> tuple:
 
 
 def local_pieces(module: nn.Module) -> Iterator[tuple[str, int, Tensor]]:
-    """What this rank holds of a module's parameters, as `fingerprint` takes it. For frozen models: trained bf16 weights have masters."""
+    """What this rank holds of a module's parameters, as `fingerprint` takes it."""
     for name, parameter in module.named_parameters():
         yield name, 0, getattr(parameter, "ds_tensor", parameter)
 
 
 def compare(before: dict, after: dict, trainable: set[str]) -> Findings:
-    """Every trainable parameter moved as a whole, and no other did. before, after: fingerprints on this rank. Collective.
-
-    Give it time: two optimizer steps at full learning rate at least. B of an adapter starts at 0, which gives A no gradient in the
-    first; fp16 skips steps while it finds its loss scale; the warm-up moves a weight of 1 by less than its last digit; and
-    critic_warmup holds the actor back. Leave out of `trainable` what has learning rate 0.
-    """
+    """Every trainable parameter moved as a whole, and no other did. before, after: fingerprints on this rank. Collective."""
     here: dict[str, bool] = {}
     for (name, start), old in before.items():
         here[name] = here.get(name, False) or after[name, start] != old

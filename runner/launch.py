@@ -6,17 +6,23 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import deque
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from runner import faults, machine, stop
 from runner.config import Config
 from runner.errors import UserError
+from runner.files import write_text
 from runner.lock import lock
+from runner.manifest import steps_done
 from runner.plan import Step, command, engine_configs
 from runner.resume import adopt, write_facts
+from runner.secrets import redact
+from runner.worker import WORKERS_LOCK
 
 ROOT = Path(__file__).parent.parent
 # Set by a surrounding torchrun or srun: a worker must not take them for its own
@@ -26,7 +32,9 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "G
 def launch(cfg: Config, step: Step, inputs: dict | None, run_dir: Path) -> bool:
     """Train a step unless it is done. Returns True if it was trained here, False if it was there or another job made it.
 
-    Raises UserError when the workers fail, with the cause.
+    Raises:
+        UserError: the workers failed, and were restarted `max_restarts` times in vain; with the cause.
+        Stopped: somebody or the time limit asked to stop, and the step has saved its state.
     """
     if step.pinned:
         return False
@@ -34,11 +42,36 @@ def launch(cfg: Config, step: Step, inputs: dict | None, run_dir: Path) -> bool:
         _link(run_dir / step.stage, step.folder)
         if step.done:
             return False
-        _write_inputs(cfg, step, inputs)
-        code = _run(command(cfg, step.folder), step, _environment(cfg), held)
-        if code != 0 or not step.done:
-            raise UserError(explain(step, code, cfg.debug))
-    return True
+        _await_orphans(step)
+        for restart in range(1, cfg.max_restarts + 2):
+            stop.check(step.stage)
+            _write_inputs(cfg, step, inputs)
+            killed = machine.oom_kills()
+            code, lines = _run(cfg, step, held)
+            if step.done:
+                return True
+            _raise_if_stopped(step)
+            kills = None if killed is None else machine.oom_kills() - killed
+            fault = faults.examine(faults.End(cfg, step, code, lines, kills))
+            if fault.repeats or restart > cfg.max_restarts or stop.heard():
+                raise UserError(fault.text)
+            print(f"{step.stage}: {fault.what}. Restart {restart} of {cfg.max_restarts}, from the newest checkpoint", file=sys.stderr)
+
+
+def _await_orphans(step: Step) -> None:
+    """Workers whose launcher was killed die with it, but one that hangs in a write to disk only when that is done."""
+    (step.folder / "logs").mkdir(parents=True, exist_ok=True)
+    with lock(step.folder / WORKERS_LOCK, f"the workers of an earlier run of {step.folder.name}"):
+        pass
+
+
+def _raise_if_stopped(step: Step) -> None:
+    """Rank 0 leaves a note when the stage was stopped: through torchrun its exit code would be lost."""
+    note = step.folder / stop.NOTE
+    if note.exists():
+        facts = json.loads(note.read_text())
+        at = f"step {facts['step']} of {facts['total']}"
+        raise stop.Stopped(f"{step.stage}: stopped by {facts['reason']} at {at}; the same command goes on from there")
 
 
 def _link(name: Path, target: Path) -> None:
@@ -52,15 +85,17 @@ def _write_inputs(cfg: Config, step: Step, inputs: dict) -> None:
     """The worker's whole knowledge: config.yaml, step.json, ds_config.json."""
     logs = step.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    if step.earlier and cfg.resume == "force":
+    for old in (*logs.glob("error_rank*.json"), *logs.glob("rank_*.alive"), step.folder / stop.NOTE):
+        old.unlink(missing_ok=True)
+    if step.earlier and cfg.resume == "force" and steps_done(step.folder) is None:
         adopt(step.folder, step.key, step.earlier)
     write_facts(step.folder, cfg.name, step.key, step.facts)
     for old in logs.glob("error_rank*.json"):
         old.unlink()
-    OmegaConf.save(OmegaConf.create(asdict(cfg)), step.folder / "config.yaml")
     facts = {"stage": step.stage, "key": step.key, "parents": step.parents, **inputs}
-    (step.folder / "step.json").write_text(json.dumps(facts, indent=2))
-    (step.folder / "ds_config.json").write_text(json.dumps(engine_configs(cfg, step.stage), indent=2))
+    write_text(step.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(cfg))))
+    write_text(step.folder / "step.json", json.dumps(facts, indent=2))
+    write_text(step.folder / "ds_config.json", json.dumps(engine_configs(cfg, step.stage), indent=2))
 
 
 def _environment(cfg: Config) -> dict[str, str]:
@@ -71,44 +106,66 @@ def _environment(cfg: Config) -> dict[str, str]:
     # More threads than cores slow gloo ranks down five- to tenfold
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // cfg.hardware.gpus)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # torchrun passes a signal on and waits as long for the workers to save. Unasked it would not handle SIGUSR1, and kill after 30 s
+    environment["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "600"
     if cfg.hardware.accelerator == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
     return environment
 
 
-def _run(shell_command: str, step: Step, environment: dict[str, str], held: int) -> int:
-    """Run the workers; their lines go to logs/rank_0.log and to our console. Returns the exit code, negative for a signal."""
-    process = subprocess.Popen(
-        ["bash", "-c", f"exec {shell_command}"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        pass_fds=(held,),
-        start_new_session=True,
-    )
-    try:
-        with (step.folder / "logs" / "rank_0.log").open("a") as log:
-            _relay(process.stdout, log)
-        return process.wait()
-    finally:
-        if process.poll() is None:  # we are leaving: take the whole group of workers along
+def _run(cfg: Config, step: Step, held: int) -> tuple[int, list[str]]:
+    """Run the workers; their lines go to logs/rank_0.log and our console. Returns the exit code (negative: a signal) and the last lines."""
+    # On several nodes the command is a messenger (srun, ssh), which must be able to pass its end on
+    last_wish = signal.SIGKILL if cfg.hardware.nodes == 1 else signal.SIGTERM
+    launcher = os.getpid()
+
+    def prepare_child() -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until it handles it
+        stop.die_with_parent(last_wish, launcher)
+
+    with stop.running(step.folder):
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {command(cfg, step.folder)}"],
+            env=_environment(cfg),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            pass_fds=(held,),
+            start_new_session=True,
+            preexec_fn=prepare_child,
+        )
+        try:
+            with (step.folder / "logs" / "rank_0.log").open("a") as log:
+                last = _relay(process.stdout, log)
+            return process.wait(), last
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """We are leaving: take the workers along, also those that only take note of SIGTERM. torchrun's die with it."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+                os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(2)
 
 
-def _relay(lines, log) -> None:
-    """Copy the workers' own lines to the console; those of libraries go to the log only.
+def _relay(lines, log) -> list[str]:
+    """Copy the workers' own lines to the console; those of libraries go to the log only. Returns the last ones.
 
     A line that begins with '~' reports progress: on a terminal each overwrites the one before.
     """
     live, columns = sys.stdout.isatty(), shutil.get_terminal_size().columns
-    pending = False
-    for line in lines:
-        log.write(line)
-        log.flush()
+    pending, last = False, deque(maxlen=200)
+    for line in map(redact, lines):
+        last.append(line.rstrip("\n"))
+        with suppress(OSError):  # a full disk ends the workers; we are still needed, to say so
+            log.write(line)
+            log.flush()
         progress = line.startswith("~[")
         if not progress and not line.startswith("["):
             continue
@@ -122,32 +179,4 @@ def _relay(lines, log) -> None:
         pending = progress
     if live and pending:
         print()
-
-
-# --- why it failed ----------------------------------------------------------------------------------------------------
-
-SIGNALS = {
-    9: "was killed (-9), most likely by the kernel for want of memory: lower hardware.micro_batch, or offload less to the CPU",
-    7: "died of a bus error (-7): shared memory is too small; in Docker add --shm-size=8g",
-    11: "died of a segmentation fault (-11)",
-    15: "was told to stop (SIGTERM); the same command goes on from the last checkpoint",
-}
-
-
-def explain(step: Step, code: int, full: bool) -> str:
-    """One paragraph on why a step failed: the first error that a rank reported, or what the exit code means."""
-    reports = [json.loads(path.read_text()) for path in sorted((step.folder / "logs").glob("error_rank*.json"))]
-    if reports:
-        first = min(reports, key=lambda r: r["time"])
-        if first["user"] and not full:
-            return f"{step.stage}: {first['message']}"
-        tail = first["traceback"] if full else "\n".join(first["traceback"].strip().splitlines()[-3:])
-        return f"stage {step.stage} failed on rank {first['rank']}: {first['message']}\n{tail}\nAll of it: {step.folder / 'logs'}"
-    number = -code if code < 0 else code - 128
-    what = SIGNALS.get(number, f"ended with exit code {code}" if code else "ended without finishing")
-    last = _tail(step.folder / "logs" / "rank_0.log")
-    return f"stage {step.stage}: a worker {what}.\nIts last lines:\n{last}\nAll of it: {step.folder / 'logs'}"
-
-
-def _tail(path: Path, lines: int = 8) -> str:
-    return "\n".join("  " + line for line in path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "  (none)"
+    return list(last)

@@ -1,9 +1,11 @@
 """A lock between processes: who holds it makes the thing, the others wait and then find it made.
 
 The kernel releases it when its holder dies, however it dies, so there are no stale locks. The launcher passes the lock's
-file descriptor on to the worker it starts: the lock lives as long as anything that writes to the folder.
+file descriptor on to what it starts, but torchrun's children do not inherit it: every worker holds a lock of its own, shared with
+the other ranks (`share`), on which the next launcher waits.
 """
 
+import errno
 import fcntl
 import os
 import socket
@@ -12,12 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from runner.errors import UserError
+
 
 @contextmanager
 def lock(path: Path, what: str) -> Iterator[int]:
     """Hold the lock at `path`, waiting for it if need be. Yields its file descriptor."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"the lock {path} is a link: whoever made it would have us write elsewhere. Delete it") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,3 +53,10 @@ def is_held(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def share(path: Path) -> int:
+    """Hold the lock at `path` together with others that share it, until this process ends. Returns its file descriptor."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor

@@ -181,12 +181,17 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, responses: int, hori
 # --- schedules and statistics -----------------------------------------------------------------------------------------
 
 
+def warmup_steps(warmup: float, total: int) -> int:
+    """warmup: steps, or below 1 a share of total."""
+    return round(warmup * total) if warmup < 1 else int(warmup)
+
+
 def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: float, end: float) -> float:
     """Learning rate of optimizer step `step` (counted from 0) out of `total`.
 
     warmup: steps, or below 1 a share of total. end: final rate as a share of the peak, for the falling schedules.
     """
-    warm = round(warmup * total) if warmup < 1 else int(warmup)
+    warm = warmup_steps(warmup, total)
     if schedule != "constant" and step < warm:
         return peak * (step + 1) / warm
     progress = min(max((step - warm) / max(1, total - warm), 0.0), 1.0)

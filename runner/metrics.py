@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from runner import ranks
+from runner import heartbeat, ranks
 from runner.config import Config
+from runner.files import write_text
 
 # Seconds between two progress lines
 QUIET = 5.0
@@ -41,6 +42,7 @@ class RunLog:
         """Announce a loop over steps first..total-1."""
         self.first, self.total, self._step_started = first, total, time.monotonic()
         self._loop_started = self._step_started
+        heartbeat.now.update(step=first, total=total)
         if first:
             self.say(f"resumed at step {first} of {total}")
 
@@ -68,7 +70,9 @@ class RunLog:
     def phase(self, name: str):
         """Count the time inside as this phase's. The GPU is waited for, or its time would be booked on the next phase."""
         start = time.monotonic()
-        yield
+        heartbeat.now["phase"] = name
+        yield  # no `finally`: after an error the phase is where it happened
+        heartbeat.now["phase"] = ""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.phases[name] += time.monotonic() - start
@@ -81,6 +85,7 @@ class RunLog:
         which counts 6 FLOPs per parameter and token and no recomputation (arXiv 2204.02311).
         """
         now = time.monotonic()
+        heartbeat.now["step"] = step
         row = {"step": step, **metrics}
         seconds = now - self._step_started
         row |= {f"time/{name}": value for name, value in self.step_phases.items()} | {"time/step": seconds}
@@ -140,9 +145,14 @@ class RunLog:
         if not self.writes:
             return
         common = {"stage": self.stage, "seconds": time.monotonic() - self.started, "phases": dict(self.phases), "world_size": ranks.world()}
-        (self.folder / "result.json").write_text(json.dumps(common | {"resumed_from": self.first} | facts, indent=2))
+        write_text(self.folder / "result.json", json.dumps(common | {"resumed_from": self.first} | facts, indent=2))
         if self.wandb:
             self.wandb.summary.update({k: v for k, v in facts.items() if isinstance(v, int | float)})
+        self.close()
+
+    def close(self) -> None:
+        """Let W&B write what it has."""
+        if self.wandb:
             self.wandb.finish()
 
     # --- where it goes ---
@@ -180,7 +190,8 @@ class RunLog:
             id=run_id,
             resume="allow" if mode == "online" else None,
             config=asdict(self.cfg) | facts,
-            settings=wandb.Settings(silent=True, console="off"),
+            # No git: it would upload the remote's URL, with whatever credentials stand in it, and changes that were not committed
+            settings=wandb.Settings(silent=True, console="off", disable_git=True),
         )
         axis = "episode" if self.stage == "ppo" else "step"
         run.define_metric(axis)

@@ -6,6 +6,7 @@ explicitly. What comes out is fp32. Saved folders are plain Hugging Face checkpo
 
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from runner.errors import UserError
 from runner.families import FAMILIES, Family
 from runner.files import whole_folder
 from runner.losses import entropy, token_logprobs, warp_logits
+from runner.trust import has_weights, refuse_code, refused_pickle
 
 
 def positions_from_mask(mask: Tensor) -> Tensor:
@@ -92,9 +94,16 @@ class Actor(Wrapper):
 class Scalar(Wrapper):
     """A sequence classifier with one label, read at every position: reward model and critic."""
 
+    mean, std = 0.0, 1.0
+
+    def normalise(self, mean: float, std: float) -> None:
+        """Read the model in standard deviations from a mean: a critic that begins as the reward model then begins in the units
+        of the normalised rewards that it is to foresee."""
+        self.mean, self.std = mean, std
+
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, T) -> (B, T) fp32."""
-        return self.hf.score(self.hidden_states(ids, mask)).squeeze(-1)
+        return (self.hf.score(self.hidden_states(ids, mask)).squeeze(-1) - self.mean) / self.std
 
     def last(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Value at the last real token of each sequence. (B, T) -> (B,)."""
@@ -137,20 +146,27 @@ def load_scalar(path: str, tokenizer, *, fresh_head: bool, seed: int, **options)
 
 
 def _load(auto, path: str, *, dtype, attention: str, dropout: float | None, seed: int = 0, revision=None, trust_remote_code=False, **more):
+    if not trust_remote_code:
+        refuse_code(path, revision)
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code, **more)
     family = family_of(config, path)
     if dropout is not None:
         for name in family.dropouts:
             setattr(config, name, dropout)
+    # OPT could leave out whole layers, other ones on every rank: their gradients would then wait for each other for ever
+    config.layerdrop = 0.0
     if attention == "auto":
         attention = family.attention[0]
     elif attention not in family.attention:
         raise UserError(f"model.attention={attention} does not exist for {config.model_type}: type one of {', '.join(family.attention)}")
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
-    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")) and not any(Path(path).glob("*.bin")):
+    if Path(path).is_dir() and not has_weights(Path(path)):
         torch.manual_seed(seed)
         return auto.from_config(config, **options)
-    return auto.from_pretrained(path, config=config, revision=revision, **options)
+    try:
+        return auto.from_pretrained(path, config=config, revision=revision, **options)
+    except UnpicklingError as error:
+        raise refused_pickle(path, revision) from error
 
 
 def family_of(config, path: str) -> Family:

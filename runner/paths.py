@@ -21,9 +21,9 @@ def is_local(path: str) -> bool:
 def no_folder(key: str, path: str) -> str:
     """The message for the folder of a model, named under `key`, that does not exist."""
     found = Path(path).expanduser()
-    folders = sorted(p.name for p in found.parent.iterdir() if p.is_dir()) if found.parent.is_dir() else []
-    near = difflib.get_close_matches(found.name, folders, n=3)
-    hint = f". Did you mean {' or '.join(str(found.parent / name) for name in near)}?" if near else ""
-    if folders and not near:
-        hint = f". In {found.parent} there are: {', '.join(folders[:8])}"
+    gone = next(p for p in (found, *found.parents) if p.parent.is_dir())  # the part of it that is missing
+    folders = sorted(p.name for p in gone.parent.iterdir() if p.is_dir())
+    near = [gone.parent / name / found.relative_to(gone) for name in difflib.get_close_matches(gone.name, folders, n=3)]
+    hint = f". In {gone.parent} there are: {', '.join(folders[:8])}" if folders else ""
+    hint = f". Did you mean {' or '.join(map(str, near))}?" if near else hint
     return f"{key}={path}: this folder does not exist (looked from {Path.cwd()}){hint}"

@@ -7,6 +7,7 @@ network, nothing is started.
 
 import hashlib
 import json
+import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +20,10 @@ from runner.errors import UserError
 from runner.manifest import steps_done
 from runner.paths import is_local, no_folder
 from runner.resume import Unfinished, unfinished
+from runner.trust import check_weights, read_settings
 
 # Raise it when the code changes what a step computes
-VERSION = 1
+VERSION = 2
 
 # Settings that do not shape the result
 NOT_HASHED = ("use", "eval_every", "eval_examples", "eval_prompts")
@@ -59,7 +61,7 @@ def plan(cfg: Config) -> list[Step]:
             raise UserError(f"stage={cfg.stage} needs the block {stage}: leave out ~{stage}")
         accumulation(cfg, stage)
         parents = {parent: steps[parent] for parent in PARENTS[stage]}
-        pinned = getattr(cfg, stage).use
+        pinned = _expanded(getattr(cfg, stage).use)
         facts = _pinned_facts(stage, pinned) if pinned else _facts(cfg, stage, data, parents)
         models = {name: step.model for name, step in parents.items()}
         steps[stage] = _going_on(cfg, Step(stage, _key(facts), _folder(cfg, stage, _key(facts)), pinned, models, facts))
@@ -103,22 +105,17 @@ def _check_whole(step: Step) -> None:
     """A step that says DONE has left its model and its facts; someone may have deleted or cut them since."""
     if step.pinned:
         return
-    weights, problem = list((step.folder / "model").glob("*.safetensors")), None
-    if not (step.folder / "model" / "config.json").exists() or not weights:
-        problem = f"{_shown(step.folder / 'model')} is missing, or has no weights"
-    elif empty := next((path for path in weights if not path.stat().st_size), None):
-        problem = f"{_shown(empty)} is empty"
-    elif not _is_json(step.folder / "result.json"):
-        problem = f"{_shown(step.folder / 'result.json')} is missing or cut off"
-    if problem:
-        raise UserError(f"{_shown(step.folder)} says DONE, but {problem}: delete the folder, and it is trained anew")
-
-
-def _is_json(path: Path) -> bool:
     try:
-        return bool(json.loads(path.read_text()))
-    except (OSError, ValueError):
-        return False
+        for name in ("result.json", "model/config.json"):
+            read_settings(step.folder / name)
+        check_weights(step.folder / "model")
+    except UserError as error:
+        raise UserError(f"{_shown(step.folder)} says DONE, but {error}. Delete the folder, and it is trained anew") from error
+
+
+def _expanded(path: str | None) -> str | None:
+    """The shell leaves the ~ of `sft.use=~/model` alone."""
+    return os.path.expanduser(path) if path else path
 
 
 def _check_share(cfg: Config, stage: str) -> None:
@@ -159,10 +156,11 @@ def _pinned_facts(stage: str, path: str) -> dict:
     if not (folder / "config.json").exists():
         inside = f". Type {stage}.use={folder / 'model'}" if (folder / "model" / "config.json").exists() else ""
         raise UserError(f"{stage}.use={path} is no Hugging Face checkpoint: there is no {folder / 'config.json'}{inside}")
-    kinds = json.loads((folder / "config.json").read_text()).get("architectures") or ()
-    if kinds and (stage == "reward") != kinds[0].endswith("ForSequenceClassification"):
+    kind = "".join(map(str, read_settings(folder / "config.json").get("architectures") or ()))
+    if kind and (stage == "reward") != kind.endswith("ForSequenceClassification"):
         wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"
-        raise UserError(f"{stage}.use={path} holds {kinds[0]}, but {stage} is {wanted}: name the folder of such a one")
+        raise UserError(f"{stage}.use={path} holds {kind}, but {stage} is {wanted}: name the folder of such a one")
+    check_weights(folder)
     return {"use": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]}
 
 

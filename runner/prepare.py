@@ -11,7 +11,8 @@ import os
 import socket
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,6 +23,8 @@ from runner.files import whole_folder
 from runner.lock import lock
 from runner.paths import is_local, no_folder
 from runner.plan import Step, missing_hostfile
+from runner.secrets import redact
+from runner.trust import check_weights
 
 # Fewer iterations of PPO than this are said to be few
 FEW_ITERATIONS = 5
@@ -156,20 +159,20 @@ def _one_tokenizer(cfg: Config, steps: dict[str, Step]) -> str:
 
 
 def _tokenizer(cfg: Config, store: Path, part: ModelPart, key: str) -> tuple[str, object]:
-    from runner.tokenizer import load_tokenizer
+    from runner.tokenizer import check_template, load_tokenizer
 
     path = _own_tokenizer(cfg, store) if part.init == "random" else part.path
     options = {"revision": part.revision, "trust_remote_code": cfg.model.trust_remote_code}
-    try:
-        return path, load_tokenizer(path, end_token=cfg.model.end_token, chat_template=cfg.model.chat_template, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load(key, path, error)) from error
+    with _loading(key, path):
+        tokenizer = load_tokenizer(path, end_token=cfg.model.end_token, chat_template=cfg.model.chat_template, **options)
+    check_template(tokenizer, "model.chat_template")
+    return path, tokenizer
 
 
 def _own_tokenizer(cfg: Config, store: Path) -> str:
     """A tokenizer for models with random weights, trained on the demonstrations."""
     from runner.data.cache import training_texts
-    from runner.tokenizer import train_tokenizer
+    from runner.tokenizer import check_template, train_tokenizer
 
     facts = [data_key(cfg.dataset), cfg.model.chat_template, cfg.model.tokenizer_vocab]
     name = f"tokenizer-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]}"
@@ -178,6 +181,7 @@ def _own_tokenizer(cfg: Config, store: Path) -> str:
         if not folder.exists():
             blank = train_tokenizer([], 300)
             blank.chat_template = cfg.model.chat_template
+            check_template(blank, "model.chat_template")
             tokenizer = train_tokenizer(training_texts(cfg.dataset, blank), cfg.model.tokenizer_vocab)
             with whole_folder(folder) as work:
                 tokenizer.save_pretrained(work)
@@ -193,14 +197,14 @@ def base_model(cfg: Config, store: Path, name: str, tokenizer) -> str:
 
     part = getattr(cfg.model, name)
     if part.init == "pretrained":
-        try:
+        with _loading(f"model.{name}.path", part.path):
             config = AutoConfig.from_pretrained(part.path, revision=part.revision, trust_remote_code=cfg.model.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise UserError(_cannot_load(f"model.{name}.path", part.path, error)) from error
         if config.model_type != cfg.model.family:
             found = config.model_type
             raise UserError(f"{part.path} is a {found} model, but model.family={cfg.model.family}: type model.family={found}")
         _check_context(cfg, part.path, config)
+        if is_local(part.path):
+            check_weights(Path(part.path))
         return part.path
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     shape = part.shape | {"vocab_size": max(part.shape["vocab_size"], len(tokenizer))}
@@ -225,18 +229,30 @@ def _check_context(cfg: Config, path: str, config) -> None:
         )
 
 
-def _cannot_load(key: str, path: str, error: Exception) -> str:
-    """key: where the path was given, and where another one is to be typed."""
+@contextmanager
+def _loading(key: str, path: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes one message about the checkpoint at `path`: a broken file makes libraries raise anything.
+
+    key: where the path was given, and where another one is to be typed.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_cannot_load(key, path, redact((str(error) or repr(error)).splitlines()[0]))) from error
+
+
+def _cannot_load(key: str, path: str, why: str) -> str:
     if is_local(path):
-        exists = Path(path).expanduser().exists()
-        return f"{key}={path} cannot be loaded: {str(error).splitlines()[0]}" if exists else no_folder(key, path)
+        return f"{key}={path} cannot be loaded: {why}" if Path(path).expanduser().exists() else no_folder(key, path)
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         return (
             f"model {path} is not in the local Hugging Face cache, and the hub cannot be reached. Download it where there is a network "
             f"(`hf download {path} --local-dir FOLDER`) and type {key}=FOLDER; behind a proxy set HTTPS_PROXY; without any model: "
             "model=tiny, or random weights with model.actor.init=random model.reward.init=random"
         )
-    return f"{key}={path} cannot be loaded: {str(error).splitlines()[0]}. Check the name; a gated model needs `hf auth login`"
+    return f"{key}={path} cannot be loaded: {why}. Check the name; a gated model needs `hf auth login`"
 
 
 # --- network ----------------------------------------------------------------------------------------------------------

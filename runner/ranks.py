@@ -1,14 +1,21 @@
 """Who am I among the processes, and the few sums that they share."""
 
 import os
+import socket
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
+_new_group = dist.new_group
 
-def start(accelerator: str) -> torch.device:
-    """Join the process group and return this rank's device. Works under torchrun, deepspeed, srun + torchrun, or alone."""
+
+def start(accelerator: str, timeout_minutes: float = 30) -> torch.device:
+    """Join the process group and return this rank's device. Works under torchrun, deepspeed, srun + torchrun, or alone.
+
+    timeout_minutes: how long a rank waits for the others in a collective before it raises (gloo) or aborts (NCCL).
+    """
     os.environ.setdefault("LOCAL_RANK", "0")
     cuda = accelerator == "cuda"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -16,13 +23,36 @@ def start(accelerator: str) -> torch.device:
         torch.cuda.set_device(device)
     # Gloo beside NCCL: a few Python objects travel over the CPU
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
+    # DeepSpeed makes groups of its own without naming a time, and torch would give NCCL's 10 minutes
+    dist.new_group = partial(_new_group, timeout=timeout)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timeout, **_meeting_here(timeout))
     else:
         # Alone: no port that a neighbour could hold
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def _meeting_here(timeout: timedelta) -> dict:
+    """Where ranks of one machine meet when the launcher has not opened a port for it (conf/hardware): at 127.0.0.1.
+
+    A store that PyTorch opens by itself listens on all interfaces, and believes whoever connects.
+    """
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if not alone or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "False":
+        return {}
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    rank, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    listening = {}
+    if rank == 0:
+        server = socket.create_server(("127.0.0.1", port), backlog=1024)
+        listening = {"is_master": True, "master_listen_fd": server.detach()}
+    store = dist.TCPStore("127.0.0.1", port, world, timeout=timeout, **listening)
+    return {"store": store, "rank": rank, "world_size": world}
 
 
 def rank() -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import UserError
-from runner.files import whole_folder
+from runner.files import whole_folder, write_text
 from runner.lock import is_held
 from runner.manifest import MANIFEST, complete, read_manifest, steps_done
 
@@ -33,7 +33,7 @@ class Unfinished:
 
 
 def write_facts(folder: Path, name: str, key: str, facts: dict) -> None:
-    (folder / FACTS).write_text(json.dumps({"name": name, "key": key, "facts": facts}, indent=2))
+    write_text(folder / FACTS, json.dumps({"name": name, "key": key, "facts": facts}, indent=2))
 
 
 def unfinished(store: Path, stage: str, name: str, facts: dict) -> Unfinished | None:

@@ -8,7 +8,8 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from runner.config import STAGES, did_you_mean, known_keys
+from runner import secrets
+from runner.config import STAGES, broken_yaml, check_name, did_you_mean, known_keys, read_yaml
 from runner.errors import UserError
 
 # Options of Hydra that take the next word
@@ -21,6 +22,7 @@ def check_overrides(argv: list[str], conf: Path) -> list[str]:
 
     Returns argv as Hydra wants it: keys inside our free mappings (hardware.deepspeed, say) get the ++ that Hydra asks for.
     """
+    secrets.refuse_in_overrides(argv)
     groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in conf.iterdir() if p.is_dir()}
     chosen = _chosen_stage(argv, conf)
     sweeps = any(a in ("-m", "--multirun") or a.startswith(("sweep=", "hydra.mode=")) for a in argv)
@@ -32,6 +34,7 @@ def check_overrides(argv: list[str], conf: Path) -> list[str]:
                 raise UserError(_no_override(before, argument, after, [*known_keys(), *groups]))
             override = _parse(parser, argument)
             _check_sweep(override, sweeps)
+            _check_names(override)
             argument = _check_key(argument, override, groups, chosen, conf)
         checked.append(argument)
     return checked
@@ -68,6 +71,20 @@ def _quoting(argument: str) -> str:
 def _check_sweep(override, sweeps: bool) -> None:
     if override.is_sweep_override() and not sweeps:
         raise UserError(f"{override.input_line} names several values: type -m for a sweep, or quote the comma: 'key=\"a,b\"'")
+
+
+def _check_names(override) -> None:
+    """The names of a sweep's jobs: Hydra makes their folders before anything else looks at them."""
+    if override.key_or_group != "name":
+        return
+    names = override.sweep_string_iterator() if override.is_discrete_sweep() else [str(override.value())]
+    for name in names:
+        if "${" in name:  # known only when all is composed: runner/gate.py looks again
+            continue
+        try:
+            check_name(name.strip("'\""))
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
 
 def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: str, conf: Path) -> str:
@@ -124,7 +141,7 @@ def _chosen_stage(argv: list[str], conf: Path) -> str:
     for argument in argv:
         if argument.startswith("experiment=") and not named:
             path = conf / "experiment" / f"{argument.removeprefix('experiment=')}.yaml"
-            defaults = (yaml.safe_load(path.read_text()) or {}).get("defaults", []) if path.exists() else []
+            defaults = read_yaml(path).get("defaults", []) if path.exists() else []
             named = [d["override /stage"] for d in defaults if isinstance(d, dict) and "override /stage" in d]
     return named[-1].split(",")[0] if named else "ppo"
 
@@ -132,12 +149,14 @@ def _chosen_stage(argv: list[str], conf: Path) -> str:
 def _consumed(stage: str, conf: Path) -> set[str]:
     """A stage and those in the defaults list of its file."""
     path = conf / "stage" / f"{stage}.yaml"
-    defaults = (yaml.safe_load(path.read_text()) or {}).get("defaults", []) if path.exists() else []
+    defaults = read_yaml(path).get("defaults", []) if path.exists() else []
     return {stage}.union(*(_consumed(d, conf) for d in defaults if d != "_self_"))
 
 
 def in_words(error: Exception) -> str:
     """What Hydra or OmegaConf has to say, without the hint to add a `+`: it would add a key that nothing reads."""
+    if isinstance(error, yaml.YAMLError):
+        return broken_yaml(error)
     found = re.search(r"Could not override '(.+?)'", str(error))
     if not found:
         return str(error).split("\n    full_key:")[0]

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Sequence
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from runner.errors import UserError
 from runner.families import FAMILIES
+from runner.trust import refuse_code
 
 Turn = dict[str, str]
 
@@ -29,7 +31,11 @@ def load_tokenizer(
 
     Args: path: hub id or folder. end_token: replaces EOS, added where it is missing. chat_template: None keeps the saved one.
     """
+    if not trust_remote_code:
+        refuse_code(path, revision)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    if not tokenizer("a", add_special_tokens=False).input_ids:
+        raise UserError(f"{path} has no usable tokenizer: tokenizer.json, or what its family has instead, is missing or empty")
     if end_token:
         tokenizer.add_special_tokens({"eos_token": end_token})
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -72,6 +78,16 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> 
     """The text that the model is given: the dialogue so far and the opening of its reply."""
     turns = [turn | {"content": plain(tokenizer, turn["content"])} for turn in turns]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raise UserError when the chat template is broken, or reaches for what a template must not touch."""
+    from jinja2 import TemplateError
+
+    try:
+        render_prompt(tokenizer, [{"role": "user", "content": "Hello"}])
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise UserError(f"{where} is refused by the template engine: {error}") from error
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Sequence[Turn]]) -> list[list[int]]:

@@ -2,19 +2,32 @@
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
+
+from runner import heartbeat, stop
+from runner.files import write_text
+from runner.lock import share
+
+WORKERS_LOCK = "logs/workers.lock"
 
 
 def main(folder: Path) -> None:
+    # Nobody would see what goes on without who started us, and nobody could stop it
+    stop.die_with_parent(signal.SIGKILL, os.getppid())
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         # Rank 0's lines go to the launcher; the others each have a file
         log = os.open(folder / "logs" / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
+    stop.watch(folder)
+    share(folder / WORKERS_LOCK)
+    heartbeat.start(folder, rank)
     try:
         work(folder)
     except BaseException as error:
@@ -37,35 +50,61 @@ def work(folder: Path) -> None:
     inputs = Inputs(folder=folder, **json.loads((folder / "step.json").read_text()))
     if cfg.hardware.accelerator == "cpu":
         engine.skip_cpu_op_builds()
-    device = ranks.start(cfg.hardware.accelerator)
+    device = ranks.start(cfg.hardware.accelerator, cfg.hardware.timeout_minutes)
     torch.manual_seed(cfg.seed + ranks.rank())
     log = RunLog(cfg, inputs.stage, folder, inputs.parents, device)
-    {"sft": sft, "reward": reward, "ppo": ppo}[inputs.stage].train(cfg, inputs, log, device)
-    dist.barrier()
-    if ranks.rank() == 0:
-        (folder / "DONE").write_text(time.strftime("%Y-%m-%d %H:%M:%S\n"))
+    try:
+        {"sft": sft, "reward": reward, "ppo": ppo}[inputs.stage].train(cfg, inputs, log, device)
+    except stop.Stopped as stopped:
+        log.close()
+        leave(folder, stop.NOTE, json.dumps({"reason": str(stopped), **heartbeat.now}))
+    else:
+        leave(folder, "DONE", time.strftime("%Y-%m-%d %H:%M:%S\n"))
     dist.destroy_process_group()
 
 
+def leave(folder: Path, name: str, text: str) -> None:
+    """When all ranks are here, rank 0 writes the file that tells the launcher how it ended, as torchrun's exit code cannot. Collective."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    if dist.get_rank() == 0:
+        write_text(folder / name, text)
+
+
 def report(folder: Path, rank: int, error: BaseException) -> None:
-    """Leave a note for the launcher: what went wrong here, in words if we have them."""
+    """Leave a note for the launcher: what went wrong here, and where. runner/faults.py reads it."""
     from runner.errors import UserError
+    from runner.secrets import redact
 
-    message = str(error) if isinstance(error, UserError) else out_of_memory(error) or f"{type(error).__name__}: {error}"
-    known = isinstance(error, UserError) or bool(out_of_memory(error))
-    note = {"rank": rank, "time": time.time(), "user": known, "message": message, "traceback": traceback.format_exc()}
-    (folder / "logs" / f"error_rank{rank}.json").write_text(json.dumps(note))
+    note = {
+        "rank": rank,
+        "time": time.time(),
+        "user": isinstance(error, UserError),
+        "kind": type(error).__name__,
+        "message": redact(str(error)),
+        "traceback": redact(traceback.format_exc()),
+        "memory": gpu_memory(error),
+        **{name: heartbeat.now[name] for name in ("phase", "step")},
+    }
+    with suppress(OSError):  # a full disk: then the log's last lines, which the launcher keeps, must do
+        (folder / "logs" / f"error_rank{rank}.json").write_text(json.dumps(note))
 
 
-def out_of_memory(error: BaseException) -> str | None:
+def gpu_memory(error: BaseException) -> dict | None:
+    """GB of this rank's GPU, if it is full."""
     if type(error).__name__ != "OutOfMemoryError":
         return None
-    return (
-        f"the GPU is out of memory ({str(error).splitlines()[0]}). Lower hardware.micro_batch (sft, reward, ppo, rollout or score: the "
-        "phase is in the traceback), raise hardware.zero.actor to 3, set hardware.gradient_checkpointing.actor=true, or train adapters "
-        "with model.actor.lora.dim=16"
-    )
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return {"allocated": torch.cuda.memory_allocated() / 1e9, "free": free / 1e9, "total": total / 1e9}
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    # All is written. Taking the process apart costs seconds, and a thread of gloo's sometimes aborts it
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)

@@ -100,7 +100,7 @@ def test_the_plan_comes_without_torch_and_shows_everything(here, without_torch):
     for stage, algebra in (("sft", "128 = 4 x 8 x 4"), ("reward", "64 = 4 x 8 x 2"), ("ppo", "64 = 2 x 8 x 4")):
         assert any(line.split()[:2] == [stage, "run"] and algebra in line for line in plan.splitlines())
         assert f"{stage}: launch command, 8 ranks\n" in plan
-    assert plan.count("torch.distributed.run --standalone --nproc-per-node=8 -m runner.worker") == 3
+    assert plan.count("--nproc-per-node=8 -m runner.worker") == 3
     shown = engines(plan)
     assert list(shown) == ["sft actor", "reward reward", "ppo actor", "ppo critic", "ppo ref"]  # its reward model is replicated
     assert all(config["zero_optimization"]["stage"] == 3 for config in shown.values())
@@ -205,6 +205,7 @@ WRONG = {
     "value for a mapping": ("hardware.deepspeed=x", "must be a mapping: type hardware.deepspeed='{name: value}'"),
     "mapping cut by the shell": ("dataset.fields={prompt:", "wants quotes around it: dataset.fields='{name: value, other: value}'"),
     "launch command": ("hardware.launch='{pyton}'", "hardware.launch holds 'pyton': it knows {python}, "),
+    "broken template": ("model.chat_template='{%' stage=sft", "model.chat_template is refused by the template engine: "),
     "fp16 on a CPU": ("hardware.precision=fp16", "use fp32 or bf16"),
 }
 
@@ -223,9 +224,9 @@ def test_near_checkpoints_are_named(refused, here):
     (here / "step" / "model").mkdir(parents=True)
     (here / "step" / "model" / "config.json").write_text('{"architectures": ["OPTForSequenceClassification"]}')
     assert "Type sft.use=step/model" in refused("sft.use=./step")
-    for typo in ("./stp", "step/modle"):
+    for typo, meant in {"./stp": "step", "step/modle": "step/model", "./stp/model": "step/model"}.items():
         assert f"sft.use={typo}: this folder does not exist" in (message := refused(f"sft.use={typo}"))
-        assert f"Did you mean {'step' if typo == './stp' else 'step/model'}?" in message
+        assert f"Did you mean {meant}?" in message
     assert "is a language model (ForCausalLM)" in refused("sft.use=./step/model")
 
 
@@ -344,6 +345,8 @@ def test_a_store_that_cannot_be_made_is_said(refused, here):
 
 
 def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer):
+    import torch
+    from safetensors.torch import save_file
     from transformers import AutoConfig
 
     from runner.tokenizer import train_tokenizer
@@ -355,6 +358,7 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
         kind.save_pretrained(here / name)
     folders = [f"model.{part}.{key}" for part in ("actor", "reward") for key in (f"path=./{part}", "init=pretrained")]
     assert "have different tokenizers" in refused(*folders)
+    save_file({"x": torch.zeros(1)}, here / "actor" / "model.safetensors")
     message = refused("sft.use=./actor")  # beside a reward model with random weights, whose tokenizer is trained on the data
     assert "take the data and the model of the run that sft.use comes from" in message and "reward.use=..." in message
     assert "longer than the 256 positions of ./actor" in refused(*folders, "model.reward.path=./actor", "model.max_prompt_tokens=250")

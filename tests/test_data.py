@@ -1,6 +1,7 @@
 """Data: who gets which prompt, which rows a step sees, how dialogues become tokens, files and caches, and the toy judge."""
 
 import gzip
+import io
 import json
 import random
 from collections import Counter
@@ -467,6 +468,17 @@ def test_broken_lines_say_what_is_broken(tmp_path):
     assert number == "a row must be a JSON object, this is a int"
 
 
+def damaged_parquet() -> bytes:
+    """A file whose end is whole, so that it opens, and whose pages are not."""
+    import pyarrow
+    import pyarrow.parquet
+
+    whole = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": [f"Q {i}?" for i in range(200)]}), whole)
+    content = whole.getvalue()
+    return content[:4] + b"\xff" * 400 + content[404:]
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -474,7 +486,11 @@ def test_broken_lines_say_what_is_broken(tmp_path):
         ("a.jsonl", b'{"prompt": "\xff"}\n', "cannot be read: .*UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 100, mtime=0)[:-20], "cannot be read"),
         ("a.json", b'[{"prompt": "x"},\n oops]', r"a.json:2: not valid JSON"),
+        ("a.json", b"3", "holds no list of JSON objects"),
+        ("a.json", b"[" * 100_000, "not valid JSON"),
+        ("a.json", b"1" * 5000, "not valid JSON"),
         ("a.parquet", b"nothing", "is no Parquet file"),
+        ("a.parquet", damaged_parquet(), "a.parquet cannot be read: .*complete"),
     ],
 )
 def test_unreadable_files(name, content, message, tmp_path):
@@ -485,6 +501,36 @@ def test_unreadable_files(name, content, message, tmp_path):
     folder.mkdir()
     with pytest.raises(UserError, match="was not written by datasets' save_to_disk"):
         read(folder)
+
+
+def test_a_folder_of_other_things_is_no_data_set(tmp_path):
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="was not written by datasets' save_to_disk"):
+        read(tmp_path)
+
+
+def test_a_windows_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8-sig")
+    (tmp_path / "b.json").write_text(json.dumps(ROWS), encoding="utf-8-sig")
+    for name in ("a.jsonl", "b.json"):
+        assert [row for _, row in read(tmp_path / name)] == ROWS
+
+
+@pytest.mark.parametrize("line", ['{"prompt": ' + "1" * 5000 + "}", '{"a":' * 100_000, '{"prompt": "\\ud800", "chosen": "b"}'])
+def test_rows_that_no_tokenizer_could_read_are_broken_rows(line, data):
+    dataset = data(ROWS)
+    path = Path(dataset.sources["mine"].path)
+    path.write_text(path.read_text() + "\n" + line)
+    with pytest.raises(UserError, match=rf"{path.name}:\d+: .*on_bad_row=skip"):
+        list(cache.adapted(dataset, dataset.sources["mine"], Counts()))
+
+
+def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(UserError, match=r"a.jsonl cannot be read: Permission denied"):
+        sources.content_key(sources.plain_source(str(path), False), 0)
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def ppo_models(folder: Path, device: torch.device, lora: Lora | None = None, **c
 def updated(cfg, models, rollout, iteration: int) -> dict[str, float]:
     """A whole update. Returns its metrics."""
     progress = ppo_update.Progress()
-    assert ppo_update.update(cfg, models, rollout, None, iteration, progress) is None
+    assert ppo_update.update(cfg, models, rollout, None, iteration, progress, guard=lambda **_: None) is None
     return progress.metrics()
 
 
@@ -265,6 +265,20 @@ def test_early_stop_leaves_the_remaining_passes(folder, alone):
     assert updated(cfg, models, rollout, 0)["policy/updates"] == 2  # one pass of two minibatches
 
 
+def test_early_stop_leaves_the_remaining_minibatches_of_a_pass_too(folder, alone):
+    cfg, models, rollout = ppo_models(folder, alone, minibatches=4, ppo_epochs=1, early_stop_kl=1e-9)
+    assert updated(cfg, models, rollout, 0)["policy/updates"] == 2  # in the first the actor is still the one that sampled
+
+
+def test_the_critic_begins_in_the_units_of_the_normalised_rewards(folder, alone):
+    _, models, _ = ppo_models(folder, alone)
+    fixed = update.fixed_rollout()
+    with torch.no_grad():
+        raw = response_values(models.critic, fixed)
+        models.critic.module.normalise(2.0, 4.0)
+        torch.testing.assert_close(response_values(models.critic, fixed), (raw - 2.0) / 4.0 * fixed.mask)
+
+
 def test_an_update_that_stops_in_the_middle_goes_on_alike(folder, alone, monkeypatch):
     """It stops after every optimizer step, and its progress travels as JSON."""
     cfg, models, rollout = ppo_models(folder, alone, ppo_epochs=2, early_stop_kl=None)
@@ -272,7 +286,7 @@ def test_an_update_that_stops_in_the_middle_goes_on_alike(folder, alone, monkeyp
     cfg, models, rollout = ppo_models(folder, alone, ppo_epochs=2, early_stop_kl=None)
     monkeypatch.setattr(ppo_update.stop, "asked", lambda: "stopped")
     progress, stops = ppo_update.Progress(), 0
-    while ppo_update.update(cfg, models, rollout, None, 0, progress):
+    while ppo_update.update(cfg, models, rollout, None, 0, progress, guard=lambda **_: None):
         progress, stops = ppo_update.Progress(**json.loads(json.dumps(asdict(progress)))), stops + 1
     assert stops == 3
     assert progress.metrics() == expected[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import EOS, NAMES, PAD, actor, causal, configured, generate, predictions, record, rows
+from trained import train, trainable
 from workers import update
 
 from runner import invariants, plan
@@ -439,3 +440,45 @@ def test_with_warn_a_corrupted_run_goes_on(folder, tmp_path, alone, monkeypatch,
     # At the start, in both iterations, and at the end
     assert [row.get("invariants/scores_not_constant") for row in found] == [1, 1, 1, 1]
     assert (tmp_path / "result.json").exists() and (tmp_path / "model").exists()
+
+
+# --- the weights of real engines --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero, adapters", [(0, False), (2, False), (3, False), (0, True), (3, True)])
+def test_weights_are_watched_through_the_engines(zero, adapters, alone, tmp_path):
+    """A run in which all is well passes; a frozen parameter that is written to is named."""
+    lora = Lora(dim=2, alpha=4, dropout=0.0, lr=0.1, targets=[], train_rest=False)
+    model = add_lora(causal("llama"), lora) if adapters else causal("llama")
+    trained = trainable(Actor(model, "llama", 0), zero, lr=0.1)
+    reward = causal("opt")
+    log = new_log(tmp_path, "stop", alone)
+    watch = invariants.watch_weights(log, {"actor": trained}, {"reward": reward}, not_before=2)
+    train(trained, 1)
+    watch(1)  # too early
+    train(trained, 1)
+    watch(2)
+    watch(3)  # once
+
+    watch = invariants.watch_weights(log, {"actor": trained}, {"reward": reward}, not_before=2)
+    train(trained, 2)
+    reward.lm_head.weight.data[0, 0] += 1
+    with pytest.raises(UserError, match=r"frozen_unchanged is broken in reward at step 2: 1 of .* \(model.decoder.embed_tokens.weight\)"):
+        watch(2)
+
+
+def test_a_trainable_parameter_that_stands_still_is_named(alone, tmp_path):
+    trained = trainable(actor("llama"), 0, lr=0.1, weight_decay=0.0)
+    watch = invariants.watch_weights(new_log(tmp_path, "stop", alone), {"actor": trained}, {}, not_before=0)
+    dead = trained.module.hf.model.layers[0].mlp.up_proj.weight
+    dead.register_hook(torch.zeros_like)
+    train(trained, 2)
+    with pytest.raises(UserError, match=r"parameters_moved is broken in actor at step 2: 1 of .* \(.*layers.0.mlp.up_proj.weight\)"):
+        watch(2)
+
+
+def test_what_has_no_learning_rate_is_not_watched(alone, tmp_path):
+    trained = trainable(actor("llama"), 0, lr=0.0)
+    watch = invariants.watch_weights(new_log(tmp_path, "stop", alone), {"actor": trained}, {}, not_before=0)
+    train(trained, 2)
+    watch(2)

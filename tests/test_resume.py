@@ -5,9 +5,11 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from tiny import configured
 
 from runner.errors import UserError
@@ -127,16 +129,15 @@ def test_differences_are_empty_only_for_equals_and_turn_around(one, other):
 def finish(step: Step) -> None:
     """Leave a step as a run leaves it that came to its end."""
     (step.folder / "model").mkdir(parents=True)
-    for name, content in (
-        ("model/config.json", "{}"),
-        ("model/model.safetensors", "weights"),
-        ("result.json", '{"steps": 1}'),
-        ("DONE", ""),
-    ):
+    for name, content in {"model/config.json": "{}", "result.json": '{"steps": 1}', "DONE": ""}.items():
         (step.folder / name).write_text(content)
+    save_file({"x": np.zeros(3)}, step.folder / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("file, content", [("model/model.safetensors", None), ("model/model.safetensors", ""), ("result.json", '{"ste')])
+@pytest.mark.parametrize(
+    "file, content",
+    [("model/model.safetensors", None), ("model/model.safetensors", ""), ("model/config.json", None), ("result.json", '{"ste')],
+)
 def test_a_finished_step_whose_files_are_gone_is_not_reused(tmp_path, file, content):
     step = planned(tmp_path)
     finish(step)
@@ -145,5 +146,5 @@ def test_a_finished_step_whose_files_are_gone_is_not_reused(tmp_path, file, cont
         (step.folder / file).unlink()
     else:
         (step.folder / file).write_text(content)
-    with pytest.raises(UserError, match=r"sft-\w+ says DONE, but .*: delete the folder, and it is trained anew"):
+    with pytest.raises(UserError, match=r"sft-\w+ says DONE, but .*\. Delete the folder, and it is trained anew"):
         planned(tmp_path)

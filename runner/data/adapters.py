@@ -57,6 +57,10 @@ def adapt(name: str, row: dict, fields: dict) -> Example:
         raise Dropped("empty response")
     if chosen == rejected:
         raise Dropped("identical pair")
+    try:
+        "".join([*(turn["content"] for turn in example.prompt), chosen, rejected or ""]).encode()
+    except UnicodeEncodeError as error:  # JSON can write it: "\\ud83d" without its other half
+        raise BadRow("a text holds half of a surrogate pair, which no tokenizer can read") from error
     return Example(example.prompt, chosen, rejected)
 
 

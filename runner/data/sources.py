@@ -15,6 +15,7 @@ from runner.config import Dataset, Source
 from runner.data import toy
 from runner.errors import UserError
 from runner.paths import SUFFIXES, is_local
+from runner.secrets import redact
 
 # Raise it when an adapter, the encoder or the split changes what becomes of a row
 VERSION = 2
@@ -74,10 +75,13 @@ def content_key(source: Source, toy_rows: int) -> str:
     path = _existing(source.path)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as handle:
-            while block := handle.read(1 << 20):
-                digest.update(block)
+    try:
+        for file in files:
+            with file.open("rb") as handle:
+                while block := handle.read(1 << 20):
+                    digest.update(block)
+    except OSError as error:
+        raise UserError(f"data file {file} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
@@ -94,7 +98,7 @@ def _existing(path: str) -> Path:
 
 
 def _open(path: Path):
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")  # with or without Windows' mark
 
 
 def _line_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
@@ -116,6 +120,8 @@ def _parse(text: str) -> dict | BrokenRow:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         return BrokenRow(_not_json(error) + LIST_HINT * (text.strip() == "["))
+    except (ValueError, RecursionError) as error:
+        return BrokenRow(f"not valid JSON ({error})")
     if isinstance(value, list):
         return BrokenRow(f"a row must be a JSON object, this is a list{LIST_HINT}")
     return value if isinstance(value, dict) else BrokenRow(f"a row must be a JSON object, this is a {type(value).__name__}")
@@ -138,9 +144,13 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
             yield from _line_rows(path)
             return
         raise UserError(f"{path}:{error.lineno}: {_not_json(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
     if isinstance(values, dict):
         lists = [v for v in values.values() if isinstance(v, list)]
         values = lists[0] if len(lists) == 1 else [values]
+    if not isinstance(values, list):
+        raise UserError(f"{path} holds no list of JSON objects, but a single {type(values).__name__}")
     for number, value in enumerate(values, 1):
         ok = isinstance(value, dict)
         yield f"{path} row {number}", value if ok else BrokenRow(f"a row must be a JSON object, this is a {type(value).__name__}")
@@ -152,13 +162,23 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is no Parquet file: {error}") from error
-    number = 0
-    for batch in file.iter_batches():
-        for row in batch.to_pylist():
+    number, batches = 0, file.iter_batches()
+    while batch := _next_rows(batches, path):
+        for row in batch:
             number += 1
             yield f"{path} row {number}", row
+
+
+def _next_rows(batches: Iterator, path: Path) -> list[dict]:
+    """Rows of the next batch that has some; [] at the end."""
+    from pyarrow import ArrowException
+
+    try:
+        return next((rows for batch in batches if (rows := batch.to_pylist())), [])
+    except (ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}. Is it complete?") from error
 
 
 def _saved_rows(path: Path, split: str) -> Iterator[tuple[str, dict]]:
@@ -166,8 +186,9 @@ def _saved_rows(path: Path, split: str) -> Iterator[tuple[str, dict]]:
 
     try:
         saved = datasets.load_from_disk(str(path))
-    except FileNotFoundError as error:
-        raise UserError(f"folder {path} was not written by datasets' save_to_disk; name a {', '.join(SUFFIXES)} file") from error
+    except Exception as error:  # a file that is not what it should be makes it raise anything
+        hint = f"name a {', '.join(SUFFIXES)} file"
+        raise UserError(f"folder {path} was not written by datasets' save_to_disk ({error!r}); {hint}") from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise UserError(f"folder {path} has no split {split}; it has {', '.join(saved)}")
@@ -182,9 +203,9 @@ def _hub_rows(source: Source) -> Iterator[tuple[str, dict]]:
         # The hub's automatic Parquet branch has a folder per subset instead of named configurations
         subset = {"data_dir": source.subset} if source.revision == "refs/convert/parquet" else {"name": source.subset}
         loaded = datasets.load_dataset(source.path, **subset, split=source.split, revision=source.revision)
-    except (OSError, ValueError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
+    except Exception as error:  # the hub's, the network's, or that of a broken file in there
         raise UserError(
-            f"data set {source.path} cannot be loaded: {str(error).splitlines()[0]}. "
+            f"data set {source.path} cannot be loaded: {redact((str(error) or repr(error)).splitlines()[0])}. "
             "Check its name, subset and split; without network, use a file: dataset=jsonl dataset.path=/data/pairs.jsonl"
         ) from error
     yield from ((f"{source.path} row {i}", row) for i, row in enumerate(loaded, 1))

@@ -4,6 +4,7 @@ B responses, P prompt tokens (left-padded), R response tokens (right-padded). Af
 ranks, a few megabytes: whitening, minibatches and statistics are then global without further communication.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -33,6 +34,13 @@ class Rollout:
     def tokens(self) -> int:
         """Real tokens of prompts and responses."""
         return int(self.lengths.sum() + self.prompt_lengths.sum())
+
+    def as_rows(self, chosen) -> Iterator[dict]:
+        """Some responses as plain rows, for people."""
+        for n in chosen:
+            prompt, response = self.prompts[n, -int(self.prompt_lengths[n]) :], self.responses[n, : int(self.lengths[n])]
+            score = None if self.scores is None else float(self.scores[n])
+            yield {"row": int(n), "prompt_ids": prompt.tolist(), "response_ids": response.tolist(), "score": score}
 
     def sampled(self) -> dict[str, Tensor]:
         """All that cannot be computed again without the models, by name."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from runner import engine as engines
-from runner.config import Config, Lora
+from runner.config import Config, Lora, ModelPart
 from runner.models import Actor, Scalar, add_lora, load_causal, load_scalar
 from runner.paths import is_local
 from runner.tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ def load_actor(
 ) -> Actor:
     """A causal language model in its wrapper. sampling: temperature, top_k and top_p of PPO; None for the plain softmax."""
     with engines.building(ds_config):
-        model = load_causal(path, tokenizer, **_options(cfg, path, dropout))
+        model = load_causal(path, tokenizer, **_options(cfg, cfg.model.actor, path, dropout))
     # Every rank must call the head equally often under ZeRO-3
     chunk = 0 if ds_config.get("zero_optimization", {}).get("stage") == 3 else cfg.hardware.logits_chunk
     return Actor(_finish(model, lora, checkpointing), cfg.model.family, chunk, **(sampling or {}))
@@ -69,14 +69,16 @@ def load_reward(
 ) -> Scalar:
     """A one-label classifier in its wrapper: reward model or critic."""
     with engines.building(ds_config):
-        model = load_scalar(path, tokenizer, fresh_head=fresh_head, **_options(cfg, path, dropout))
+        model = load_scalar(path, tokenizer, fresh_head=fresh_head, **_options(cfg, cfg.model.reward, path, dropout))
     return Scalar(_finish(model, lora, checkpointing), cfg.model.family)
 
 
-def _options(cfg: Config, path: str, dropout: float | None) -> dict:
+def _options(cfg: Config, part: ModelPart, path: str, dropout: float | None) -> dict:
+    revision = part.revision if path == part.path else None  # of a pinned model nothing is said
     if not is_local(path):
-        _download_once(path)
+        _download_once(path, revision)
     return {
+        "revision": revision,
         "dtype": engines.DTYPES[cfg.hardware.precision],
         "attention": cfg.model.attention,
         "dropout": dropout,
@@ -85,12 +87,14 @@ def _options(cfg: Config, path: str, dropout: float | None) -> dict:
     }
 
 
-def _download_once(path: str) -> None:
-    """One process per machine fetches a hub model; the others then find it in the cache."""
+def _download_once(path: str, revision: str | None) -> None:
+    """One process per machine fetches a hub model; the others then find it in the cache. Pickles only where nothing else is."""
     if os.environ["LOCAL_RANK"] == "0":
         from huggingface_hub import snapshot_download
 
-        snapshot_download(path, allow_patterns=["*.safetensors", "*.bin", "*.json"])
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(path, revision=revision, allow_patterns=["*.bin"])
     dist.barrier()
 
 

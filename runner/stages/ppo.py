@@ -5,6 +5,7 @@ random numbers of response i come from (seed, i) alone. Dropout is off in all fo
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from runner.config import Config
 from runner.data import cache
 from runner.data.batches import Batches
 from runner.ema import Ema
+from runner.finite import check_finite
 from runner.losses import (
     adapt_kl_coef,
     explained_variance,
@@ -24,6 +26,7 @@ from runner.losses import (
     learning_rate,
     masked_mean,
     token_rewards,
+    warmup_steps,
     whiten,
 )
 from runner.metrics import RunLog
@@ -77,11 +80,17 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     log.begin(first, total)
     if state.before is None:
         state.before, state.sft_rows = evaluator(0, state, calibrate=ppo.normalize_scores)
+    models.critic.module.normalise(state.score_mean, state.score_std)
+    frozen = {"reward": models.reward} | ({"ref": models.ref} if models.ref else {})
+    warm = ppo.critic_warmup + warmup_steps(ppo.warmup, total - ppo.critic_warmup)
+    watch = invariants.watch_weights(log, {"actor": models.actor, "critic": models.critic}, frozen, warm + 2)
+    guard = partial(check_finite, cfg, step.folder, step.stage, tokenizer=tokenizer)
 
     for i in range(first, total):
-        share = learning_rate(i, total, 1.0, ppo.lr_schedule, ppo.warmup, ppo.lr_end)
-        engine.set_learning_rate(models.actor, share)
-        engine.set_learning_rate(models.critic, share)
+        # The actor's schedule begins when the actor does
+        for trained, start in ((models.actor, ppo.critic_warmup), (models.critic, 0)):
+            share = learning_rate(max(0, i - start), total - start, 1.0, ppo.lr_schedule, ppo.warmup, ppo.lr_end)
+            engine.set_learning_rate(trained, share)
 
         # 4. Rollout: one response per prompt, scored by all four models
         rollout, unfinished = unfinished, None
@@ -92,7 +101,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
                 try:
                     rollout = collect(models, reader, prompts, cfg.seed, episodes, stoppable=True)
                 except Stopped as stopped:  # nothing has been learnt from it, and sampling it again gives the same
-                    checkpoints.leave(str(stopped), f"step_{i}", i, total, asdict(state))
+                    checkpoints.leave(str(stopped), f"step_{i}", i, asdict(state))
             state.tokens += rollout.tokens()
             state.progress = Progress()
 
@@ -102,11 +111,11 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
 
         # 6. Update: several passes of several minibatches
         with log.phase("update"):
-            reason = update(cfg, models, rollout, mixture, i, state.progress)
+            reason = update(cfg, models, rollout, mixture, i, state.progress, guard)
         if reason:
-            checkpoints.leave(reason, f"step_{i}_{state.progress.position}", i, total, asdict(state), rollout.sampled())
+            checkpoints.leave(reason, f"step_{i}_{state.progress.position}", i, asdict(state), rollout.sampled())
         metrics |= state.progress.metrics()
-        ratio = invariants.first_ratio(metrics["val/first_ratio_error"], cfg.hardware.precision)
+        ratio = invariants.first_ratio(state.progress.ratio_error, cfg.hardware.precision)
         invariants.check(log, f"iteration {i + 1}", {"first_ratio": ratio})
 
         # 7. KL controller and averaged weights
@@ -117,7 +126,9 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             ema.update()
 
         # 8. Log and evaluate; save, and leave if someone asked for it
-        metrics |= {"episode": done * ppo.rollout_batch, "lr/actor": ppo.actor_lr * share, "lr/critic": ppo.critic_lr * share}
+        rates = {f"lr/{name}": engine.learning_rate(e) for name, e in (("actor", models.actor), ("critic", models.critic))}
+        metrics |= {"episode": done * ppo.rollout_batch} | rates
+        watch(done)
         headline = f"score {metrics['objective/scores']:+.2f}  kl {kl:.2f}  length {metrics['rollout/response_length_mean']:.0f}"
         log.log(done, metrics, headline, rollout.tokens())
         log.histogram(done, "rollout/scores", rollout.scores.tolist())

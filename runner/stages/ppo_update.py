@@ -1,5 +1,6 @@
 """The update of PPO: several passes over a rollout, in minibatches of one optimizer step of critic and actor each."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,25 +57,27 @@ class Progress:
     def metrics(self) -> dict[str, float]:
         """Averages over the tokens of all passes."""
         mean = {name: value / self.totals["tokens"] for name, value in self.totals.items()}
-        facts = {
-            "policy/approxkl_avg": mean["approxkl"],
-            "policy/clipfrac_avg": mean["clipfrac"],
-            "policy/entropy_avg": mean["entropy"],
-            "loss/policy_avg": mean["policy_loss"],
-            "loss/value_avg": mean["value_loss"],
-            "val/ratio": mean["ratio"],
-            "val/clipfrac_avg": mean["value_clipfrac"],
-            "val/first_ratio_error": self.ratio_error,
-            "policy/updates": self.position,
-        }
+        facts = {"loss/value_avg": mean["value_loss"], "val/clipfrac_avg": mean["value_clipfrac"], "policy/updates": self.position}
+        if self.norms["grad_norm/actor"]:  # not in the warm-up of the critic
+            facts |= {
+                "policy/approxkl_avg": mean["approxkl"],
+                "policy/clipfrac_avg": mean["clipfrac"],
+                "policy/entropy_avg": mean["entropy"],
+                "loss/policy_avg": mean["policy_loss"],
+                "val/ratio": mean["ratio"],
+                "val/first_ratio_error": self.ratio_error,
+            }
         if self.totals["ptx_tokens"]:
             facts["loss/ptx_avg"] = self.totals["ptx_loss"] / self.totals["ptx_tokens"]
         return facts | {name: float(np.mean(values)) for name, values in self.norms.items() if values}
 
 
-def update(cfg: Config, models: Models, rollout: Rollout, mixture: Mixture | None, iteration: int, progress: Progress) -> str | None:
+def update(
+    cfg: Config, models: Models, rollout: Rollout, mixture: Mixture | None, iteration: int, progress: Progress, guard: Callable[..., None]
+) -> str | None:
     """Several passes over a rollout, each in minibatches of one optimizer step, from where `progress` says.
 
+    Args: guard: is given step, loss, norm and rows of every minibatch; it raises where they are not finite (see finite.py).
     Returns None at the end, or why it was asked to stop before. Collective.
     """
     ppo, size = cfg.ppo, step_batch(cfg, "ppo")
@@ -85,11 +88,13 @@ def update(cfg: Config, models: Models, rollout: Rollout, mixture: Mixture | Non
         epoch, k = divmod(progress.position, ppo.minibatches)
         order = np.random.default_rng([cfg.seed, iteration, epoch]).permutation(len(rollout))
         text = mixture.at(number + progress.position) if mixture and train_actor else None
-        sums, norms = minibatch(cfg, models, rollout, np.split(order, ppo.minibatches)[k][:size], text, train_actor)
+        chosen = np.split(order, ppo.minibatches)[k][:size]
+        sums, norms = minibatch(cfg, models, rollout, chosen, text, train_actor)
         sums = ranks.total(sums, rollout.lengths.device)
+        loss = sum(sums[name] for name in ("policy_loss", "value_loss", "ptx_loss")) / sums["tokens"]
+        guard(step=iteration + 1, loss=loss, norm=sum(norms.values()), rows=rollout.as_rows(chosen))
         progress.add(sums, norms)
-        far = ppo.early_stop_kl is not None and sums["approxkl"] / sums["tokens"] > ppo.early_stop_kl
-        progress.ended = far and k == ppo.minibatches - 1
+        progress.ended = ppo.early_stop_kl is not None and sums["approxkl"] / sums["tokens"] > ppo.early_stop_kl
         if progress.position < last and not progress.ended and (reason := stop.asked()):
             return reason
     return None

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner import engine, ranks
+from runner import engine, invariants, ranks
 from runner.checkpoint import Checkpoints
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pair_batch, pick, shard, subset, to
-from runner.losses import learning_rate, pairwise_loss, wilson_interval
+from runner.finite import check_finite, numbered
+from runner.losses import learning_rate, pairwise_loss, warmup_steps, wilson_interval
 from runner.metrics import RunLog
 from runner.models import count_parameters, save_adapter, save_model
 from runner.plan import engine_configs
@@ -43,6 +44,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     checkpoints = Checkpoints(step.folder, step.key, cfg, {"reward": model}, log)
     first, _, _ = checkpoints.restore()
     log.begin(first, total)
+    watch = invariants.watch_weights(log, {"reward": model}, {}, warmup_steps(rm.warmup, total) + 2)
 
     # 4. One optimizer step per turn
     for s in range(first, total):
@@ -70,7 +72,9 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         metrics = {"train/loss": mean["loss"], "train/accuracy": mean["correct"], "train/margin": mean["chosen"] - mean["rejected"]}
         metrics |= {"reward/chosen_mean": mean["chosen"], "reward/rejected_mean": mean["rejected"], "lr": rm.lr * share, "grad_norm": norm}
         tokens = 2 * int(lengths[here[here != EMPTY]].sum())
+        check_finite(cfg, step.folder, step.stage, done, mean["loss"], norm, numbered(rows, here), tokenizer)
         log.log(done, metrics, f"loss {mean['loss']:.3f}  accuracy {mean['correct']:.2f}", tokens, parameters)
+        watch(done)
 
         # 5. Evaluate now and then; save, and leave if someone asked for it
         score = None

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner import engine, ranks
+from runner import engine, invariants, ranks
 from runner.checkpoint import Checkpoints
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, loss_weights, pick, sft_batch, shard, subset, to
-from runner.losses import learning_rate, sft_loss
+from runner.finite import check_finite, numbered
+from runner.losses import learning_rate, sft_loss, warmup_steps
 from runner.metrics import RunLog
 from runner.models import count_parameters, save_adapter, save_model
 from runner.plan import engine_configs
@@ -43,6 +44,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     checkpoints = Checkpoints(step.folder, step.key, cfg, {"actor": actor}, log)
     first, state, _ = checkpoints.restore()
     log.begin(first, total)
+    watch = invariants.watch_weights(log, {"actor": actor}, {}, warmup_steps(sft.warmup, total) + 2)
     tokens_seen = state.get("num_tokens", 0)
 
     def evaluation(done: int) -> dict[str, float]:
@@ -81,7 +83,9 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             "epoch": done / batches.per_epoch,
         }
         metrics["perf/padding_fraction"] = padding(lengths, here, micro)
+        check_finite(cfg, step.folder, step.stage, done, loss, norm, numbered(rows, here), tokenizer)
         log.log(done, metrics, f"loss {loss:.3f}", tokens, parameters)
+        watch(done)
 
         # 5. Evaluate now and then; save, and leave if someone asked for it
         score = None

@@ -1,0 +1,313 @@
+"""How a worker ended, in one paragraph: what happened, the probable cause, the command that helps, the failing rank's last lines.
+
+`examine` is the launcher's: it reads what the ranks left in logs/ (error_rankN.json, rank_N.alive, rank_N.log) and goes down the
+table FAULTS. Imports no torch.
+"""
+
+import json
+import re
+import shutil
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+
+from runner import heartbeat
+from runner.config import Config
+from runner.finite import lower_rate
+from runner.machine import MORE_SPACE, disk_full, gb, memory_limit
+from runner.manifest import steps_done
+from runner.plan import Step, step_batch
+
+
+@dataclass(frozen=True)
+class Fault:
+    what: str  # half a sentence, for the line that announces a restart
+    text: str  # the paragraph
+    repeats: bool  # would happen again: the launcher does not try
+
+
+@dataclass
+class End:
+    """How the workers of a step ended."""
+
+    cfg: Config
+    step: Step
+    code: int  # of the launch command, negative for a signal
+    lines: list[str]  # its last ones
+    oom_kills: int | None  # of the kernel, meanwhile; None where it does not count them
+
+    @cached_property
+    def notes(self) -> list[dict]:
+        """What the ranks that could still speak said, the first one first."""
+        notes = []
+        for path in (self.step.folder / "logs").glob("error_rank*.json"):
+            with suppress(OSError, json.JSONDecodeError):  # a full disk takes none
+                notes.append(json.loads(path.read_text()))
+        return sorted(notes, key=lambda note: note["time"])
+
+    @cached_property
+    def beats(self) -> list[dict]:
+        return heartbeat.read(self.step.folder)
+
+    @cached_property
+    def culprit(self) -> tuple[int, int, dict | None]:
+        """(rank, exit code, note) of the first rank to fail, not of one that failed because of it."""
+        rank, code = _torchrun_says(self.lines) or (0, self.code if self.code < 128 else 128 - self.code)
+        if code < 0:
+            return rank, code, None
+        causes = [note for note in self.notes if not CONSEQUENCE.search(note["message"])]
+        silent = set(range(self.cfg.hardware.world_size)) - {note["rank"] for note in self.notes}
+        if self.notes and not causes and silent:  # all complain of a neighbour that left without a word
+            return min(silent, key=lambda r: next((b["time"] for b in self.beats if b["rank"] == r), 0)), code, None
+        note = next(iter(causes or self.notes), None)
+        return (note["rank"], 1, note) if note else (rank, code, None)
+
+    @cached_property
+    def said(self) -> str:
+        """The text in which a fault is recognised."""
+        note = self.culprit[2]
+        return f"{note['kind']}: {note['message']}" if note else "\n".join(self.last_lines(200))
+
+    @cached_property
+    def who(self) -> str:
+        """'rank 1, in phase update after step 12,'; the rank only where there are several."""
+        rank, _, note = self.culprit
+        name = f"rank {rank}" if self.cfg.hardware.world_size > 1 else "the worker"
+        if note:
+            return f"{name}, {place(note)},"
+        seen = next((beat for beat in self.beats if beat["rank"] == rank), None)
+        return f"{name}, last seen {place(seen)}," if seen else name
+
+    def last_lines(self, count: int) -> list[str]:
+        """Of the failing rank, without what torchrun said about it."""
+        rank, _, note = self.culprit
+        if note:
+            lines = note["traceback"].strip().splitlines()
+        elif rank:
+            path = self.step.folder / "logs" / f"rank_{rank}.log"
+            lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        else:
+            lines = list(takewhile(lambda line: not TORCHRUN.search(line), self.lines))
+        return lines[-count:]
+
+
+# A rank says so when another one has left
+CONSEQUENCE = re.compile(
+    r"Connection (closed|reset)|Broken pipe|remote process exited|communicator was aborted|Socket (closed|error)", re.I
+)
+TORCHRUN = re.compile(r"torch/distributed/(elastic|run)|torch\.distributed\.elastic|ChildFailedError")
+ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: (-?\d+)", re.DOTALL)
+
+
+def _torchrun_says(lines: list[str]) -> tuple[int, int] | None:
+    """(rank, exit code) of the first failure that torchrun saw."""
+    found = ROOT_CAUSE.search("\n".join(lines))
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def place(facts: dict) -> str:
+    """Where a rank was, from its note or its last sign of life."""
+    if not facts["phase"] and not facts["step"]:
+        return "while starting"
+    return (f"in phase {facts['phase']} " if facts["phase"] else "") + f"after step {facts['step']}"
+
+
+def examine(end: End) -> Fault:
+    """Name the fault. With debug=true the whole traceback is shown, otherwise its last lines."""
+    note = end.culprit[2]
+    if note and note["user"] and not end.cfg.debug:
+        return Fault("", f"{end.step.stage}: {note['message']}", repeats=True)
+    tell, repeats = next((tell, repeats) for recognise, tell, repeats in FAULTS if recognise(end))
+    what, help_ = tell(end)
+    lines = end.last_lines(10**6 if end.cfg.debug and note else 3 if note else 8)
+    last = "\n".join(f"  {line.removeprefix('~')}" for line in lines) or "  (none)"
+    text = f"{end.step.stage}: {what}. {help_} {kept(end.step)}\nIts last lines:\n{last}\nAll of it: {end.step.folder / 'logs'}"
+    return Fault(what, text, repeats or bool(note and note["user"]))
+
+
+def kept(step: Step) -> str:
+    """What of a step survives."""
+    at = steps_done(step.folder)
+    if at is None:
+        return "There is no checkpoint yet: the same command starts the stage anew"
+    return f"The checkpoint of step {at} is intact: the same command goes on from it"
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def _gpu_full(end: End) -> tuple[str, str]:
+    note = end.culprit[2] or {}
+    asked_for = re.search(r"Tried to allocate ([\d.]+ \w+)", end.said)
+    what = f"{end.who} ran out of GPU memory"
+    if asked_for:
+        what += f" when it asked for {asked_for[1]}"
+    if memory := note.get("memory"):
+        what += " ({allocated:.1f} GB allocated by us, {free:.1f} GB free of {total:.1f} GB)".format(**memory)
+    return what, f"Type {less_memory(end.cfg, end.step.stage, note.get('phase', ''), note.get('traceback', ''))}."
+
+
+def less_memory(cfg: Config, stage: str, phase: str, traceback: str) -> str:
+    """The override that lowers the GPU memory of a phase most cheaply, given what is set now."""
+    h = cfg.hardware
+    if knob := _knob(stage, phase, traceback):
+        now = getattr(h.micro_batch, knob)
+        world = h.world_size
+        fits = [m for m in range(now // 2, 0, -1) if knob in ("rollout", "score") or step_batch(cfg, knob) % (m * world) == 0]
+        if fits:
+            return f"hardware.micro_batch.{knob}={fits[0]} (now {now})"
+    part = "critic" if stage == "reward" else "actor"
+    if phase in ("train", "update") and not getattr(h.gradient_checkpointing, part):
+        return f"hardware.gradient_checkpointing.{part}=true"
+    if h.world_size > 1 and min(h.zero.actor, h.zero.critic) < 3:
+        return "hardware.zero.actor=3 hardware.zero.critic=3: it spreads weights and optimizer over the GPUs"
+    if not h.offload.optimizer:
+        zero = "" if min(h.zero.actor, h.zero.critic) else "hardware.zero.actor=1 hardware.zero.critic=1 "
+        return f"{zero}hardware.offload.optimizer=true: it keeps the optimizer's states in CPU memory"
+    if not getattr(cfg.model, "reward" if stage == "reward" else "actor").lora.dim:
+        return f"model.{'reward' if stage == 'reward' else 'actor'}.lora.dim=16: adapters need no optimizer states for the other weights"
+    return "hardware.zero.actor=3 hardware.offload.params=true, or take a smaller model or a larger GPU"
+
+
+def _knob(stage: str, phase: str, traceback: str) -> str | None:
+    """The micro batch that bounds the memory of a phase; None where none does (building, saving)."""
+    if stage == "ppo" and phase in ("rollout", "eval"):
+        return "score" if re.search(r"collect\.py.*in score\b", traceback) else "rollout"
+    return {"train": stage, "eval": stage, "update": "ppo"}.get(phase)
+
+
+def _memory_refused(end: End) -> tuple[str, str]:
+    return (
+        f"{end.who} was refused CPU memory (the machine allows {gb(memory_limit())})",
+        f"A limit of the shell or the batch system may be lower (`ulimit -v`, SLURM's --mem). {LESS_CPU_MEMORY}",
+    )
+
+
+def _host_full(end: End) -> tuple[str, str]:
+    what = f"{end.who} was killed (-9) by the kernel for want of CPU memory ({end.oom_kills} such kill{'s' * (end.oom_kills > 1)} meanwhile"
+    return f"{what}, limit {gb(memory_limit())})", LESS_CPU_MEMORY
+
+
+LESS_CPU_MEMORY = (
+    "Offload less (hardware.offload.optimizer=false, hardware.offload.params=false), lower hardware.micro_batch, or ask for more memory."
+)
+
+
+def _killed(end: End) -> tuple[str, str]:
+    if end.oom_kills is None:
+        return f"{end.who} was killed (-9)", f"Most likely by the kernel for want of CPU memory. {LESS_CPU_MEMORY}"
+    return f"{end.who} was killed (-9)", "Somebody sent the signal: the kernel reports no want of memory meanwhile."
+
+
+def _bus_error(end: End) -> tuple[str, str]:
+    try:
+        size = shutil.disk_usage("/dev/shm")
+        shm = f"/dev/shm has {gb(size.total)}, {gb(size.free)} of them free"
+    except OSError:
+        shm = "there is no /dev/shm"
+    return f"{end.who} died of a bus error (-7); {shm}", "Shared memory is too small for the ranks' exchange: docker run --shm-size=8g."
+
+
+# --- other ranks, the machine, the network ----------------------------------------------------------------------------
+
+
+# Seconds without a sign of life after which a rank counts as dead or stopped
+SILENT = 5.0
+
+
+def _late(end: End) -> tuple[str, str]:
+    """Which rank kept the others waiting: one that no longer lives, or that is not waiting itself, or the one farthest behind."""
+    minutes = f"{end.cfg.hardware.timeout_minutes:g}"
+    what = f"the ranks waited for each other longer than hardware.timeout_minutes={minutes}"
+    if end.beats:
+        newest = max(beat["time"] for beat in end.beats)
+        late = min(end.beats, key=lambda b: (b["time"] > newest - SILENT, b["where"] == heartbeat.WAITING, b["step"]))
+        at = late["where"] if late["where"] == heartbeat.WAITING else f"at {late['where'] or 'unknown code'}"
+        what += f"; late is rank {late['rank']}, {place(late)}, {at}"
+        if late["time"] <= newest - SILENT:
+            what += f", with its last sign of life {newest - late['time']:.0f} s before the others'"
+    return what, (
+        "If that rank was only slow, raise hardware.timeout_minutes. If it hangs, look at its machine (nvidia-smi, dmesg); "
+        "NCCL_DEBUG=INFO before the command shows the network that NCCL chose."
+    )
+
+
+def _missing_module(end: End) -> tuple[str, str]:
+    found = re.search(r"No module named '?([\w.]+)", end.said)
+    name = found[1] if found else end.said
+    install = f"{sys.executable} -m pip install -c constraints.txt -e ."
+    return f"{end.who} lacks the Python module {name}", f"Type {install}, or `make run`, which installs what pyproject.toml names."
+
+
+def _disk_full(end: End) -> tuple[str, str]:
+    return f"{end.who} could not write: {disk_full(end.step.folder)}", MORE_SPACE
+
+
+def _is_disk_full(end: End) -> bool:
+    if re.search(r"No space left on device|Disk quota exceeded", end.said):
+        return True
+    # torch.save says less
+    writing = "inline_container" in end.said or "file write failed" in end.said
+    return writing and shutil.disk_usage(end.step.folder).free < 100e6
+
+
+def _hub(end: End) -> tuple[str, str]:
+    return (
+        f"{end.who} could not reach the Hugging Face hub",
+        "Behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT; with everything in the local cache HF_HUB_OFFLINE=1. Without a network "
+        "download first: hf download MODEL --local-dir FOLDER, then model.actor.path=FOLDER (or model.reward.path).",
+    )
+
+
+def _loss_scale(end: End) -> tuple[str, str]:
+    return (
+        f"{end.who} found infinite gradients at every loss scale of fp16, down to the smallest",
+        "The training has diverged or overflows in fp16: hardware.precision=bf16 where the GPU has it, a lower learning rate "
+        f"({lower_rate(end.cfg, end.step.stage)}), or a longer warmup.",
+    )
+
+
+def _signal(end: End) -> tuple[str, str]:
+    names = {4: "an illegal instruction", 6: "an abort", 8: "an arithmetic error", 11: "a segmentation fault", 15: "SIGTERM"}
+    number = -end.culprit[1]
+    return f"{end.who} died of {names.get(number, 'signal')} (-{number})", "A fault of a library, a driver or the machine."
+
+
+def _exception(end: End) -> tuple[str, str]:
+    note = end.culprit[2]
+    return f"{end.who} failed: {note['kind']}: {(note['message'].strip() or '(no message)').splitlines()[0]}", "debug=true shows all of it."
+
+
+def _unknown(end: End) -> tuple[str, str]:
+    ended = f"ended with exit code {end.code}" if end.code else "ended without finishing"
+    return f"{end.who} {ended}", "The launch command or its log may tell why."
+
+
+def _says(pattern: str):
+    compiled = re.compile(pattern)
+    return lambda end: bool(compiled.search(end.said))
+
+
+def _died(number: int):
+    return lambda end: end.culprit[1] == -number
+
+
+TIMEOUT = r"(?i)timed out (waiting|after)|wait timeout|collective operation timeout|heartbeat monitor timed out"
+# How a fault is recognised, how it is told, and whether it would repeat. The first that fits counts
+FAULTS = (
+    (lambda end: _died(9)(end) and bool(end.oom_kills), _host_full, True),
+    (_died(9), _killed, False),
+    (_died(7), _bus_error, True),
+    (_says(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|OutOfMemoryError"), _gpu_full, True),
+    (_says(r"ModuleNotFoundError|No module named "), _missing_module, True),
+    (_is_disk_full, _disk_full, True),
+    (_says(r"loss scale already at minimum"), _loss_scale, True),
+    (_says(r"LocalEntryNotFoundError|OfflineModeIsEnabled|Max retries exceeded|couldn't connect to 'http|Couldn't reach"), _hub, False),
+    (_says(TIMEOUT), _late, False),
+    (_says(r"MemoryError|can't allocate memory|Cannot allocate memory|bad_alloc"), _memory_refused, True),
+    (lambda end: end.culprit[1] < 0, _signal, False),
+    (lambda end: end.culprit[2] is not None, _exception, False),
+    (lambda end: True, _unknown, False),
+)

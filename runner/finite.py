@@ -1,0 +1,49 @@
+"""The guard against NaN: what the stages call after each optimizer step, before anything is logged or saved."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from runner.config import Config
+from runner.errors import UserError
+
+
+def check_finite(cfg: Config, folder: Path, stage: str, step: int, loss: float, norm: float, rows: Iterable[dict], tokenizer) -> None:
+    """Call it after an optimizer step and before anything is saved. Raises UserError on a loss or gradient norm that is not finite.
+
+    All ranks must give the same loss and norm. rows: of the whole batch, looked at only when it is bad; see `numbered`.
+    They are written to <folder>/bad_batch_step_<step>.jsonl, every list of ids with its text.
+    """
+    # An overflow in fp16 alone: DeepSpeed has skipped the update and lowers the loss scale
+    if math.isfinite(loss) and (math.isfinite(norm) or cfg.hardware.precision == "fp16"):
+        return
+    path = folder / f"bad_batch_step_{step}.jsonl"
+    _save_batch(path, rows, tokenizer)
+    raise UserError(
+        f"step {step} gave loss {loss:g} and gradient norm {norm:g}, and training stops here; its batch is in {path}. "
+        f"Lower the learning rate ({lower_rate(cfg, stage)}) or lengthen {stage}.warmup; or look at the batch for a broken row"
+    )
+
+
+def numbered(rows, numbers) -> Iterable[dict]:
+    """Rows of a data set with their numbers, without empty slots; nothing is read before it is asked for."""
+    return ({"row": int(n), **rows[int(n)]} for n in numbers if n >= 0)
+
+
+def _save_batch(path: Path, rows: Iterable[dict], tokenizer) -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_rank():
+        return
+    with path.open("w") as file:
+        for row in rows:
+            plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+            texts = {name.removesuffix("ids") + "text": tokenizer.decode(ids) for name, ids in plain.items() if name.endswith("ids")}
+            file.write(json.dumps(plain | texts, ensure_ascii=False) + "\n")
+
+
+def lower_rate(cfg: Config, stage: str) -> str:
+    """Half of what is set, as overrides."""
+    names = ("actor_lr", "critic_lr") if stage == "ppo" else ("lr",)
+    return " ".join(f"{stage}.{name}={getattr(getattr(cfg, stage), name) / 2:g}" for name in names)

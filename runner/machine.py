@@ -1,0 +1,71 @@
+"""What the machine says about its memory and disks. Linux; elsewhere the answers are "unknown"."""
+
+import errno
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from runner.errors import UserError
+
+
+def oom_kills() -> int | None:
+    """Processes that the kernel has killed for want of memory so far: in our control group, or else on the machine."""
+    for path in (*_cgroup_files("memory.events"), *_cgroup_files("memory.oom_control"), Path("/proc/vmstat")):
+        with suppress(OSError):
+            if found := re.search(r"^oom_kill (\d+)$", path.read_text(), re.MULTILINE):
+                return int(found[1])
+    return None
+
+
+def memory_limit() -> int:
+    """Bytes of CPU memory that we may use: the control group's limit, or the machine's memory."""
+    machine = sys.maxsize
+    with suppress(OSError):
+        machine = 1024 * int(re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    for path in (*_cgroup_files("memory.max"), *_cgroup_files("memory.limit_in_bytes")):
+        with suppress(OSError, ValueError):  # "max": none
+            return min(machine, int(path.read_text()))
+    return machine
+
+
+def _cgroup_files(name: str) -> list[Path]:
+    """Where a file of our memory control group may lie: version 2, version 1, and both as a container sees them."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds in ("", "memory"):
+                root = Path("/sys/fs/cgroup") / kinds
+                files = [root / path.lstrip("/") / name, root / name]
+                if found := [file for file in files if file.exists()]:
+                    return found
+    return []
+
+
+def gb(number: int) -> str:
+    return f"{number / 1e9:.3g} GB"
+
+
+def disk_full(path: Path) -> str:
+    """The state of a full disk, in half a sentence."""
+    while not path.exists():
+        path = path.parent
+    size = shutil.disk_usage(path)
+    return f"the disk is full: {gb(size.free)} of {gb(size.total)} are free at {path}"
+
+
+@contextmanager
+def naming_full_disks(store: str) -> Iterator[None]:
+    """The launcher writes too: data, configurations, summaries."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        full = disk_full(Path(error.filename or store).expanduser().absolute())
+        raise UserError(f"{full}. {MORE_SPACE} What was saved is intact: the same command goes on from it") from error
+
+
+MORE_SPACE = "Delete old steps there, or type store=/a/larger/disk."

@@ -1,0 +1,107 @@
+"""Stands in for runner.worker where no model is needed: `python worker.py <step folder> <how it ends>`, as hardware.launch starts it.
+
+Imports no torch unless there are several ranks, so that a launch takes a fraction of a second.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from runner import heartbeat, stop, worker
+from runner.errors import UserError
+
+stop.MARGIN = 1.0  # time limits are seconds here
+
+
+def main(folder: Path, how: str, rank: int) -> None:
+    stop.die_with_parent(signal.SIGKILL, os.getppid())
+    stop.watch(folder)
+    heartbeat.start(folder, rank)
+    heartbeat.now.update(phase="train", step=7, total=9)
+    (folder / f"pid_{rank}").write_text(str(os.getpid()))
+    try:
+        WAYS[how](folder, rank)
+    except BaseException as error:
+        worker.report(folder, rank, error)
+        raise
+
+
+def stops(folder: Path, rank: int) -> None:
+    while not (reason := stop.asked()):
+        time.sleep(0.02)
+    (folder / stop.NOTE).write_text(json.dumps({"reason": reason, **heartbeat.now}))
+
+
+def hangs(folder: Path, rank: int) -> None:
+    time.sleep(60)
+
+
+def crashes_once(folder: Path, rank: int) -> None:
+    tries = folder / "tries"
+    tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
+    if tries.read_text() == "x":
+        raise RuntimeError("a cosmic ray")
+    (folder / "DONE").write_text("")
+
+
+def refuses(folder: Path, rank: int) -> None:
+    raise UserError("the data are of the wrong kind: type something else")
+
+
+def module(folder: Path, rank: int) -> None:
+    import no_such_module  # noqa: F401
+
+
+def memory(folder: Path, rank: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+    bytearray(2**32)
+
+
+def dies(number: int):
+    def die(folder: Path, rank: int) -> None:
+        print("[sft] step 7/9  loss 1.234", flush=True)
+        os.kill(os.getpid(), number)
+
+    return die
+
+
+def with_neighbours(act):
+    """All ranks meet over and over; `act` is what rank 1 does after a while."""
+
+    def run(folder: Path, rank: int) -> None:
+        import torch
+        import torch.distributed as dist
+
+        from runner import ranks
+
+        ranks.start("cpu", timeout_minutes=0.03)
+        group = dist.new_group()  # as DeepSpeed makes one
+        for turn in range(1000):
+            if rank == 1 and turn == 3:
+                act()
+            dist.all_reduce(torch.zeros(1), group=group)
+
+    return run
+
+
+WAYS = {
+    "stops": stops,
+    "hangs": hangs,
+    "crashes_once": crashes_once,
+    "refuses": refuses,
+    "module": module,
+    "memory": memory,
+    "kill": dies(signal.SIGKILL),
+    "bus": dies(signal.SIGBUS),
+    "rank_1_dies": with_neighbours(lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "rank_1_is_late": with_neighbours(lambda: time.sleep(4)),
+}
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(os.environ.get("RANK", "0")))
