@@ -251,6 +251,7 @@ class Hardware:
     micro_batch: MicroBatch
     gradient_checkpointing: GradientCheckpointing
     logits_chunk: int
+    deterministic: bool
     timeout_minutes: float
     deepspeed: Dict[str, Any]
 

@@ -50,6 +50,9 @@ def work(folder: Path) -> None:
     inputs = Inputs(folder=folder, **json.loads((folder / "step.json").read_text()))
     if cfg.hardware.accelerator == "cpu":
         engine.skip_cpu_op_builds()
+    if cfg.hardware.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True, warn_only=True)  # a cumulative sum has no such kernel
     device = ranks.start(cfg.hardware.accelerator, cfg.hardware.timeout_minutes)
     torch.manual_seed(cfg.seed + ranks.rank())
     log = RunLog(cfg, inputs.stage, folder, inputs.parents, device)

@@ -1,12 +1,15 @@
 """The pipeline on one CUDA device: precisions, ZeRO stages, offload, adapters. Skipped where there is none."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -50,3 +53,33 @@ def test_an_overflow_of_one_engine_stops_both(tmp_path):
     done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "both skipped" in done.stdout
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
+    """Stopped by the time limit in the middle of PPO, or not: the same weights, with deterministic kernels."""
+    words = [
+        "experiment=debug",
+        "hardware=h200",
+        "hardware.deterministic=true",
+        "wandb.mode=disabled",
+        "ppo.max_steps=6",
+        "ppo.ema_decay=0.9",
+    ]
+
+    def run(store: Path, *more: str) -> int:
+        command = [sys.executable, str(ROOT / "run.py"), *words, f"store={store}", f"hydra.run.dir={store}/run", *more]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=280).returncode
+
+    assert run(tmp_path / "straight") == 0
+    broken = tmp_path / "broken"
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *words, f"store={broken}", f"hydra.run.dir={broken}/run"], cwd=tmp_path
+    ) as started:
+        while started.poll() is None and not list(broken.glob("ppo-*/checkpoints/step_2/manifest.json")):
+            time.sleep(0.01)
+        started.send_signal(signal.SIGTERM)
+    assert started.returncode == 75
+    assert run(broken) == 0
+    for part in ("model", "critic", "model_ema"):
+        one, other = (load_file(next(tmp_path.glob(f"{name}/ppo-*/{part}/model.safetensors"))) for name in ("straight", "broken"))
+        assert all(torch.equal(one[name], other[name]) for name in one), part
