@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from runner import stop
-from runner.config import load
+from runner.door import load
 from runner.errors import UserError
 from runner.files import remove_unused
 from runner.plan import plan, show

@@ -1,21 +1,11 @@
-"""The configuration: every key with its type, its limits, and the door through which composed YAML becomes objects.
+"""The configuration: every key with its type and its limits. Values and their explanations live in conf/ and nowhere else.
 
-Values and their explanations live in conf/ and nowhere else; here a field has a type and no default. `load` is the only
-way in, for the launcher and for the workers, so that a wrong key, type or value dies before anything is started.
+runner/door.py makes objects of composed YAML, for the launcher and for the workers.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any, Dict, List, Optional
-
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
-
-from runner import secrets
-from runner.errors import UserError
 
 STAGES = ("sft", "reward", "ppo")
 # Stages whose models a stage starts from
@@ -283,89 +273,76 @@ class Hardware:
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def check_optimizer(stage) -> None:
-    """Limits that the optimizer settings of all stages share."""
-    where = type(stage).__name__.lower()
-    check_choice(f"{where}.lr_schedule", stage.lr_schedule, SCHEDULES)
-    check(stage.warmup >= 0, f"{where}.warmup={stage.warmup} must be 0 or more: steps, or below 1 a share of the run")
-    check(stage.grad_clip > 0, f"{where}.grad_clip={stage.grad_clip} must be above 0 (1e9 for none)")
-    check(len(stage.betas) == 2, f"{where}.betas={stage.betas} must be two numbers")
-    check(all(0 <= beta < 1 for beta in stage.betas), f"{where}.betas={stage.betas} must be 0 or more, and below 1")
-    check_above(stage, 0, "epochs", "max_steps", "eps")
-    check_least(stage, 0, "eval_every", "lr_end")
-
-
 @dataclass
-class Sft:
+class Training:
+    """What all stages have."""
+
     use: Optional[str]
     epochs: float
     max_steps: Optional[int]
-    global_batch: int
-    lr: float
     lr_schedule: str
     lr_end: float
     warmup: float
-    weight_decay: float
     betas: List[float]
     eps: float
     grad_clip: float
-    dropout: Optional[float]
-    prompt_loss: float
     eval_every: int
+
+    def __post_init__(self):
+        where = type(self).__name__.lower()
+        check_choice(f"{where}.lr_schedule", self.lr_schedule, SCHEDULES)
+        check(self.warmup >= 0, f"{where}.warmup={self.warmup} must be 0 or more: steps, or below 1 a share of the run")
+        check(self.grad_clip > 0, f"{where}.grad_clip={self.grad_clip} must be above 0 (1e9 for none)")
+        check(len(self.betas) == 2, f"{where}.betas={self.betas} must be two numbers")
+        check(all(0 <= beta < 1 for beta in self.betas), f"{where}.betas={self.betas} must be 0 or more, and below 1")
+        check_above(self, 0, "epochs", "max_steps", "eps")
+        check_least(self, 0, "eval_every", "lr_end")
+
+
+@dataclass
+class Supervised(Training):
+    """What SFT and reward model have beside it."""
+
+    global_batch: int
+    lr: float
+    weight_decay: float
+    dropout: Optional[float]
     eval_examples: int
 
     def __post_init__(self):
-        check_optimizer(self)
+        super().__post_init__()
         check_least(self, 0, "lr", "weight_decay")
         check_least(self, 1, "global_batch", "eval_examples")
         check_share(self, "dropout")
+
+
+@dataclass
+class Sft(Supervised):
+    prompt_loss: float
+
+    def __post_init__(self):
+        super().__post_init__()
         check(0 <= self.prompt_loss <= 1, f"sft.prompt_loss={self.prompt_loss} must be in [0, 1]")
 
 
 @dataclass
-class Reward:
-    use: Optional[str]
-    epochs: float
-    max_steps: Optional[int]
-    global_batch: int
-    lr: float
-    lr_schedule: str
-    lr_end: float
-    warmup: float
-    weight_decay: float
-    betas: List[float]
-    eps: float
-    grad_clip: float
-    dropout: Optional[float]
+class Reward(Supervised):
     center_coef: float
-    eval_every: int
-    eval_examples: int
 
     def __post_init__(self):
-        check_optimizer(self)
-        check_least(self, 0, "lr", "weight_decay", "center_coef")
-        check_least(self, 1, "global_batch", "eval_examples")
-        check_share(self, "dropout")
+        super().__post_init__()
+        check_least(self, 0, "center_coef")
 
 
 @dataclass
-class Ppo:
-    use: Optional[str]
-    epochs: float
-    max_steps: Optional[int]
+class Ppo(Training):
     rollout_batch: int
     minibatches: int
     ppo_epochs: int
     actor_lr: float
     critic_lr: float
-    lr_schedule: str
-    lr_end: float
-    warmup: float
     actor_weight_decay: float
     critic_weight_decay: float
-    betas: List[float]
-    eps: float
-    grad_clip: float
     critic_warmup: int
     temperature: float
     top_p: float
@@ -388,11 +365,10 @@ class Ppo:
     ptx_coef: float
     ema_decay: float
     align_overflow: bool
-    eval_every: int
     eval_prompts: int
 
     def __post_init__(self):
-        check_optimizer(self)
+        super().__post_init__()
         check_choice("ppo.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         check_least(self, 1, "rollout_batch", "minibatches", "ppo_epochs", "kl_horizon", "eval_prompts")
         check_least(self, 0, "actor_lr", "critic_lr", "actor_weight_decay", "critic_weight_decay", "critic_warmup")
@@ -495,122 +471,3 @@ def seconds_of(text: str) -> float:
     part = {name: int(value or 0) for name, value in found.groupdict().items()}
     hours = 24 * part["days"] + part["h"] + part["hours"]
     return 3600 * hours + 60 * (part["m"] + part["minutes"]) + part["s"] + part["seconds"]
-
-
-# --- the door ---------------------------------------------------------------------------------------------------------
-
-
-def load(composed: DictConfig | str | Path) -> Config:
-    """Turn composed YAML (Hydra's DictConfig, or the path of a saved one) into a checked Config.
-
-    Raises:
-        UserError: a key that does not exist, a value of the wrong type or out of range, a mandatory value left open.
-    """
-    if not isinstance(composed, DictConfig):
-        composed = OmegaConf.create(read_yaml(Path(composed)))
-    try:
-        if missing := next(open_keys(OmegaConf.to_container(composed)), None):
-            raise UserError(f"{missing} has no value: type {missing}=...")
-        values = OmegaConf.to_container(composed, resolve=True)
-        secrets.refuse_in_config(values)
-        chosen = values.get("stage")
-        for stage in STAGES:  # an experiment may fill blocks that the chosen stage does not read
-            if chosen in STAGES and stage not in (chosen, *PARENTS[chosen]):
-                values.pop(stage, None)
-        check_kinds(values)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    except ConfigKeyError as error:
-        key = error.full_key or str(error.key)
-        raise UserError(f"unknown key {key}{did_you_mean(key, known_keys())}") from error
-    except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} has no value: type {error.full_key}=...") from error
-    except OmegaConfBaseException as error:
-        what = str(error).splitlines()[0]
-        if wrong := re.fullmatch(r"Value '(.*)' of type '.*' could not be converted to (\w+)", what):
-            raise UserError(f"{error.full_key}={wrong[1]} must be {KINDS.get(wrong[2], wrong[2])}") from error
-        raise UserError(f"{error.full_key}: {what}") from error
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def check_kinds(values: dict, node: type = Config, prefix: str = "") -> None:
-    """Raise UserError, with what to type, where a plain value stands in the place of a block, a mapping or a list."""
-    for f in fields(node):
-        key, value, kind = prefix + f.name, values.get(f.name), _bare(f.type)
-        if is_dataclass(kind) and isinstance(value, dict):
-            check_kinds(value, kind, f"{key}.")
-        if value is None or isinstance(value, dict | list):
-            continue
-        if is_dataclass(kind):
-            first, *others = [inside.name for inside in fields(kind)]
-            raise UserError(f"{key}={value}: {key} is a block of keys ({', '.join([first, *others])}): type {key}.{first}={value}")
-        if str(kind).startswith("typing.Dict"):
-            raise UserError(f"{key}={value} must be a mapping: type {key}='{{name: value}}'")
-        if str(kind).startswith("typing.List"):
-            raise UserError(f"{key}={value} must be a list: type {key}=[{value}]")
-
-
-def read_yaml(path: Path) -> dict:
-    """A file of plain YAML: mappings, lists and scalars. Tags that would make Python objects are refused."""
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(broken_yaml(error, path)) from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no mapping of keys to values")
-    return values
-
-
-def broken_yaml(error: yaml.YAMLError, path: Path | None = None) -> str:
-    """Where a YAML file is broken, and how; the path may be known to the error only."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error).splitlines()[0]
-    tag = re.search(r"tag '(.*?)'", problem)
-    where = f"{path or getattr(mark, 'name', 'a YAML file')}:{mark.line + 1}" if mark else str(path)
-    return f"{where}: {f'the tag {tag[1]} is refused: it would run Python code' if tag else f'not valid YAML ({problem})'}"
-
-
-KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
-
-
-def open_keys(node: object, prefix: str = "") -> Iterator[str]:
-    """Dotted keys whose value is still '???'. OmegaConf's own search resolves interpolations, and dies of those that lead to one."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from open_keys(value, f"{prefix}.{key}" if prefix else str(key))
-    elif node == "???":
-        yield prefix
-
-
-def known_keys(node: type = Config, prefix: str = "") -> List[str]:
-    """All dotted keys of the schema: blocks and leaves. A free-form mapping ends with '.*'."""
-    keys: List[str] = []
-    for f in fields(node):
-        key = prefix + f.name
-        kind = _bare(f.type)
-        keys.append(key)
-        if is_dataclass(kind):
-            keys += known_keys(kind, key + ".")
-        elif kind == Dict[str, Source]:
-            keys += [key + ".*", *known_keys(Source, key + ".*.")]
-        elif str(kind).startswith("typing.Dict"):
-            keys.append(key + ".*")
-    return keys
-
-
-def did_you_mean(word: str, choices: List[str]) -> str:
-    """' (did you mean X?)', or nothing when no choice resembles the word."""
-    import difflib
-
-    block, _, leaf = word.rpartition(".")
-    whole = [choice for choice in choices if choice.rpartition(".")[2] == word]  # the end of a dotted key
-    whole = whole or [choice for choice in choices if block and choice.startswith(f"{block}.") and choice.endswith(f"_{leaf}")]
-    near = whole or difflib.get_close_matches(word, choices, n=1, cutoff=0.7)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
-
-
-def _bare(kind):
-    """Optional[X] -> X."""
-    inner = [k for k in getattr(kind, "__args__", ()) if k is not type(None)]
-    return inner[0] if len(inner) == 1 and type(None) in kind.__args__ else kind

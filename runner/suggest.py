@@ -9,8 +9,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from runner import secrets
-from runner.config import STAGES, broken_yaml, check_name, did_you_mean, known_keys, read_yaml
-from runner.errors import UserError
+from runner.config import STAGES, check_name
+from runner.door import broken_yaml, known_keys, read_yaml
+from runner.errors import UserError, did_you_mean
 
 # Options of Hydra that take the next word
 TAKES_A_WORD = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir", "-i", "--info")

@@ -41,7 +41,7 @@ def work(folder: Path) -> None:
     import torch.distributed as dist
 
     from runner import engine, ranks
-    from runner.config import load
+    from runner.door import load
     from runner.metrics import RunLog
     from runner.stages import ppo, reward, sft
     from runner.stages.build import Inputs

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from runner.config import Dataset, load
+from runner.config import Dataset
 from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, Unmapped, adapt, parse_dialogue
+from runner.door import load
 from runner.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]

@@ -416,7 +416,7 @@ def test_a_sweep_goes_on_after_a_job_that_cannot_run(here):
 
 def test_a_worker_with_a_broken_config_says_why(tmp_path):
     """The workers go through the same door as the launcher."""
-    from runner.config import load
+    from runner.door import load
 
     (tmp_path / "config.yaml").write_text("name: x\nnonsense: 1\n")
     with pytest.raises(UserError, match="unknown key nonsense"):
@@ -466,7 +466,7 @@ def test_every_command_of_the_readme_makes_a_plan(tmp_path, monkeypatch):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     import runner.plan
-    from runner.config import load
+    from runner.door import load
     from runner.suggest import check_overrides
 
     conf = tmp_path / "conf"

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from runner.config import did_you_mean
-from runner.errors import UserError
+from runner.errors import UserError, did_you_mean
 
 Turn = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": str}
 

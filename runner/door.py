@@ -1,0 +1,120 @@
+"""The door: the only way from composed YAML to a Config, so that a wrong key, type or value dies before anything is started."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Dict, List
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from runner import secrets
+from runner.config import PARENTS, STAGES, Config, Source
+from runner.errors import UserError, did_you_mean
+
+
+def load(composed: DictConfig | str | Path) -> Config:
+    """Turn composed YAML (Hydra's DictConfig, or the path of a saved one) into a checked Config.
+
+    Raises:
+        UserError: a key that does not exist, a value of the wrong type or out of range, a mandatory value left open.
+    """
+    if not isinstance(composed, DictConfig):
+        composed = OmegaConf.create(read_yaml(Path(composed)))
+    try:
+        if missing := next(open_keys(OmegaConf.to_container(composed)), None):
+            raise UserError(f"{missing} has no value: type {missing}=...")
+        values = OmegaConf.to_container(composed, resolve=True)
+        secrets.refuse_in_config(values)
+        chosen = values.get("stage")
+        for stage in STAGES:  # an experiment may fill blocks that the chosen stage does not read
+            if chosen in STAGES and stage not in (chosen, *PARENTS[chosen]):
+                values.pop(stage, None)
+        check_kinds(values)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    except ConfigKeyError as error:
+        key = error.full_key or str(error.key)
+        raise UserError(f"unknown key {key}{did_you_mean(key, known_keys())}") from error
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} has no value: type {error.full_key}=...") from error
+    except OmegaConfBaseException as error:
+        what = str(error).splitlines()[0]
+        if wrong := re.fullmatch(r"Value '(.*)' of type '.*' could not be converted to (\w+)", what):
+            raise UserError(f"{error.full_key}={wrong[1]} must be {KINDS.get(wrong[2], wrong[2])}") from error
+        raise UserError(f"{error.full_key}: {what}") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def check_kinds(values: dict, node: type = Config, prefix: str = "") -> None:
+    """Raise UserError, with what to type, where a plain value stands in the place of a block, a mapping or a list."""
+    for f in fields(node):
+        key, value, kind = prefix + f.name, values.get(f.name), _bare(f.type)
+        if is_dataclass(kind) and isinstance(value, dict):
+            check_kinds(value, kind, f"{key}.")
+        if value is None or isinstance(value, dict | list):
+            continue
+        if is_dataclass(kind):
+            first, *others = [inside.name for inside in fields(kind)]
+            raise UserError(f"{key}={value}: {key} is a block of keys ({', '.join([first, *others])}): type {key}.{first}={value}")
+        if str(kind).startswith("typing.Dict"):
+            raise UserError(f"{key}={value} must be a mapping: type {key}='{{name: value}}'")
+        if str(kind).startswith("typing.List"):
+            raise UserError(f"{key}={value} must be a list: type {key}=[{value}]")
+
+
+def read_yaml(path: Path) -> dict:
+    """A file of plain YAML: mappings, lists and scalars. Tags that would make Python objects are refused."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(broken_yaml(error, path)) from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no mapping of keys to values")
+    return values
+
+
+def broken_yaml(error: yaml.YAMLError, path: Path | None = None) -> str:
+    """Where a YAML file is broken, and how; the path may be known to the error only."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error).splitlines()[0]
+    tag = re.search(r"tag '(.*?)'", problem)
+    where = f"{path or getattr(mark, 'name', 'a YAML file')}:{mark.line + 1}" if mark else str(path)
+    return f"{where}: {f'the tag {tag[1]} is refused: it would run Python code' if tag else f'not valid YAML ({problem})'}"
+
+
+KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
+
+
+def open_keys(node: object, prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose value is still '???'. OmegaConf's own search resolves interpolations, and dies of those that lead to one."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from open_keys(value, f"{prefix}.{key}" if prefix else str(key))
+    elif node == "???":
+        yield prefix
+
+
+def known_keys(node: type = Config, prefix: str = "") -> List[str]:
+    """All dotted keys of the schema: blocks and leaves. A free-form mapping ends with '.*'."""
+    keys: List[str] = []
+    for f in fields(node):
+        key = prefix + f.name
+        kind = _bare(f.type)
+        keys.append(key)
+        if is_dataclass(kind):
+            keys += known_keys(kind, key + ".")
+        elif kind == Dict[str, Source]:
+            keys += [key + ".*", *known_keys(Source, key + ".*.")]
+        elif str(kind).startswith("typing.Dict"):
+            keys.append(key + ".*")
+    return keys
+
+
+def _bare(kind):
+    """Optional[X] -> X."""
+    inner = [k for k in getattr(kind, "__args__", ()) if k is not type(None)]
+    return inner[0] if len(inner) == 1 and type(None) in kind.__args__ else kind
