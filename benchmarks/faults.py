@@ -51,12 +51,12 @@ def main() -> None:
     with TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         references = {case: undisturbed(Path(folder), case) for case in CASES}
         trials: list[Trial] = []
-        number = 0
+        number, cases = 0, list(CASES)
         while (missing := options.blows - sum(len(t.blows) for t in trials)) > 0:
             # Each trial brings four blows or so
             batch = range(number, number + max(options.jobs, missing // 4))
             number = batch.stop
-            trials += pool.map(lambda n: trial(Path(folder), references, options.seed, n), batch)
+            trials += pool.map(lambda n: trial(Path(folder), cases[n % len(cases)], references, options.seed, n), batch)
     print(table(trials))
     if options.out:
         Path(options.out).write_text(json.dumps([vars(t) for t in trials], indent=2))
@@ -121,9 +121,8 @@ class Trial:
     resumes: int = 0
 
 
-def trial(folder: Path, references: dict, seed: int, number: int) -> Trial:
+def trial(folder: Path, case: str, references: dict, seed: int, number: int) -> Trial:
     rng = random.Random(seed * 1_000_003 + number)
-    case = list(CASES)[number % len(CASES)]
     source, expected, parents = references[case]
     made, store = Trial(case, number), folder / f"trial-{number}"
     store.mkdir()

@@ -113,7 +113,7 @@ class Checkpoints:
             safe = complete(self.folder)
             kept = f"The last good one, {safe[-1]}, is intact" if safe else "There is none yet"
             raise UserError(
-                f"the disk is full: a checkpoint needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free at {self.folder}. {kept}. "
+                f"the disk is full: a checkpoint needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free at {self.folder}. {kept}. "
                 "Free some space, or move the store and type store=/another/disk; the same command then goes on"
             )
 

@@ -254,7 +254,7 @@ def test_a_full_disk_is_foreseen_and_the_last_checkpoint_stays(two_engines, tmp_
         save(made, step, {})
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=70_000_000 - 64 * len(names(tmp_path))))
-    with pytest.raises(UserError, match=r"the disk is full: a checkpoint needs .* GB, .* GB are free at .*step_2, is intact"):
+    with pytest.raises(UserError, match=r"the disk is full: a checkpoint needs .* MB, .* MB are free at .*step_2, is intact"):
         monkeypatch.setattr(checkpoint, "SPARE_BYTES", 80_000_000)
         save(made, 3, {})
     # The older one went, to make room

@@ -5,20 +5,19 @@ Each start of a worker costs seconds, so runs are few and each is looked at from
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import faults
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
 # Few and small steps of everything, with a checkpoint after each
 SMALL = ["experiment=debug", "debug=false", "name=test", "dataset.toy_rows=3000", "model.max_response_tokens=16"]
 SMALL += ["hardware.micro_batch.ppo=4", "hardware.micro_batch.sft=8"]
@@ -126,9 +125,16 @@ def test_running_again_reuses_everything_and_a_change_of_ppo_reuses_its_parents(
     assert plan.count("reused") == 2 and plan.count("resume") == 0
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_a_killed_worker_loses_nothing(finished, tmp_path, stage):
-    """Kill -9 after a checkpoint, run again: the same metrics and the same weights, bit for bit."""
+BLOWS = [
+    ("sft", "SIGKILL to the launcher", "save"),
+    ("reward", "SIGKILL to everything", "export"),
+    ("ppo", "SIGKILL to all workers", "training"),
+]
+
+
+@pytest.mark.parametrize("stage, what, when", BLOWS)
+def test_a_blow_loses_nothing(finished, tmp_path, stage, what, when):
+    """A share of benchmarks/faults.py: after a kill and a second run, the same metrics and the same weights, bit for bit."""
     store, _ = finished
     overrides = list(STATEFUL)
     if stage == "ppo":
@@ -147,9 +153,10 @@ def test_a_killed_worker_loses_nothing(finished, tmp_path, stage):
         stderr=subprocess.PIPE,
         text=True,
     )
-    kill_worker_after(process, lambda: list(broken.glob(f"{stage}-*/checkpoints/step_2/manifest.json")))
-    assert process.returncode == 1
-    assert "was killed (-9)" in process.stderr.read()
+    workers = strike_when(process, broken, stage, what, when)
+    said = process.communicate(timeout=60)[1]
+    assert "was killed (-9). Somebody sent the signal" in said if what == "SIGKILL to all workers" else process.returncode == -9
+    assert psutil.wait_procs(workers, timeout=10)[1] == []  # none runs on unseen
     assert "resumed at step" in succeed(broken, *overrides)
 
     a, b = step_folder(tmp_path / "straight", stage), step_folder(broken, stage)
@@ -160,15 +167,15 @@ def test_a_killed_worker_loses_nothing(finished, tmp_path, stage):
         assert_same_weights(a / "critic", b / "critic")
 
 
-def kill_worker_after(process: subprocess.Popen, happened) -> None:
+def strike_when(process: subprocess.Popen, store: Path, stage: str, what: str, when: str) -> list[psutil.Process]:
+    """Returns the workers that ran at that moment. Not before the first checkpoint: then there would be nothing to go on from."""
     deadline = time.monotonic() + 120
-    while not happened():
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-        time.sleep(0.005)
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if any("runner.worker" in word for word in child.cmdline()):
-            child.send_signal(signal.SIGKILL)
-    process.wait(60)
+    while not (faults.checkpoints(store, stage) and faults.has_come(when, faults.step_folder(store, stage), lines=2)):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before the moment came"
+        time.sleep(0.001)
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if faults.is_worker(p)]
+    faults.strike(what, process)
+    return workers
 
 
 def test_a_sweep_trains_the_parents_once_and_ends_with_a_table(finished):
