@@ -6,6 +6,7 @@ in worker processes (runner/worker.py). README.md tells what to type.
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
@@ -36,7 +37,7 @@ def main(composed: DictConfig) -> None:
         run(composed)
     except UserError as error:
         # In a sweep the other jobs go on, so the message must not wait for the end
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        tell(f"error: {error}")
         if WANTS_TRACEBACK or composed.get("debug"):
             raise
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -44,7 +45,7 @@ def main(composed: DictConfig) -> None:
         sys.exit(1)
     except stop.Stopped as stopped:
         # SystemExit ends a sweep too
-        print(f"\n{stopped}", file=sys.stderr, flush=True)
+        tell(str(stopped))
         sys.exit(stop.RESUME_ME)
     except BrokenPipeError:
         # `run.py dry_run=true | head`: who read us has seen enough
@@ -58,12 +59,15 @@ def run(composed: DictConfig) -> None:
     """One run: check, plan, prepare, train what is missing, sum up."""
     cfg = load(composed)
     stop.limit(cfg.time_limit_seconds)
+    sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweeps and cfg.resume == "force":
+        raise UserError("resume=force goes on from what was worked at last, which in a sweep may be any job's: force one run at a time")
     steps = plan(cfg)
     show(cfg, steps, details=cfg.dry_run)
     if cfg.dry_run:
         return
     interrupted = next((step for step in steps if step.earlier), None)
-    if interrupted and cfg.resume == "auto" and HydraConfig.get().mode == RunMode.RUN:
+    if interrupted and cfg.resume == "auto" and not sweeps:
         refuse(interrupted.stage, interrupted.earlier)
 
     from runner.launch import launch
@@ -77,6 +81,12 @@ def run(composed: DictConfig) -> None:
         inputs = prepare(cfg, steps)
         reused = {step.stage for step in steps if not launch(cfg, step, inputs.get(step.stage), run_dir)}
         show_summary(cfg.name, steps, reused, run_dir, list(hydra_facts.overrides.task))
+
+
+def tell(text: str) -> None:
+    """Say it on stderr, if anybody still listens: the exit code is not to change for that."""
+    with suppress(BrokenPipeError):
+        print(f"\n{text}", file=sys.stderr, flush=True)
 
 
 class Told(Exception):

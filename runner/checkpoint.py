@@ -28,7 +28,7 @@ from runner import ranks, stop
 from runner.config import Config
 from runner.errors import UserError
 from runner.files import put_in_place
-from runner.manifest import MANIFEST, complete, damage, read_manifest, remove, sealed
+from runner.manifest import complete, damage, read_manifest, remove, score_of, sealed, write_manifest
 from runner.metrics import RunLog
 from runner.shards import MOMENTS, Shard, make_moments, publish, scaler_state, set_scaler_state, shards, steps_taken
 from runner.stop import Stopped
@@ -48,6 +48,7 @@ class Checkpoints:
         self.saved: str | None = None  # name of the newest checkpoint that is safe, or on its way
         self.best = -np.inf
         self._writer: Writer | None = None
+        self._last = time.monotonic()  # when a save began
 
     # --- the loop's side ---
 
@@ -56,10 +57,13 @@ class Checkpoints:
 
         Args: state: JSON facts of the stage, the same on every rank. score: of an evaluation at this step; more is better.
         """
-        every, reason = self.cfg.checkpoint.every, stop.asked()
-        best = score is not None and self.cfg.checkpoint.keep_best > 0 and score > self.best
+        settings, reason = self.cfg.checkpoint, stop.asked()
+        best = score is not None and settings.keep_best > 0 and score > self.best
         self.best = max(self.best, score if score is not None else -np.inf)
-        if reason or best or done == total or (every > 0 and done % every == 0):
+        often = settings.every > 0 and done % settings.every == 0
+        # Rank 0's clock counts for all
+        late = settings.minutes > 0 and ranks.first(lambda: time.monotonic() - self._last > 60 * settings.minutes)
+        if reason or best or often or late or done == total:
             self.save(f"step_{done}", done, state, score)
         else:
             self._poll()
@@ -78,13 +82,13 @@ class Checkpoints:
         if self.saved == name:
             return
         self.finish()
-        started = time.monotonic()
+        started = self._last = time.monotonic()
         with self.log.phase("checkpoint"):
             files = self._snapshot(shared or {})
             self._make_room(sum(t.nbytes for tensors in files.values() for t in tensors.values()))
             facts = {"step": step, "key": self.key, "world_size": ranks.world(), "score": score, "state": state}
             facts |= {"steps_taken": {n: steps_taken(e) for n, e in self.engines.items()}, "log": self.log.state()}
-            facts["scalers"] = {n: scaler_state(e) for n, e in self.engines.items()}
+            facts |= {"scalers": {n: scaler_state(e) for n, e in self.engines.items()}, "precision": self.cfg.hardware.precision}
             self._writer = Writer(self.folder / "checkpoints" / name, files, facts, started)
             self.saved = name
         if not self.cfg.checkpoint.background:
@@ -152,8 +156,8 @@ class Checkpoints:
     def _prune(self) -> None:
         """Keep the newest and the best checkpoints."""
         found, settings = complete(self.folder), self.cfg.checkpoint
-        scored = [(score, path) for path in found if (score := read_manifest(path)["score"]) is not None]
-        best = [path for _, path in sorted(scored, key=lambda pair: pair[0])][-settings.keep_best :] if settings.keep_best else []
+        scored = sorted((path for path in found if score_of(path) is not None), key=score_of)
+        best = scored[-settings.keep_best :] if settings.keep_best else []
         for path in found[: -settings.keep_last]:
             if path not in best:
                 remove(path)
@@ -173,13 +177,15 @@ class Checkpoints:
             raise UserError(
                 f"{path} belongs to step {manifest['key']}, this is {self.key}: a checkpoint goes on with its own configuration only"
             )
+        if manifest["precision"] != self.cfg.hardware.precision:
+            self.log.say(f"{path.name} was written in {manifest['precision']} and is read in {self.cfg.hardware.precision}")
         for name, engine in self.engines.items():
             self._load_engine(path, manifest, name, engine)
         if self.average:
             fill(path, manifest, "average", self.average.shards(), kinds=("weight",))
         self._restore_random(path, manifest)
         self.log.restore(manifest["log"])
-        scores = [s for p in complete(self.folder) if (s := read_manifest(p)["score"]) is not None]
+        scores = [s for p in complete(self.folder) if (s := score_of(p)) is not None]
         self.saved, self.best = path.name, max(scores, default=-np.inf)
         shared = path / "shared.safetensors"
         tensors = safe_tensors(shared, self.log.device) if shared.exists() else {}
@@ -187,10 +193,12 @@ class Checkpoints:
 
     def load_best(self, score: float) -> bool:
         """Give the engines the weights of the best kept checkpoint, if it scored more than `score`. Returns whether it did."""
-        scored = [path for path in complete(self.folder) if (read_manifest(path)["score"] or -np.inf) > score]
-        if not self.cfg.checkpoint.keep_best or not scored:
+        if not self.cfg.checkpoint.keep_best:
             return False
-        path = max(scored, key=lambda p: read_manifest(p)["score"])
+        better = [path for path in self._finished() if (found := score_of(path)) is not None and found > score]
+        path = next(filter(self._is_whole, sorted(better, key=score_of, reverse=True)), None)
+        if path is None:
+            return False
         for name, engine in self.engines.items():
             fill(path, read_manifest(path), name, shards(engine), kinds=("weight",))
             publish(engine)
@@ -199,21 +207,29 @@ class Checkpoints:
     def _newest_valid(self) -> Path | None:
         """The newest checkpoint whose files are what its manifest says; damaged ones are named and skipped."""
         if ranks.rank() == 0:
-            for stale in (self.folder / "checkpoints").glob("*.tmp"):
-                shutil.rmtree(stale, ignore_errors=True)
-        ranks.barrier()
-        for path in reversed(complete(self.folder)):
-            # Each rank reads its share
-            problems = [p for p in ranks.every(damage(path, ranks.rank(), ranks.world())) if p]
-            if not problems:
+            whole = complete(self.folder)
+            for left in (self.folder / "checkpoints").glob("step_*"):
+                if left not in whole and left.suffix != ".damaged":
+                    shutil.rmtree(left, ignore_errors=True)
+        for path in reversed(self._finished()):
+            if self._is_whole(path):
                 return path
-            self.log.say(f"checkpoint {path.name} is damaged and left out: {problems[0]}")
             if ranks.rank() == 0:
                 aside = path.with_suffix(".damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-            ranks.barrier()
         return None
+
+    def _finished(self) -> list[Path]:
+        """The finished checkpoints as rank 0 sees them: a network disk may show others something else."""
+        return [self.folder / "checkpoints" / name for name in ranks.first(lambda: [p.name for p in complete(self.folder)])]
+
+    def _is_whole(self, path: Path) -> bool:
+        """Whether a checkpoint is what was written; says so if not. Each rank reads its share of the files."""
+        problems = [p for p in ranks.every(damage(path, ranks.rank(), ranks.world())) if p]
+        if problems:
+            self.log.say(f"checkpoint {path.name} is damaged and left out: {problems[0]}")
+        return not problems
 
     def _load_engine(self, path: Path, manifest: dict, name: str, engine) -> None:
         steps = manifest["steps_taken"][name]
@@ -265,9 +281,10 @@ class Writer:
     def publish(self) -> None:
         """Write the manifest and give the folder its name. On rank 0, after all ranks have written."""
         files = {}
-        for part in sorted(self.work.glob("rank_*.json")):
+        for rank in range(self.facts["world_size"]):  # by name: a network disk may list a folder as it was
+            part = self.work / f"rank_{rank}.json"
             files |= json.loads(part.read_text())["files"] | {part.name: sealed(part)}
-        (self.work / MANIFEST).write_text(json.dumps(self.facts | {"files": files}))
+        write_manifest(self.work, self.facts | {"files": files})
         put_in_place(self.work, self.final)
 
 

@@ -401,6 +401,7 @@ class Rollout:
 @dataclass
 class Checkpoint:
     every: int
+    minutes: float
     keep_last: int
     keep_best: int
     background: bool
@@ -408,7 +409,7 @@ class Checkpoint:
     def __post_init__(self):
         check(self.every >= 0, f"checkpoint.every={self.every} must be 0 (only at the end) or more")
         check_least(self, 1, "keep_last")
-        check_least(self, 0, "keep_best")
+        check_least(self, 0, "keep_best", "minutes")
 
 
 @dataclass

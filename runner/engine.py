@@ -95,8 +95,16 @@ def step(engine) -> float:
         # Stage 0 in fp32 keeps no norm. All ranks hold the same averaged gradients here
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()
+    _check_scale(engine)
     norm = engine.get_global_grad_norm() if norm is None else norm
     return float(norm) if norm is not None else 0.0
+
+
+def _check_scale(engine) -> None:
+    """fp16 at stage 0 would skip step after step for ever; ZeRO raises in these words."""
+    scale = getattr(engine.optimizer, "loss_scale_config", None)
+    if engine.fp16_enabled() and scale and engine.optimizer.overflow and scale.cur_scale <= scale.min_loss_scale:
+        raise RuntimeError("Current loss scale already at minimum - cannot decrease scale anymore")
 
 
 @contextmanager

@@ -46,6 +46,7 @@ def write_text(path: Path, text: str) -> None:
     work = path.with_name(path.name + ".tmp")
     work.unlink(missing_ok=True)
     work.write_text(text, encoding="utf-8")
+    flush(work)
     os.replace(work, path)
 
 

@@ -213,7 +213,10 @@ def watch_weights(log: RunLog, engines: dict, frozen: dict[str, nn.Module], not_
 
     Args: frozen: modules that nothing may touch. not_before: the step at which the warm-up is over. Two steps of AdamW must have
     passed too: B of an adapter starts at 0, which gives A no gradient in the first, and fp16 skips steps while it finds its scale.
+    A run that resumes later than that does not look again: near its end the learning rate may be too small to move an fp32 digit.
     """
+    if log.first > not_before:
+        return lambda done: None
     # With a learning rate of 0 nothing moves, and is meant not to
     engines = {name: e for name, e in engines.items() if all(group["peak_lr"] > 0 for group in e.optimizer.param_groups)}
     begun = {name: (steps_taken(e), fingerprint(engine_pieces(e))) for name, e in engines.items()}

@@ -22,7 +22,7 @@ from runner.manifest import steps_done
 from runner.plan import Step, command, engine_configs
 from runner.resume import adopt, write_facts
 from runner.secrets import redact
-from runner.worker import WORKERS_LOCK
+from runner.worker import LAUNCHER_PID, WORKERS_LOCK
 
 ROOT = Path(__file__).parent.parent
 # Set by a surrounding torchrun or srun: a worker must not take them for its own
@@ -43,6 +43,8 @@ def launch(cfg: Config, step: Step, inputs: dict | None, run_dir: Path) -> bool:
         if step.done:
             return False
         _await_orphans(step)
+        if step.done:
+            return False
         for restart in range(1, cfg.max_restarts + 2):
             stop.check(step.stage)
             _write_inputs(cfg, step, inputs)
@@ -107,8 +109,10 @@ def _environment(cfg: Config) -> dict[str, str]:
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // cfg.hardware.gpus)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     # torchrun passes a signal on and waits as long for the workers to save. Unasked it would not handle SIGUSR1, and kill after 30 s
-    environment["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "600"
+    environment["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    environment["PET_SHUTDOWN_TIMEOUT"] = "600"
+    if cfg.hardware.nodes == 1:
+        environment[LAUNCHER_PID] = str(os.getpid())
     if cfg.hardware.accelerator == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
     return environment
@@ -172,10 +176,13 @@ def _relay(lines, log) -> list[str]:
         text = line.removeprefix("~").rstrip("\n")
         if not text.startswith(("[sft]", "[reward]", "[ppo]")):
             continue
-        if live:
-            print(f"\r\x1b[K{text[: columns - 1] if progress else text}", end="" if progress else "\n", flush=True)
-        else:
-            print(text, flush=True)
+        try:
+            if live:
+                print(f"\r\x1b[K{text[: columns - 1] if progress else text}", end="" if progress else "\n", flush=True)
+            else:
+                print(text, flush=True)
+        except BrokenPipeError:  # `| tee` has ended by the same Ctrl-C, and the workers have yet to save
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         pending = progress
     if live and pending:
         print()

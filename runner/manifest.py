@@ -18,14 +18,34 @@ def complete(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: [int(number) for number in p.name.split("_")[1:]])
 
 
+def write_manifest(path: Path, facts: dict) -> None:
+    (path / MANIFEST).write_text(json.dumps(facts | {"digest": _digest_of(facts)}))
+
+
 def read_manifest(path: Path) -> dict:
-    return json.loads((path / MANIFEST).read_text())
+    """Raises ValueError if it is not what was written."""
+    facts = json.loads((path / MANIFEST).read_text())
+    if facts.pop("digest") != _digest_of(facts):
+        raise ValueError("it is not what was written (sha256)")
+    return facts
+
+
+def _digest_of(facts: dict) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def score_of(path: Path) -> float | None:
+    """How an evaluation scored this checkpoint, if there was one."""
+    try:
+        return read_manifest(path)["score"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def remove(path: Path) -> None:
     """Delete a checkpoint, its manifest first: what a crash leaves over is no checkpoint."""
     (path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path)
+    shutil.rmtree(path, ignore_errors=True)  # a network disk may hold on to a file for a while
 
 
 def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
@@ -54,6 +74,11 @@ def sealed(path: Path) -> dict:
 def digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint of a step folder that is what was written."""
+    return next((path for path in reversed(complete(folder)) if damage(path) is None), None)
 
 
 def steps_done(folder: Path) -> int | None:

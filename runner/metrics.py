@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from runner import heartbeat, ranks
+from runner import heartbeat, ranks, stop
 from runner.config import Config
 from runner.files import write_text
 
@@ -35,6 +35,7 @@ class RunLog:
         self._step_started, self.total, self.first = self.started, 0, 0
         self.broken: Counter[str] = Counter()  # invariants, since the last row; see runner/invariants.py
         self.wandb = self._start_wandb(parents) if self.writes else None
+        self._told = 0  # lines of metrics.jsonl that W&B has from before an interruption
 
     # --- the loop's side ---
 
@@ -57,7 +58,12 @@ class RunLog:
         self.started -= state["seconds"]
         self.phases |= state["phases"]
         path = self.folder / "metrics.jsonl"
-        if self.writes and path.exists() and path.stat().st_size > state["bytes"]:
+        size = path.stat().st_size if path.exists() else 0
+        if self.writes and size < state["bytes"]:
+            self.say(f"metrics.jsonl has {size} bytes and not the {state['bytes']} of the checkpoint: earlier lines are lost")
+        elif self.writes and size > state["bytes"]:
+            # What W&B has already been told of, it will not be told again
+            self._told = path.read_bytes()[state["bytes"] :].count(b"\n") if self.wandb and not self.wandb.offline else 0
             os.truncate(path, state["bytes"])
 
     def sync(self) -> None:
@@ -75,6 +81,8 @@ class RunLog:
         heartbeat.now["phase"] = ""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        if name == "eval":
+            stop.step_may_take(time.monotonic() - start)
         self.phases[name] += time.monotonic() - start
         self.step_phases[name] += time.monotonic() - start
 
@@ -163,7 +171,8 @@ class RunLog:
         row = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if self.wandb:
+        self._told -= 1
+        if self.wandb and self._told < 0:
             self.wandb.log(row)
 
     def _start_wandb(self, parents: dict[str, str]):
@@ -175,8 +184,8 @@ class RunLog:
         import wandb
 
         id_file = self.folder / "wandb_id"
-        run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(4)
-        id_file.write_text(run_id)
+        run_id = (id_file.read_text() if id_file.exists() else "") or secrets.token_hex(4)
+        write_text(id_file, run_id)
         ids = {name: (Path(path).parent / "wandb_id") for name, path in parents.items()}
         facts = {"parents": {name: file.read_text() for name, file in ids.items() if file.exists()}, "git_commit": _git_commit()}
         run = wandb.init(

@@ -19,7 +19,7 @@ from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.errors import UserError
 from runner.manifest import steps_done
 from runner.paths import is_local, no_folder
-from runner.resume import Unfinished, unfinished
+from runner.resume import Unfinished, forced, unfinished
 from runner.trust import check_weights, read_settings
 
 # Raise it when the code changes what a step computes
@@ -86,16 +86,17 @@ def _going_on(cfg: Config, step: Step) -> Step:
 
     With resume=force it goes on from there, and its key says so: the result is not that of a clean run.
     """
+    store = step.folder.parent
+    if cfg.resume == "force" and not step.pinned and (found := forced(store, step.stage, cfg.name, step.facts)):
+        folder, facts = found
+        return replace(step, key=_key(facts), folder=folder, facts=facts)
     if step.done or steps_done(step.folder) is not None or cfg.resume == "new":
         return step
-    earlier = unfinished(step.folder.parent, step.stage, cfg.name, step.facts)
+    earlier = unfinished(store, step.stage, cfg.name, step.facts)
     if not earlier:
         return step
     if cfg.resume != "force":
         return replace(step, earlier=earlier)
-    if set(earlier.differences) == {"goes_on_from"}:  # it was forced before, and interrupted again
-        origin, _ = earlier.differences["goes_on_from"]
-        return replace(step, key=earlier.key, folder=earlier.folder, facts=step.facts | {"goes_on_from": origin})
     origin = {"step": earlier.folder.name, "at": earlier.steps, "changed": earlier.describe()}
     facts = step.facts | {"goes_on_from": origin}
     return replace(step, key=_key(facts), folder=_folder(cfg, step.stage, _key(facts)), facts=facts, earlier=earlier)

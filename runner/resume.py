@@ -6,13 +6,16 @@ hours to a forgotten override: the step that this name worked at last, if it is 
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import UserError
 from runner.files import whole_folder, write_text
-from runner.lock import is_held
-from runner.manifest import MANIFEST, complete, read_manifest, steps_done
+from runner.lock import is_held, lock
+from runner.manifest import newest_whole, read_manifest, steps_done, write_manifest
 
 FACTS = "facts.json"
 # Characters of a value in a list of differences
@@ -36,17 +39,29 @@ def write_facts(folder: Path, name: str, key: str, facts: dict) -> None:
     write_text(folder / FACTS, json.dumps({"name": name, "key": key, "facts": facts}, indent=2))
 
 
+def _steps_of(store: Path, stage: str, name: str) -> Iterator[tuple[Path, dict]]:
+    """Step folders of a stage that `name` has worked at, the newest first, and what shapes them."""
+    for path in sorted(store.glob(f"{stage}-*/{FACTS}"), key=lambda p: -p.stat().st_mtime_ns):
+        with suppress(ValueError):
+            found = json.loads(path.read_text())
+            if found["name"] == name:
+                yield path.parent, found
+
+
 def unfinished(store: Path, stage: str, name: str, facts: dict) -> Unfinished | None:
     """The step of this stage that `name` worked at last, if it has a checkpoint, is not done, and nobody is at it."""
-    newest_first = sorted(store.glob(f"{stage}-*/{FACTS}"), key=lambda p: -p.stat().st_mtime_ns)
-    for path in newest_first:
-        found, folder = json.loads(path.read_text()), path.parent
-        if found["name"] != name:
-            continue
-        steps = steps_done(folder)
-        if steps is None or (folder / "DONE").exists() or is_held(store / "locks" / folder.name):
-            return None
-        return Unfinished(folder, found["key"], steps, differences(found["facts"], facts))
+    folder, found = next(_steps_of(store, stage, name), (None, None))
+    if folder is None or (folder / "DONE").exists() or is_held(store / "locks" / folder.name):
+        return None
+    steps = steps_done(folder)
+    return None if steps is None else Unfinished(folder, found["key"], steps, differences(found["facts"], facts))
+
+
+def forced(store: Path, stage: str, name: str, facts: dict) -> tuple[Path, dict] | None:
+    """(folder, facts) of a step of exactly this configuration that was forced to go on from another one, done or not."""
+    for folder, found in _steps_of(store, stage, name):
+        if set(differences(found["facts"], facts)) == {"goes_on_from"}:
+            return folder, found["facts"]
     return None
 
 
@@ -73,15 +88,22 @@ def refuse(stage: str, earlier: Unfinished) -> None:
 
 
 def adopt(folder: Path, key: str, earlier: Unfinished) -> None:
-    """Begin the step `key` from the newest checkpoint of another one, whose files are linked, not copied."""
-    source = complete(earlier.folder)[-1]
-    manifest = read_manifest(source) | {"key": key}
-    with whole_folder(folder / "checkpoints" / source.name) as work:
-        for name in manifest["files"]:
-            os.link(source / name, work / name)
-        (work / MANIFEST).write_text(json.dumps(manifest))
-    lines = (earlier.folder / "metrics.jsonl").read_bytes()[: manifest["log"]["bytes"]]
-    (folder / "metrics.jsonl").write_bytes(lines)
+    """Begin the step `key` from the newest whole checkpoint of another one, whose files are linked where the disk can do that."""
+    with lock(earlier.folder.parent / "locks" / earlier.folder.name, f"step {earlier.folder.name}"):
+        source = newest_whole(earlier.folder)
+        if source is None:
+            raise UserError(f"no checkpoint in {earlier.folder} is whole any more: type resume=new to begin anew")
+        manifest = read_manifest(source) | {"key": key}
+        lines = (earlier.folder / "metrics.jsonl").read_bytes()[: manifest["log"]["bytes"]]
+        # The checkpoint last: where it is, the step has been adopted
+        write_text(folder / "metrics.jsonl", lines.decode())
+        with whole_folder(folder / "checkpoints" / source.name) as work:
+            for name in manifest["files"]:
+                try:
+                    os.link(source / name, work / name)
+                except OSError:
+                    shutil.copyfile(source / name, work / name)
+            write_manifest(work, manifest)
 
 
 def _brief(value: object) -> str:

@@ -131,7 +131,8 @@ def scaler_state(engine) -> dict[str, float]:
 
 
 def set_scaler_state(engine, state: dict[str, float]) -> None:
-    for name, value in state.items():
+    """Put the counters back; they mean nothing to an engine of another precision."""
+    for name, value in state.items() if engine.fp16_enabled() else ():
         setattr(_scaler(engine), name, value)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 # Exit code of a command that was stopped in good order: typing it again goes on. 75, "temporary failure" in sysexits.h
 RESUME_ME = os.EX_TEMPFAIL
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # The time limit counts from here: run.py imports this module first
 STARTED = time.time()
 
@@ -91,6 +91,11 @@ def saving_took(seconds: float) -> None:
     _watch.longest_save = max(_watch.longest_save, seconds)
     if _watch.last is not None:
         _watch.last += seconds  # a save is no part of a step
+
+
+def step_may_take(seconds: float) -> None:
+    """Tell how long a step can become: an evaluation comes between two steps, and later than the limit is too late."""
+    _watch.longest_step = max(_watch.longest_step, seconds)
 
 
 def _largest(number: int) -> int:
@@ -225,4 +230,5 @@ def _time_left() -> float:
 
 def _say(text: str) -> None:
     """print() may not be called from a signal handler that has interrupted another one."""
-    os.write(2, f"\n{text}\n".encode())
+    with suppress(OSError):  # `2>&1 | tee` has ended by the same Ctrl-C
+        os.write(2, f"\n{text}\n".encode())

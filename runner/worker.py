@@ -14,11 +14,15 @@ from runner.files import write_text
 from runner.lock import share
 
 WORKERS_LOCK = "logs/workers.lock"
+# Of the launcher on this machine, in the environment
+LAUNCHER_PID = "RLHF_RUNNER_PID"
 
 
 def main(folder: Path) -> None:
     # Nobody would see what goes on without who started us, and nobody could stop it
     stop.die_with_parent(signal.SIGKILL, os.getppid())
+    if LAUNCHER_PID in os.environ:
+        os.kill(int(os.environ[LAUNCHER_PID]), 0)  # raises if it is gone, and torchrun with it, before the kernel could be told
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         # Rank 0's lines go to the launcher; the others each have a file

@@ -1,6 +1,5 @@
 """Checkpoints: exact, complete or absent, verified, bounded, and readable by other numbers of ranks and ZeRO stages."""
 
-import json
 import os
 import random
 import re
@@ -21,6 +20,7 @@ from runner.checkpoint import Checkpoints
 from runner.config import Lora
 from runner.ema import Ema
 from runner.errors import UserError
+from runner.manifest import write_manifest
 from runner.metrics import RunLog
 from runner.models import Actor, add_lora
 from runner.stop import Stopped
@@ -205,9 +205,13 @@ DAMAGE = {
     "a flipped bit": (lambda p: flip_a_bit(p / "actor.rank_0.safetensors"), r"actor.rank_0.safetensors is not what was written"),
     "a file cut short": (lambda p: os.truncate(p / "critic.rank_0.safetensors", 100), r"critic.rank_0.safetensors has 100 bytes"),
     "a lost file": (lambda p: (p / "rank_0.json").unlink(), r"rank_0.json is missing"),
+    "another step in the manifest": (
+        lambda p: (p / "manifest.json").write_text((p / "manifest.json").read_text().replace('"step": 2', '"step": 3')),
+        r"manifest.json: it is not what was written",
+    ),
     "a broken manifest": (lambda p: (p / "manifest.json").write_text("{"), r"manifest.json: "),
     "a path that leads away": (
-        lambda p: (p / "manifest.json").write_text(json.dumps({"files": {"../../secret": {"bytes": 0, "sha256": ""}}})),
+        lambda p: write_manifest(p, {"files": {"../../secret": {"bytes": 0, "sha256": ""}}, "score": None}),
         r"secret is missing",
     ),
 }
@@ -243,6 +247,43 @@ def test_a_checkpoint_of_another_configuration_is_refused(two_engines, tmp_path)
     made.key = "other"
     with pytest.raises(UserError, match=r"belongs to step key, this is other"):
         made.restore()
+
+
+def test_a_broken_older_checkpoint_stops_nothing(two_engines, tmp_path):
+    made = checkpoints(tmp_path, two_engines, keep_last=2, keep_best=1)
+    for step in (1, 2):
+        save(made, step, {}, score=0.5)
+    (tmp_path / "checkpoints" / "step_1" / "manifest.json").write_text("{")
+    made = checkpoints(tmp_path, two_engines, keep_last=2, keep_best=1)
+    assert made.restore()[0] == 2
+    save(made, 3, {})
+    assert names(tmp_path) == ["step_2", "step_3"]
+
+
+def test_a_damaged_best_is_not_exported(two_engines, tmp_path, capsys):
+    made = checkpoints(tmp_path, two_engines, keep_best=1)
+    save(made, 1, {}, score=0.0)
+    save(made, 2, {})
+    flip_a_bit(tmp_path / "checkpoints" / "step_1" / "actor.rank_0.safetensors")
+    assert not made.load_best(-1.0)
+    assert "checkpoint step_1 is damaged" in capsys.readouterr().out
+
+
+def test_time_alone_makes_a_checkpoint_due(two_engines, tmp_path):
+    made = checkpoints(tmp_path, two_engines, every=0, minutes=1.0)
+    made.after(1, 9, {})
+    assert not (tmp_path / "checkpoints").exists()
+    made._last -= 61
+    made.after(2, 9, {})
+    made.after(3, 9, {})
+    assert names(tmp_path) == ["step_2"]
+
+
+def test_remains_of_a_deletion_are_cleared_away(two_engines, tmp_path):
+    save(checkpoints(tmp_path, two_engines), 2, {})
+    (tmp_path / "checkpoints" / "step_1").mkdir()
+    checkpoints(tmp_path, two_engines).restore()
+    assert names(tmp_path) == ["step_2"]
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """A changed configuration after an interruption: refused with the difference, forced on the record, or begun anew. No torch."""
 
-import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from tiny import configured
 
 from runner.errors import UserError
 from runner.lock import lock
-from runner.manifest import complete, damage, read_manifest, sealed
+from runner.manifest import complete, damage, read_manifest, sealed, write_manifest
 from runner.plan import Step, plan
 from runner.resume import adopt, differences, refuse, write_facts
 
@@ -35,7 +34,7 @@ def interrupt(step: Step, name: str = "demo", at: int = 12) -> None:
     lines = '{"step": 12}\n'
     (step.folder / "metrics.jsonl").write_text(lines + '{"step": 13}\n')
     manifest = {"step": at, "key": step.key, "score": None, "log": {"bytes": len(lines)}, "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
 
 
 def test_the_same_configuration_goes_on_in_its_folder(tmp_path):
@@ -93,6 +92,27 @@ def test_force_goes_on_from_there_and_says_so_in_the_key(tmp_path):
     again = planned(tmp_path, *changed, "resume=force")
     assert (again.folder, again.key, again.facts) == (forced.folder, forced.key, forced.facts)
     assert planned(tmp_path, *changed).earlier.folder == forced.folder
+    # And when it is done, the same command knows it, whatever this name has worked at since
+    finish(forced)
+    interrupt(planned(tmp_path, "sft.lr=0.7", "resume=new"))
+    assert planned(tmp_path, *changed, "resume=force").folder == forced.folder
+
+
+def test_what_is_adopted_is_whole_and_comes_with_its_log(tmp_path, monkeypatch):
+    old = planned(tmp_path)
+    interrupt(old, at=10)
+    interrupt(old, at=12)
+    (old.folder / "checkpoints" / "step_12" / "actor.rank_0.safetensors").write_bytes(b"WEIGHTS")
+    forced = planned(tmp_path, "sft.lr=0.5", "resume=force")
+    forced.folder.mkdir()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("runner.resume.write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        adopt(forced.folder, forced.key, forced.earlier)
+    assert complete(forced.folder) == []  # so that the next launch adopts again
+    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError))  # a disk without links
+    adopt(forced.folder, forced.key, forced.earlier)
+    assert [p.name for p in complete(forced.folder)] == ["step_10"]
+    assert (forced.folder / "metrics.jsonl").read_text() == '{"step": 12}\n'
 
 
 def test_what_was_forced_shapes_its_children(tmp_path):

@@ -202,6 +202,16 @@ def test_the_second_signal_ends_at_once_and_takes_the_workers_along(tmp_path):
     assert is_gone(worker)
 
 
+def test_a_reader_that_ends_by_the_same_signal_loses_nothing(tmp_path):
+    """`python run.py | tee log` and Ctrl-C: tee is gone before the workers have saved."""
+    launcher = launch(tmp_path, "stops")
+    worker_of(launcher, tmp_path)
+    launcher.stdout.close()
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(30) == 75
+    assert json.loads(next(tmp_path.glob(f"sft-*/{stop.NOTE}")).read_text())["step"] == 7
+
+
 def _until(launcher: subprocess.Popen, words: str) -> str:
     """What the launcher prints, up to the line that holds these words."""
     for line in launcher.stdout:
