@@ -17,13 +17,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from runner import stop
+from runner.checks.suggest import check_overrides, in_words
 from runner.door import load
+from runner.durable.files import remove_unused
+from runner.durable.resume import refuse
 from runner.errors import UserError
-from runner.files import remove_unused
 from runner.plan import plan, show
-from runner.resume import refuse
-from runner.suggest import check_overrides, in_words
+from runner.watch import stop
 
 CONF = Path(__file__).parent / "conf"
 # Hydra would print a shortened traceback of its own and exit; we want the exception, and decide
@@ -71,9 +71,9 @@ def run(composed: DictConfig) -> None:
         refuse(interrupted.stage, interrupted.earlier)
 
     from runner.launch import launch
-    from runner.machine import naming_full_disks
     from runner.prepare import prepare
-    from runner.summary import show_summary
+    from runner.reporting.summary import show_summary
+    from runner.watch.machine import naming_full_disks
 
     hydra_facts = HydraConfig.get()
     run_dir = Path(hydra_facts.runtime.output_dir)

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from pickle import UnpicklingError
 
+from runner.checks.secrets import redact
 from runner.errors import UserError
-from runner.secrets import redact
 
 TEMPLATE = Path(__file__).parent.parent / "conf" / "model" / "family" / "base.yaml"
 
@@ -47,8 +47,8 @@ def load(path: str):
     import transformers
     import yaml
 
+    from runner.checks.trust import refuse_code, refused_pickle
     from runner.tokenizer import check_template, load_tokenizer
-    from runner.trust import refuse_code, refused_pickle
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from runner import secrets
+from runner.checks import secrets
 from runner.config import PARENTS, STAGES, Config, Source
 from runner.errors import UserError, did_you_mean
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from runner.shards import Shard, local_shard, republish
+from runner.durable.shards import Shard, local_shard, republish
 
 
 class Ema:

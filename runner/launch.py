@@ -13,15 +13,15 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from runner import faults, machine, stop
+from runner.checks.secrets import redact
 from runner.config import Config
+from runner.durable.files import write_text
+from runner.durable.lock import lock
+from runner.durable.manifest import steps_done
+from runner.durable.resume import adopt, write_facts
 from runner.errors import UserError
-from runner.files import write_text
-from runner.lock import lock
-from runner.manifest import steps_done
 from runner.plan import Step, command, engine_configs
-from runner.resume import adopt, write_facts
-from runner.secrets import redact
+from runner.watch import faults, machine, stop
 from runner.worker import LAUNCHER_PID, WORKERS_LOCK
 
 ROOT = Path(__file__).parent.parent

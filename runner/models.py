@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
 
+from runner.checks.trust import has_weights, refuse_code, refused_pickle
 from runner.config import Lora
+from runner.durable.files import whole_folder
 from runner.errors import UserError
 from runner.families import FAMILIES, Family
-from runner.files import whole_folder
 from runner.losses import entropy, token_logprobs, warp_logits
-from runner.trust import has_weights, refuse_code, refused_pickle
 
 
 def positions_from_mask(mask: Tensor) -> Tensor:

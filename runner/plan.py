@@ -13,14 +13,14 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from runner.checks.paths import is_local, no_folder
+from runner.checks.trust import check_weights, read_settings
 from runner.config import PARENTS, Config, ModelPart
 from runner.data.sources import data_key, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
+from runner.durable.manifest import steps_done
+from runner.durable.resume import Unfinished, forced, unfinished
 from runner.errors import UserError
-from runner.manifest import steps_done
-from runner.paths import is_local, no_folder
-from runner.resume import Unfinished, forced, unfinished
-from runner.trust import check_weights, read_settings
 
 # Raise it when the code changes what a step computes
 VERSION = 2

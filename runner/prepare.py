@@ -16,15 +16,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from runner.checks.paths import is_local, no_folder
+from runner.checks.secrets import redact
+from runner.checks.trust import check_weights
 from runner.config import Config, ModelPart
 from runner.data.sources import data_key, sources_of
+from runner.durable.files import whole_folder
+from runner.durable.lock import lock
 from runner.errors import UserError
-from runner.files import whole_folder
-from runner.lock import lock
-from runner.paths import is_local, no_folder
 from runner.plan import Step, missing_hostfile
-from runner.secrets import redact
-from runner.trust import check_weights
 
 # Fewer iterations of PPO than this are said to be few
 FEW_ITERATIONS = 5
@@ -91,7 +91,7 @@ def _check_wandb(cfg: Config) -> None:
     """wandb.mode=online needs a key: the worker would find out only after everything is tokenised."""
     if cfg.wandb.mode != "online":
         return
-    from runner.metrics import has_wandb_key
+    from runner.reporting.metrics import has_wandb_key
 
     if not has_wandb_key():
         raise UserError(

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from runner.checks.trust import refuse_code
 from runner.errors import UserError
 from runner.families import FAMILIES
-from runner.trust import refuse_code
 
 Turn = dict[str, str]
 

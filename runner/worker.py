@@ -9,9 +9,9 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from runner import heartbeat, stop
-from runner.files import write_text
-from runner.lock import share
+from runner.durable.files import write_text
+from runner.durable.lock import share
+from runner.watch import heartbeat, stop
 
 WORKERS_LOCK = "logs/workers.lock"
 # Of the launcher on this machine, in the environment
@@ -46,7 +46,7 @@ def work(folder: Path) -> None:
 
     from runner import engine, ranks
     from runner.door import load
-    from runner.metrics import RunLog
+    from runner.reporting.metrics import RunLog
     from runner.stages import ppo, reward, sft
     from runner.stages.build import Inputs
 
@@ -80,9 +80,9 @@ def leave(folder: Path, name: str, text: str) -> None:
 
 
 def report(folder: Path, rank: int, error: BaseException) -> None:
-    """Leave a note for the launcher: what went wrong here, and where. runner/faults.py reads it."""
+    """Leave a note for the launcher: what went wrong here, and where. runner/watch/faults.py reads it."""
+    from runner.checks.secrets import redact
     from runner.errors import UserError
-    from runner.secrets import redact
 
     note = {
         "rank": rank,

@@ -15,15 +15,16 @@ from tiny import actor, causal, configured, scalar
 from trained import bits, run_worker, train, trainable
 from workers import resize, update
 
-from runner import checkpoint, stop
-from runner.checkpoint import Checkpoints
 from runner.config import Lora
+from runner.durable import checkpoint
+from runner.durable.checkpoint import Checkpoints
+from runner.durable.manifest import write_manifest
 from runner.ema import Ema
 from runner.errors import UserError
-from runner.manifest import write_manifest
-from runner.metrics import RunLog
 from runner.models import Actor, add_lora
-from runner.stop import Stopped
+from runner.reporting.metrics import RunLog
+from runner.watch import stop
+from runner.watch.stop import Stopped
 
 
 def checkpoints(folder: Path, engines: dict, average=None, **settings) -> Checkpoints:

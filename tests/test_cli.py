@@ -231,7 +231,7 @@ def test_near_checkpoints_are_named(refused, here):
 
 
 def test_hub_names_and_folders_are_told_apart(here):
-    from runner.paths import is_local
+    from runner.checks.paths import is_local
 
     (here / "models").mkdir()
     assert not any(map(is_local, ("gpt2", "facebook/opt-125m", "Dahoas/rm-static")))
@@ -466,8 +466,8 @@ def test_every_command_of_the_readme_makes_a_plan(tmp_path, monkeypatch):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     import runner.plan
+    from runner.checks.suggest import check_overrides
     from runner.door import load
-    from runner.suggest import check_overrides
 
     conf = tmp_path / "conf"
     shutil.copytree(ROOT / "conf", conf)

@@ -18,7 +18,6 @@ from runner.config import Lora
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, loss_weights, pad, pair_batch, pick, sft_batch
 from runner.ema import Ema
-from runner.invariants import first_ratio
 from runner.losses import pairwise_loss, policy_loss, sft_loss, value_loss
 from runner.models import Actor, Scalar, add_lora, full_state_dict, load_causal, load_scalar, parameter_groups
 from runner.plan import engine_configs
@@ -26,6 +25,7 @@ from runner.rollout.collect import Reader, collect, response_logprobs, response_
 from runner.stages import ppo, ppo_update
 from runner.stages.reward import last_scores
 from runner.tokenizer import load_tokenizer
+from runner.watch.invariants import first_ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from tiny import rows
 from workers import update
 
-from runner import stop
 from runner.config import Config, Lora
-from runner.metrics import RunLog
+from runner.reporting.metrics import RunLog
 from runner.stages import ppo, reward, sft
+from runner.watch import stop
 
 TRAIN = {"sft": sft.train, "reward": reward.train, "ppo": ppo.train}
 CLOCK = ("time/", "perf/tokens", "perf/mfu")

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from tiny import configured
 
-from runner import faults, finite, heartbeat, launch, machine, stop, worker
+from runner import launch, worker
 from runner.errors import UserError
 from runner.plan import plan
+from runner.watch import faults, finite, heartbeat, machine, stop
 
 ROOT = Path(__file__).parents[1]
 WORKER = ROOT / "tests" / "workers" / "worker.py"
@@ -289,7 +290,7 @@ def test_a_full_disk_is_named_whoever_stumbles_over_it(small_disk):
 EAT = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from runner.machine import oom_kills, memory_limit
+from runner.watch.machine import oom_kills, memory_limit
 with open(sys.argv[2] + "/cgroup.procs", "w") as file:
     file.write(str(os.getpid()))
 before = oom_kills()
@@ -356,8 +357,8 @@ def test_finite_numbers_pass_and_so_does_an_overflow_of_fp16(tmp_path):
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_weights_that_became_nan_are_never_saved(stage, tmp_path, alone):
     """The whole stage, in this process: an enormous learning rate spoils the weights in the first step."""
-    from runner.metrics import RunLog
     from runner.prepare import prepare
+    from runner.reporting.metrics import RunLog
     from runner.stages import reward, sft
     from runner.stages.build import Inputs
 

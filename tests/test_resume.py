@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from tiny import configured
 
+from runner.durable.lock import lock
+from runner.durable.manifest import complete, damage, read_manifest, sealed, write_manifest
+from runner.durable.resume import adopt, differences, refuse, write_facts
 from runner.errors import UserError
-from runner.lock import lock
-from runner.manifest import complete, damage, read_manifest, sealed, write_manifest
 from runner.plan import Step, plan
-from runner.resume import adopt, differences, refuse, write_facts
 
 
 def planned(store: Path, *overrides: str) -> Step:
@@ -106,7 +106,7 @@ def test_what_is_adopted_is_whole_and_comes_with_its_log(tmp_path, monkeypatch):
     forced = planned(tmp_path, "sft.lr=0.5", "resume=force")
     forced.folder.mkdir()
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("runner.resume.write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("runner.durable.resume.write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         adopt(forced.folder, forced.key, forced.earlier)
     assert complete(forced.folder) == []  # so that the next launch adopts again
     monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError))  # a disk without links

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tiny import causal, configured
 
-from runner import secrets
+from runner.checks import secrets
 from runner.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,7 +258,7 @@ def test_code_runs_only_where_it_is_asked_for(model, tmp_path, no_questions):
 
 
 def test_an_attention_kernel_of_the_hub_is_code_too(model):
-    from runner.trust import refuse_code
+    from runner.checks.trust import refuse_code
 
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(settings | {"attn_implementation": "stranger/kernel"}))
@@ -394,7 +394,7 @@ def test_the_name_of_a_source_is_no_path(tmp_path, tokenizer):
 
 def test_a_lock_is_not_written_through_a_link(tmp_path):
     """In a store that several people write to, a link could lead to a file of ours."""
-    from runner.lock import lock
+    from runner.durable.lock import lock
 
     (tmp_path / "mine").write_text("precious")
     (tmp_path / "locks").mkdir()
@@ -498,7 +498,7 @@ def test_wandb_gets_a_config_without_secrets_and_no_remote_url(monkeypatch, tmp_
 
     import torch
 
-    from runner import metrics
+    from runner.reporting import metrics
 
     wandb = MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)

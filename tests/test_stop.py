@@ -13,11 +13,11 @@ import psutil
 import pytest
 from tiny import configured
 
-from runner import stop
 from runner.config import seconds_of
 from runner.errors import UserError
 from runner.launch import _await_orphans
 from runner.plan import plan
+from runner.watch import stop
 from runner.worker import WORKERS_LOCK
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +98,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
-from runner import stop
+from runner.watch import stop
 folder, rank = Path(sys.argv[2]), int(sys.argv[3])
 os.environ.update(RANK=str(rank), WORLD_SIZE="2")
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -291,7 +291,7 @@ def test_what_would_only_happen_again_is_not_tried_again(how, says, tmp_path):
 HOLD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from runner.lock import share
+from runner.durable.lock import share
 share(sys.argv[2])
 print(flush=True)
 time.sleep(0.5)

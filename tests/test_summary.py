@@ -12,9 +12,9 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from runner.report import Section, markdown, num, pct, print_sections, sparkline
-from runner.summary import read_curves, show_summary
-from runner.sweep_table import SweepTable, show_sweep
+from runner.reporting.report import Section, markdown, num, pct, print_sections, sparkline
+from runner.reporting.summary import read_curves, show_summary
+from runner.reporting.sweep_table import SweepTable, show_sweep
 
 COMMON = {"world_size": 1, "resumed_from": 0, "tokens": 120_000}
 SFT = COMMON | {
@@ -449,7 +449,7 @@ main()
 
 def test_hydra_shows_the_table_even_when_a_job_failed(tmp_path):
     (tmp_path / "app.py").write_text(APP)
-    sweep = ["+hydra.callbacks.t._target_=runner.sweep_table.SweepTable", "hydra.sweep.dir=out/${now:%H-%M-%S-%f}"]
+    sweep = ["+hydra.callbacks.t._target_=runner.reporting.sweep_table.SweepTable", "hydra.sweep.dir=out/${now:%H-%M-%S-%f}"]
     command = [sys.executable, "app.py", "-m", "+x=1,2", *sweep]
     run = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True)
     assert run.returncode == 1 and "boom" in run.stderr

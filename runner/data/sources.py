@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from runner.checks.paths import SUFFIXES, is_local
+from runner.checks.secrets import redact
 from runner.config import Dataset, Source
 from runner.data import toy
 from runner.errors import UserError
-from runner.paths import SUFFIXES, is_local
-from runner.secrets import redact
 
 # Raise it when an adapter, the encoder or the split changes what becomes of a row
 VERSION = 2

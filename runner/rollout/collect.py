@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runner import engine, ranks, stop
+from runner import engine, ranks
 from runner.data.batches import pad
 from runner.rollout import hf
 from runner.rollout.record import Rollout, widen
 from runner.rollout.sampling import uniforms
+from runner.watch import stop
 
 
 @dataclass

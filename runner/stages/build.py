@@ -7,9 +7,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from runner import engine as engines
+from runner.checks.paths import is_local
 from runner.config import Config, Lora, ModelPart
 from runner.models import Actor, Scalar, add_lora, load_causal, load_scalar
-from runner.paths import is_local
 from runner.tokenizer import load_tokenizer
 
 

@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 
-from runner import invariants, ranks
+from runner import ranks
 from runner.config import Config
 from runner.data import toy
 from runner.data.batches import subset
-from runner.metrics import RunLog
+from runner.reporting.metrics import RunLog
 from runner.rollout.collect import Models, Reader, collect
 from runner.tokenizer import decode_response
+from runner.watch import invariants
 
 # Held-out prompts have random numbers of their own, far from those of training
 EVAL_EPISODE = 2**40

@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner import engine, invariants
-from runner.checkpoint import Checkpoints
+from runner import engine
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import Batches
+from runner.durable.checkpoint import Checkpoints
 from runner.ema import Ema
-from runner.finite import check_finite
 from runner.losses import (
     adapt_kl_coef,
     explained_variance,
@@ -29,15 +28,17 @@ from runner.losses import (
     warmup_steps,
     whiten,
 )
-from runner.metrics import RunLog
 from runner.models import save_adapter, save_model
 from runner.plan import engine_configs, shares_reference
+from runner.reporting.metrics import RunLog
 from runner.rollout.collect import Models, Reader, collect
 from runner.rollout.record import Rollout
 from runner.stages.build import Inputs, load_actor, load_reward, tokenizer_for
 from runner.stages.heldout import Evaluator, paired
 from runner.stages.ppo_update import Mixture, Progress, update
-from runner.stop import Stopped
+from runner.watch import invariants
+from runner.watch.finite import check_finite
+from runner.watch.stop import Stopped
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner import engine, ranks, stop
+from runner import engine, ranks
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import Batches, loss_weights, pick, sft_batch, to
@@ -15,6 +15,7 @@ from runner.losses import policy_loss, sft_loss, value_loss
 from runner.plan import accumulation, step_batch
 from runner.rollout.collect import Models, response_logprobs, response_values
 from runner.rollout.record import Rollout
+from runner.watch import stop
 
 
 class Mixture:

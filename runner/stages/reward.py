@@ -5,17 +5,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner import engine, invariants, ranks
-from runner.checkpoint import Checkpoints
+from runner import engine, ranks
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pair_batch, pick, shard, subset, to
-from runner.finite import check_finite, numbered
+from runner.durable.checkpoint import Checkpoints
 from runner.losses import learning_rate, pairwise_loss, warmup_steps, wilson_interval
-from runner.metrics import RunLog
 from runner.models import count_parameters, save_adapter, save_model
 from runner.plan import engine_configs
+from runner.reporting.metrics import RunLog
 from runner.stages.build import Inputs, load_reward, tokenizer_for
+from runner.watch import invariants
+from runner.watch.finite import check_finite, numbered
 
 
 def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import runner.prepare
-from runner import stop
+from runner.watch import stop
 
 if __name__ == "__main__":
     stop.MARGIN = 1.0  # time limits are seconds here

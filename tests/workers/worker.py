@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from runner import heartbeat, stop, worker
+from runner import worker
 from runner.errors import UserError
+from runner.watch import heartbeat, stop
 
 stop.MARGIN = 1.0  # time limits are seconds here
 

@@ -15,8 +15,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from runner.report import Section, duration, markdown, num, pct, print_sections, short
-from runner.summary import override_key
+from runner.reporting.report import Section, duration, markdown, num, pct, print_sections, short
+from runner.reporting.summary import override_key
 
 # header, keys in summary.json (before -> after), how a value is written
 COLUMNS = (

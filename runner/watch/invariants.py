@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from runner import ranks
 from runner.config import Config
+from runner.durable.shards import shards, steps_taken
 from runner.errors import UserError
 from runner.losses import masked_mean
-from runner.metrics import RunLog
+from runner.reporting.metrics import RunLog
 from runner.rollout.collect import Reader
 from runner.rollout.record import Rollout
-from runner.shards import shards, steps_taken
 
 Findings = dict[str, str | None]  # name of the invariant -> what is broken, or None
 

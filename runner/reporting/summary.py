@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from runner.report import Section, bar, duration, markdown, num, pct, print_sections, short, sparkline
+from runner.reporting.report import Section, bar, duration, markdown, num, pct, print_sections, short, sparkline
 
 if TYPE_CHECKING:
     from runner.plan import Step

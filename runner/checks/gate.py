@@ -10,7 +10,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runner import secrets
+from runner.checks import secrets
 from runner.config import check_name
 from runner.errors import UserError
 

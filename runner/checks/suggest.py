@@ -8,7 +8,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from runner import secrets
+from runner.checks import secrets
 from runner.config import STAGES, check_name
 from runner.door import broken_yaml, known_keys, read_yaml
 from runner.errors import UserError, did_you_mean
@@ -80,7 +80,7 @@ def _check_names(override) -> None:
         return
     names = override.sweep_string_iterator() if override.is_discrete_sweep() else [str(override.value())]
     for name in names:
-        if "${" in name:  # known only when all is composed: runner/gate.py looks again
+        if "${" in name:  # known only when all is composed: runner/checks/gate.py looks again
             continue
         try:
             check_name(name.strip("'\""))

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 
-from runner import heartbeat
 from runner.config import Config
-from runner.finite import lower_rate
-from runner.machine import MORE_SPACE, disk_full, gb, memory_limit
-from runner.manifest import steps_done
+from runner.durable.manifest import steps_done
 from runner.plan import Step, step_batch
+from runner.watch import heartbeat
+from runner.watch.finite import lower_rate
+from runner.watch.machine import MORE_SPACE, disk_full, gb, memory_limit
 
 
 @dataclass(frozen=True)

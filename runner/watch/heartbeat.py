@@ -35,7 +35,7 @@ def start(folder: Path, rank: int) -> None:
 
 def where(frame) -> str:
     """'waiting for other ranks' inside a collective, otherwise the innermost line of our own code."""
-    ours = Path(__file__).parent
+    ours = Path(__file__).parents[1]
     while frame:
         file = Path(frame.f_code.co_filename)
         if file.parts[-3:-1] == ("torch", "distributed"):

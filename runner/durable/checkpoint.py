@@ -1,7 +1,7 @@
 """Checkpoints of a step: complete or absent at every instant, verified when read, and readable by any number of ranks.
 
     checkpoints/step_12/           (step_12_3: in the middle of a PPO iteration, after 3 of its optimizer steps)
-      actor.rank_0.safetensors   shards of weights and AdamW moments (runner/shards.py), one file per engine and rank
+      actor.rank_0.safetensors   shards of weights and AdamW moments (runner/durable/shards.py), one file per engine and rank
       shared.safetensors         tensors that all ranks hold alike: an unfinished rollout
       rank_0.json                random states of the rank, and the hashes of its files
       manifest.json              written last: step, state of the stage, hashes of all files
@@ -24,14 +24,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from runner import ranks, stop
+from runner import ranks
 from runner.config import Config
+from runner.durable.files import put_in_place
+from runner.durable.manifest import complete, damage, read_manifest, remove, score_of, sealed, write_manifest
+from runner.durable.shards import MOMENTS, Shard, make_moments, publish, scaler_state, set_scaler_state, shards, steps_taken
 from runner.errors import UserError
-from runner.files import put_in_place
-from runner.manifest import complete, damage, read_manifest, remove, score_of, sealed, write_manifest
-from runner.metrics import RunLog
-from runner.shards import MOMENTS, Shard, make_moments, publish, scaler_state, set_scaler_state, shards, steps_taken
-from runner.stop import Stopped
+from runner.reporting.metrics import RunLog
+from runner.watch import stop
+from runner.watch.stop import Stopped
 
 # Left free on the disk beside a checkpoint, for logs and exports
 SPARE_BYTES = 64 << 20

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from runner import heartbeat, ranks, stop
+from runner import ranks
 from runner.config import Config
-from runner.files import write_text
+from runner.durable.files import write_text
+from runner.watch import heartbeat, stop
 
 # Seconds between two progress lines
 QUIET = 5.0
@@ -33,7 +34,7 @@ class RunLog:
         self.phases: dict[str, float] = defaultdict(float)
         self.step_phases: dict[str, float] = defaultdict(float)
         self._step_started, self.total, self.first = self.started, 0, 0
-        self.broken: Counter[str] = Counter()  # invariants, since the last row; see runner/invariants.py
+        self.broken: Counter[str] = Counter()  # invariants, since the last row; see runner/watch/invariants.py
         self.wandb = self._start_wandb(parents) if self.writes else None
         self._told = 0  # lines of metrics.jsonl that W&B has from before an interruption
 
@@ -217,7 +218,7 @@ def has_wandb_key() -> bool:
 
 def _git_commit() -> str | None:
     """The commit of this code, read from .git: no subprocess in a worker."""
-    git = Path(__file__).parent.parent / ".git"
+    git = Path(__file__).parents[2] / ".git"
     try:
         head = (git / "HEAD").read_text().strip()
         return (git / head[5:]).read_text().strip() if head.startswith("ref: ") else head
