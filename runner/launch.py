@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from runner import faults
 from runner.checks.secrets import redact
 from runner.config import Config
 from runner.durable.files import write_text
@@ -21,7 +22,7 @@ from runner.durable.manifest import steps_done
 from runner.durable.resume import adopt, write_facts
 from runner.errors import UserError
 from runner.plan import Step, command, engine_configs
-from runner.watch import faults, machine, stop
+from runner.watch import machine, stop
 from runner.worker import LAUNCHER_PID, WORKERS_LOCK
 
 ROOT = Path(__file__).parent.parent

@@ -91,7 +91,7 @@ def _check_wandb(cfg: Config) -> None:
     """wandb.mode=online needs a key: the worker would find out only after everything is tokenised."""
     if cfg.wandb.mode != "online":
         return
-    from runner.reporting.metrics import has_wandb_key
+    from runner.metrics import has_wandb_key
 
     if not has_wandb_key():
         raise UserError(

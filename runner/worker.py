@@ -46,7 +46,7 @@ def work(folder: Path) -> None:
 
     from runner import engine, ranks
     from runner.door import load
-    from runner.reporting.metrics import RunLog
+    from runner.metrics import RunLog
     from runner.stages import ppo, reward, sft
     from runner.stages.build import Inputs
 
@@ -80,7 +80,7 @@ def leave(folder: Path, name: str, text: str) -> None:
 
 
 def report(folder: Path, rank: int, error: BaseException) -> None:
-    """Leave a note for the launcher: what went wrong here, and where. runner/watch/faults.py reads it."""
+    """Leave a note for the launcher: what went wrong here, and where. runner/faults.py reads it."""
     from runner.checks.secrets import redact
     from runner.errors import UserError
 

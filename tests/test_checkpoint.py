@@ -21,8 +21,8 @@ from runner.durable.checkpoint import Checkpoints
 from runner.durable.manifest import write_manifest
 from runner.ema import Ema
 from runner.errors import UserError
+from runner.metrics import RunLog
 from runner.models import Actor, add_lora
-from runner.reporting.metrics import RunLog
 from runner.watch import stop
 from runner.watch.stop import Stopped
 

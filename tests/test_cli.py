@@ -466,8 +466,8 @@ def test_every_command_of_the_readme_makes_a_plan(tmp_path, monkeypatch):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     import runner.plan
-    from runner.checks.suggest import check_overrides
     from runner.door import load
+    from runner.suggest import check_overrides
 
     conf = tmp_path / "conf"
     shutil.copytree(ROOT / "conf", conf)

@@ -23,9 +23,9 @@ from runner.models import Actor, Scalar, add_lora, full_state_dict, load_causal,
 from runner.plan import engine_configs
 from runner.rollout.collect import Reader, collect, response_logprobs, response_values
 from runner.stages import ppo, ppo_update
+from runner.stages.invariants import first_ratio
 from runner.stages.reward import last_scores
 from runner.tokenizer import load_tokenizer
-from runner.watch.invariants import first_ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,7 +16,7 @@ from tiny import rows
 from workers import update
 
 from runner.config import Config, Lora
-from runner.reporting.metrics import RunLog
+from runner.metrics import RunLog
 from runner.stages import ppo, reward, sft
 from runner.watch import stop
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from tiny import configured
 
-from runner import launch, worker
+from runner import faults, launch, worker
 from runner.errors import UserError
 from runner.plan import plan
-from runner.watch import faults, finite, heartbeat, machine, stop
+from runner.watch import finite, heartbeat, machine, stop
 
 ROOT = Path(__file__).parents[1]
 WORKER = ROOT / "tests" / "workers" / "worker.py"
@@ -357,8 +357,8 @@ def test_finite_numbers_pass_and_so_does_an_overflow_of_fp16(tmp_path):
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_weights_that_became_nan_are_never_saved(stage, tmp_path, alone):
     """The whole stage, in this process: an enormous learning rate spoils the weights in the first step."""
+    from runner.metrics import RunLog
     from runner.prepare import prepare
-    from runner.reporting.metrics import RunLog
     from runner.stages import reward, sft
     from runner.stages.build import Inputs
 

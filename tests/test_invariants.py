@@ -16,13 +16,12 @@ from runner.config import Lora
 from runner.data.batches import pad
 from runner.errors import UserError
 from runner.losses import sft_loss
+from runner.metrics import RunLog
 from runner.models import Actor, add_lora, parameter_groups
-from runner.reporting.metrics import RunLog
 from runner.rollout import collect, hf
 from runner.rollout.collect import response_logprobs
 from runner.rollout.sampling import invert
-from runner.stages import ppo
-from runner.watch import invariants
+from runner.stages import invariants, ppo
 
 PROMPTS = rows([5, 2, 9, 6, 3, 7])
 every_family = pytest.mark.parametrize("name", NAMES)

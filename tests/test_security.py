@@ -498,7 +498,7 @@ def test_wandb_gets_a_config_without_secrets_and_no_remote_url(monkeypatch, tmp_
 
     import torch
 
-    from runner.reporting import metrics
+    from runner import metrics
 
     wandb = MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)

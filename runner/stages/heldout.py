@@ -8,10 +8,10 @@ from runner import ranks
 from runner.config import Config
 from runner.data import toy
 from runner.data.batches import subset
-from runner.reporting.metrics import RunLog
+from runner.metrics import RunLog
 from runner.rollout.collect import Models, Reader, collect
+from runner.stages import invariants
 from runner.tokenizer import decode_response
-from runner.watch import invariants
 
 # Held-out prompts have random numbers of their own, far from those of training
 EVAL_EPISODE = 2**40

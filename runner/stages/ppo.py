@@ -28,15 +28,15 @@ from runner.losses import (
     warmup_steps,
     whiten,
 )
+from runner.metrics import RunLog
 from runner.models import save_adapter, save_model
 from runner.plan import engine_configs, shares_reference
-from runner.reporting.metrics import RunLog
 from runner.rollout.collect import Models, Reader, collect
 from runner.rollout.record import Rollout
+from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reward, tokenizer_for
 from runner.stages.heldout import Evaluator, paired
 from runner.stages.ppo_update import Mixture, Progress, update
-from runner.watch import invariants
 from runner.watch.finite import check_finite
 from runner.watch.stop import Stopped
 

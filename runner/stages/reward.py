@@ -11,11 +11,11 @@ from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pair_batch, pick, shard, subset, to
 from runner.durable.checkpoint import Checkpoints
 from runner.losses import learning_rate, pairwise_loss, warmup_steps, wilson_interval
+from runner.metrics import RunLog
 from runner.models import count_parameters, save_adapter, save_model
 from runner.plan import engine_configs
-from runner.reporting.metrics import RunLog
+from runner.stages import invariants
 from runner.stages.build import Inputs, load_reward, tokenizer_for
-from runner.watch import invariants
 from runner.watch.finite import check_finite, numbered
 
 

@@ -12,11 +12,11 @@ from runner.data import cache
 from runner.data.batches import EMPTY, Batches, loss_weights, pick, sft_batch, shard, subset, to
 from runner.durable.checkpoint import Checkpoints
 from runner.losses import learning_rate, sft_loss, warmup_steps
+from runner.metrics import RunLog
 from runner.models import count_parameters, save_adapter, save_model
 from runner.plan import engine_configs
-from runner.reporting.metrics import RunLog
+from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, tokenizer_for
-from runner.watch import invariants
 from runner.watch.finite import check_finite, numbered
 
 

@@ -20,8 +20,8 @@ from runner.data.batches import Batches, loss_weights, pick, sft_batch, to
 from runner.durable.checkpoint import Checkpoints
 from runner.ema import Ema
 from runner.losses import sft_loss
+from runner.metrics import RunLog
 from runner.plan import engine_configs
-from runner.reporting.metrics import RunLog
 from runner.stages.build import load_actor, tokenizer_for
 
 # (ranks, ZeRO stage) of the first two steps, and of the last two

@@ -24,8 +24,8 @@ from tiny import EOS, PAD, causal, classifier, configured, rows
 from runner import engine, ranks
 from runner.config import Config, ZeroStages
 from runner.ema import Ema
+from runner.metrics import RunLog
 from runner.models import full_state_dict
-from runner.reporting.metrics import RunLog
 from runner.rollout.collect import Models, Reader, collect, response_logprobs
 from runner.rollout.record import Rollout
 from runner.stages import ppo, ppo_update, reward, sft

@@ -16,7 +16,7 @@ from runner.config import Config
 from runner.durable.shards import shards, steps_taken
 from runner.errors import UserError
 from runner.losses import masked_mean
-from runner.reporting.metrics import RunLog
+from runner.metrics import RunLog
 from runner.rollout.collect import Reader
 from runner.rollout.record import Rollout
 

@@ -80,7 +80,7 @@ def _check_names(override) -> None:
         return
     names = override.sweep_string_iterator() if override.is_discrete_sweep() else [str(override.value())]
     for name in names:
-        if "${" in name:  # known only when all is composed: runner/checks/gate.py looks again
+        if "${" in name:  # known only when all is composed: runner/gate.py looks again
             continue
         try:
             check_name(name.strip("'\""))

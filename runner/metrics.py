@@ -34,7 +34,7 @@ class RunLog:
         self.phases: dict[str, float] = defaultdict(float)
         self.step_phases: dict[str, float] = defaultdict(float)
         self._step_started, self.total, self.first = self.started, 0, 0
-        self.broken: Counter[str] = Counter()  # invariants, since the last row; see runner/watch/invariants.py
+        self.broken: Counter[str] = Counter()  # invariants, since the last row; see runner/stages/invariants.py
         self.wandb = self._start_wandb(parents) if self.writes else None
         self._told = 0  # lines of metrics.jsonl that W&B has from before an interruption
 
@@ -218,7 +218,7 @@ def has_wandb_key() -> bool:
 
 def _git_commit() -> str | None:
     """The commit of this code, read from .git: no subprocess in a worker."""
-    git = Path(__file__).parents[2] / ".git"
+    git = Path(__file__).parents[1] / ".git"
     try:
         head = (git / "HEAD").read_text().strip()
         return (git / head[5:]).read_text().strip() if head.startswith("ref: ") else head
