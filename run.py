@@ -18,9 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from runner.door import load
-from runner.durable.files import remove_unused
 from runner.durable.resume import refuse
 from runner.errors import UserError
+from runner.files import remove_unused
 from runner.plan import plan, show
 from runner.suggest import check_overrides, in_words
 from runner.watch import stop

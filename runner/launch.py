@@ -16,11 +16,11 @@ from omegaconf import OmegaConf
 from runner import faults
 from runner.checks.secrets import redact
 from runner.config import Config
-from runner.durable.files import write_text
 from runner.durable.lock import lock
 from runner.durable.manifest import steps_done
 from runner.durable.resume import adopt, write_facts
 from runner.errors import UserError
+from runner.files import write_text
 from runner.plan import Step, command, engine_configs
 from runner.watch import machine, stop
 from runner.worker import LAUNCHER_PID, WORKERS_LOCK

@@ -17,7 +17,7 @@ import torch
 
 from runner import ranks
 from runner.config import Config
-from runner.durable.files import write_text
+from runner.files import write_text
 from runner.watch import heartbeat, stop
 
 # Seconds between two progress lines

@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from runner.checks.trust import has_weights, refuse_code, refused_pickle
 from runner.config import Lora
-from runner.durable.files import whole_folder
 from runner.errors import UserError
 from runner.families import FAMILIES, Family
+from runner.files import whole_folder
 from runner.losses import entropy, token_logprobs, warp_logits
 
 

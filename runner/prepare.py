@@ -21,9 +21,9 @@ from runner.checks.secrets import redact
 from runner.checks.trust import check_weights
 from runner.config import Config, ModelPart
 from runner.data.sources import data_key, sources_of
-from runner.durable.files import whole_folder
 from runner.durable.lock import lock
 from runner.errors import UserError
+from runner.files import whole_folder
 from runner.plan import Step, missing_hostfile
 
 # Fewer iterations of PPO than this are said to be few

@@ -9,8 +9,8 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from runner.durable.files import write_text
 from runner.durable.lock import share
+from runner.files import write_text
 from runner.watch import heartbeat, stop
 
 WORKERS_LOCK = "logs/workers.lock"

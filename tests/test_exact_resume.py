@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import rows
 from workers import update
 
 from runner.config import Config, Lora
@@ -29,9 +28,6 @@ def folder(tmp_path_factory, tokenizer) -> Path:
     """Models, demonstrations, pairs and prompts; some held out."""
     made = tmp_path_factory.mktemp("exact")
     update.prepare(made, tokenizer)
-    turns = json.dumps([{"role": "user", "content": "?"}])
-    prompts = [{"input_ids": ids, "length": len(ids), "turns": turns} for ids in rows(list(range(3, 19)))]
-    update.store(made / "data" / "ppo", prompts, prompts[:8])
     return made
 
 

@@ -344,9 +344,6 @@ def folder(tmp_path_factory, tokenizer) -> Path:
     """Models and 16 prompts; some held out."""
     made = tmp_path_factory.mktemp("invariants")
     update.prepare(made, tokenizer)
-    turns = json.dumps([{"role": "user", "content": "?"}])
-    prompts = [{"input_ids": ids, "length": len(ids), "turns": turns} for ids in rows(list(range(3, 19)))]
-    update.store(made / "data" / "ppo", prompts, prompts[:8])
     return made
 
 

@@ -23,9 +23,9 @@ from runner.config import Dataset, Model, Source
 from runner.data.adapters import BadRow, Dropped, Example, Unmapped, adapt
 from runner.data.sources import VERSION, BrokenRow, content_key, data_key, plain_source, rows, sources_of
 from runner.data.split import held_out, phase_of, prompt_hash
-from runner.durable.files import whole_folder
 from runner.durable.lock import lock
 from runner.errors import UserError
+from runner.files import whole_folder
 from runner.tokenizer import encode_prompts, encode_responses, fingerprint, render_prompt
 
 BATCH = 1000

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from runner import ranks
 from runner.config import Config
-from runner.durable.files import put_in_place
 from runner.durable.manifest import complete, damage, read_manifest, remove, score_of, sealed, write_manifest
 from runner.durable.shards import MOMENTS, Shard, make_moments, publish, scaler_state, set_scaler_state, shards, steps_taken
 from runner.errors import UserError
+from runner.files import put_in_place
 from runner.metrics import RunLog
 from runner.watch import stop
 from runner.watch.stop import Stopped

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from runner.durable.files import flush
+from runner.files import flush
 
 # Written last: a folder without it is no checkpoint
 MANIFEST = "manifest.json"

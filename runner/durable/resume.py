@@ -12,10 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.durable.files import whole_folder, write_text
 from runner.durable.lock import is_held, lock
 from runner.durable.manifest import newest_whole, read_manifest, steps_done, write_manifest
 from runner.errors import UserError
+from runner.files import whole_folder, write_text
 
 FACTS = "facts.json"
 # Characters of a value in a list of differences

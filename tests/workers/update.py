@@ -65,8 +65,10 @@ def prepare(folder: Path, tokenizer) -> None:
         {"chosen_ids": a, "rejected_ids": b, "prompt_length": 1, "length": max(len(a), len(b)), "source": "toy"}
         for a, b in zip(texts, others, strict=True)
     ]
-    for stage, made in (("sft", demonstrations), ("reward", pairs)):
-        store(folder / "data" / stage, made, made[:3])
+    turns = json.dumps([{"role": "user", "content": "?"}])
+    prompts = [{"input_ids": ids, "length": len(ids), "turns": turns} for ids in rows(list(range(3, 19)))]
+    for stage, made, held in (("sft", demonstrations, 3), ("reward", pairs, 3), ("ppo", prompts, 8)):
+        store(folder / "data" / stage, made, made[:held])
 
 
 def store(folder: Path, train: list[dict], held: list[dict]) -> None:
