@@ -1,5 +1,6 @@
 """Checkpoints: exact, complete or absent, verified, bounded, and readable by other numbers of ranks and ZeRO stages."""
 
+import json
 import os
 import random
 import re
@@ -7,6 +8,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -54,7 +56,7 @@ def with_dropout(seed: int, lora: bool):
 
 
 KINDS = [(0, False, "fp32"), (1, False, "fp32"), (2, False, "fp32"), (3, False, "fp32"), (0, True, "fp32"), (3, True, "fp32")]
-KINDS += [(0, False, "bf16"), (1, False, "bf16"), (2, True, "bf16"), (3, False, "bf16")]
+KINDS += [(0, False, "bf16"), (1, False, "bf16"), (2, True, "bf16"), (3, False, "bf16"), (2, False, "offload"), (3, False, "offload")]
 
 
 @pytest.mark.slow
@@ -64,7 +66,8 @@ def test_a_resumed_run_is_the_same_bit_for_bit(zero, lora, precision, alone, tmp
 
     def begin(seed: int):
         model = with_dropout(seed, lora)
-        made = trainable(model.bfloat16() if precision == "bf16" else model, zero, precision)
+        half = precision != "fp32"
+        made = trainable(model.bfloat16() if half else model, zero, "bf16" if half else "fp32", offload=precision == "offload")
         return made, Ema(made.module, 0.9)
 
     first, ema = begin(1)
@@ -350,6 +353,23 @@ def test_who_asks_for_a_stop_gets_a_checkpoint_first(two_engines, tmp_path, monk
     with pytest.raises(Stopped, match="SIGTERM"):
         made.after(2, 9, {"at": 2})
     assert checkpoints(tmp_path, two_engines).restore()[:2] == (2, {"at": 2})
+
+
+def test_what_wandb_has_been_told_it_is_not_told_again(two_engines, tmp_path):
+    def told(made: Checkpoints) -> list[float]:
+        return [call.args[0]["x"] for call in made.log.wandb.log.call_args_list]
+
+    first, second = (checkpoints(tmp_path, two_engines) for _ in range(2))
+    first.log.wandb = MagicMock(offline=False)
+    first.log.log(1, {"x": 0.1})
+    save(first, 1, {})
+    first.log.log(2, {"x": 0.2})
+    second.log.wandb = MagicMock(offline=False)
+    second.restore()
+    for step, value in ((2, 0.2), (3, 0.3)):
+        second.log.log(step, {"x": value})
+    assert (told(first), told(second)) == ([0.1, 0.2], [0.3])
+    assert [json.loads(line)["x"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0.1, 0.2, 0.3]
 
 
 def test_lines_logged_after_the_checkpoint_go(two_engines, tmp_path):

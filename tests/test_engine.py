@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from functools import cache as cached
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from runner.config import Lora
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, loss_weights, pad, pair_batch, pick, sft_batch
 from runner.ema import Ema
+from runner.errors import UserError
 from runner.losses import pairwise_loss, policy_loss, sft_loss, value_loss
 from runner.models import Actor, Scalar, add_lora, full_state_dict, load_causal, load_scalar, parameter_groups
 from runner.plan import engine_configs
@@ -26,6 +28,7 @@ from runner.stages import ppo, ppo_update
 from runner.stages.invariants import first_ratio
 from runner.stages.reward import last_scores
 from runner.tokenizer import load_tokenizer
+from runner.watch.finite import check_finite
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -277,6 +280,18 @@ def test_the_critic_begins_in_the_units_of_the_normalised_rewards(folder, alone)
         raw = response_values(models.critic, fixed)
         models.critic.module.normalise(2.0, 4.0)
         torch.testing.assert_close(response_values(models.critic, fixed), (raw - 2.0) / 4.0 * fixed.mask)
+
+
+def test_nan_stops_an_update_at_its_first_minibatch_and_leaves_the_batch_for_a_look(folder, alone, tmp_path, tokenizer):
+    cfg, models, rollout = ppo_models(folder, alone, ppo_epochs=2)
+    rollout.advantages = rollout.advantages * torch.nan
+    progress = ppo_update.Progress()
+    with pytest.raises(UserError, match=r"step 1 gave loss nan and gradient norm .*; its batch is in .*bad_batch_step_1.jsonl"):
+        ppo_update.update(cfg, models, rollout, None, 0, progress, partial(check_finite, cfg, tmp_path, "ppo", tokenizer=tokenizer))
+    assert progress.position == 0
+    saved = [json.loads(line) for line in (tmp_path / "bad_batch_step_1.jsonl").read_text().splitlines()]
+    assert len(saved) == 8 and saved[0]["response_ids"] == rollout.responses[saved[0]["row"], : rollout.lengths[saved[0]["row"]]].tolist()
+    assert all(isinstance(row["prompt_text"], str) for row in saved)
 
 
 def test_an_update_that_stops_in_the_middle_goes_on_alike(folder, alone, monkeypatch):

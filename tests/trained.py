@@ -15,17 +15,19 @@ from tiny import PAD, predictions
 from workers import update
 
 from runner import engine
+from runner.config import Offload
 from runner.data.batches import pad
 from runner.losses import sft_loss
 from runner.models import full_state_dict
 from runner.plan import engine_configs
 
 
-def trainable(model, zero: int = 0, precision: str = "fp32", **changes):
-    """An engine with micro batch 2 and 4 accumulation steps."""
+def trainable(model, zero: int = 0, precision: str = "fp32", offload: bool = False, **changes):
+    """An engine with micro batch 2 and 4 accumulation steps. offload: of optimizer states and, under ZeRO-3, parameters."""
     options = {"lr": 0.1, "lora_lr": 0.3, "weight_decay": 0.01, "betas": (0.9, 0.95), "eps": 1e-8} | changes
     cfg = update.configuration(1, zero)
-    cfg = replace(cfg, hardware=replace(cfg.hardware, precision=precision))
+    moved = Offload(optimizer=offload, params=offload and zero == 3, ref=False, reward=False)
+    cfg = replace(cfg, hardware=replace(cfg.hardware, precision=precision, offload=moved))
     return engine.trainable(model, engine_configs(cfg, "sft")["actor"], **options)
 
 
