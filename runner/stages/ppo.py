@@ -83,14 +83,14 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         state.before, state.sft_rows = evaluator(0, state, calibrate=ppo.normalize_scores)
     models.critic.module.normalise(state.score_mean, state.score_std)
     frozen = {"reward": models.reward} | ({"ref": models.ref} if models.ref else {})
-    warm = ppo.critic_warmup + warmup_steps(ppo.warmup, total - ppo.critic_warmup)
+    warm = ppo.critic_warmup + warmup_steps(ppo.warmup, max(1, total - ppo.critic_warmup))
     watch = invariants.watch_weights(log, {"actor": models.actor, "critic": models.critic}, frozen, warm + 2)
     guard = partial(check_finite, cfg, step.folder, step.stage, tokenizer=tokenizer)
 
     for i in range(first, total):
         # The actor's schedule begins when the actor does
         for trained, start in ((models.actor, ppo.critic_warmup), (models.critic, 0)):
-            share = learning_rate(max(0, i - start), total - start, 1.0, ppo.lr_schedule, ppo.warmup, ppo.lr_end)
+            share = learning_rate(max(0, i - start), max(1, total - start), 1.0, ppo.lr_schedule, ppo.warmup, ppo.lr_end)
             engine.set_learning_rate(trained, share)
 
         # 4. Rollout: one response per prompt, scored by all four models
