@@ -184,6 +184,20 @@ def test_the_first_signal_stops_in_good_order_and_says_resume_me(number, tmp_pat
     assert f"stopped by {number.name} at step 7 of 9; the same command goes on from there" in printed
 
 
+def test_nohup_is_respected(tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it to what it starts
+    try:
+        launcher = launch(tmp_path, "stops")
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    worker_of(launcher, tmp_path)
+    launcher.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert launcher.poll() is None
+    launcher.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM" in launcher.communicate(timeout=30)[0]
+
+
 def test_a_signal_to_the_worker_alone_does_the_same(tmp_path):
     launcher = launch(tmp_path, "stops")
     worker_of(launcher, tmp_path).send_signal(signal.SIGUSR1)

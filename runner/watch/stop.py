@@ -158,7 +158,8 @@ def listen() -> None:
     """Launcher: the first signal stops the running step in good order, or ends the command where none runs. The second ends it at once."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
-            signal.signal(number, _heard)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, _heard)
 
 
 def limit(seconds: float | None) -> None:
