@@ -112,7 +112,7 @@ def _environment(cfg: Config) -> dict[str, str]:
     # torchrun passes a signal on and waits as long for the workers to save. Unasked it would not handle SIGUSR1, and kill after 30 s
     environment["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     environment["PET_SHUTDOWN_TIMEOUT"] = "600"
-    if cfg.hardware.nodes == 1:
+    if cfg.hardware.launch.startswith(("{python}", "env ")):  # not where srun, ssh or a container may take it: numbers differ there
         environment[LAUNCHER_PID] = str(os.getpid())
     if cfg.hardware.accelerator == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
