@@ -97,8 +97,8 @@ class Scalar(Wrapper):
     mean, std = 0.0, 1.0
 
     def normalise(self, mean: float, std: float) -> None:
-        """Read the model in standard deviations from a mean: a critic that begins as the reward model then begins in the units
-        of the normalised rewards that it is to foresee."""
+        """Read the model in standard deviations from a mean: a critic that begins as the reward model then begins in the units of
+        the rewards that it is to foresee."""
         self.mean, self.std = mean, std
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -273,7 +273,21 @@ def test_early_stop_leaves_the_remaining_minibatches_of_a_pass_too(folder, alone
     assert updated(cfg, models, rollout, 0)["policy/updates"] == 2  # in the first the actor is still the one that sampled
 
 
-def test_the_critic_begins_in_the_units_of_the_normalised_rewards(folder, alone):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_critic_begins_at_the_mean_score(normalize, folder, alone):
+    """Wherever the reward model stands in the middle of a response."""
+    _, models, rollout = ppo_models(folder, alone)
+    rollout.values = response_values(models.critic, rollout).detach() + 7.0 * rollout.mask
+    state = ppo.State(kl_coef=0.0)
+    state.calibrate(rollout, normalize)
+    mask = rollout.mask.bool()
+    read = (rollout.values[mask] - state.value_mean) / state.value_std
+    scores = (rollout.scores - state.score_mean) / state.score_std
+    torch.testing.assert_close(read.mean(), scores.mean(), atol=1e-5, rtol=0)
+    assert not normalize or (read.std() <= 1 + 1e-5 and abs(scores.std() - 1) < 1e-5)
+
+
+def test_the_critic_is_read_in_the_units_of_the_rewards(folder, alone):
     _, models, _ = ppo_models(folder, alone)
     fixed = update.fixed_rollout()
     with torch.no_grad():

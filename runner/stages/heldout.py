@@ -32,13 +32,13 @@ class Evaluator:
         self.judged = any(source.adapter == "toy" for source in cfg.dataset.sources.values())
 
     def __call__(self, done: int, state, calibrate: bool = False) -> tuple[dict, list[dict]]:
-        """Returns mean facts, and one row per prompt. calibrate: set state.score_mean and score_std from these. Collective."""
+        """Returns mean facts, and one row per prompt. calibrate: scores and values are measured by these responses. Collective."""
         with self.log.phase("eval"):
             episodes = [EVAL_EPISODE + n for n in range(len(self.prompts))]
-            rollout = collect(self.models, self.reader, list(self.prompts), self.cfg.seed, episodes, with_values=False)
+            rollout = collect(self.models, self.reader, list(self.prompts), self.cfg.seed, episodes, with_values=calibrate)
         invariants.check(self.log, f"the evaluation after {done} iterations", invariants.of_rollout(self.cfg, self.reader, rollout))
         if calibrate:
-            state.score_mean, state.score_std = float(rollout.scores.mean()), max(float(rollout.scores.std()), 1e-3)
+            state.calibrate(rollout, self.cfg.ppo.normalize_scores)
         scores = (rollout.scores - state.score_mean) / state.score_std
         responses = [
             decode_response(self.tokenizer, ids[:n]) for ids, n in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)

@@ -48,10 +48,26 @@ class State:
     kl_coef: float
     score_mean: float = 0.0
     score_std: float = 1.0
+    value_mean: float = 0.0  # of the critic's output as it begins, to be read as the mean score
+    value_std: float = 1.0
     tokens: int = 0
     before: dict | None = None  # evaluation of the SFT actor
     sft_rows: list | None = None  # its responses to the held-out prompts
     progress: Progress = field(default_factory=Progress)  # of the update of this iteration
+
+    def calibrate(self, rollout: Rollout, normalize: bool) -> None:
+        """From the SFT actor's responses: the scale of the scores, and where the critic begins.
+
+        The critic begins as the reward model, which has learnt to score whole responses. Read in the middle of one it may be off by
+        several standard deviations; then ending looks like a gain, or a loss, and the first updates teach nothing but length.
+        """
+        scores, values = rollout.scores, rollout.values[rollout.mask.bool()]
+        if normalize:
+            self.score_mean, self.score_std = float(scores.mean()), max(float(scores.std()), 1e-3)
+            # Never enlarged: every step of the optimizer would be enlarged with it
+            self.value_mean, self.value_std = float(values.mean()), max(1.0, float(values.std()), self.score_std)
+        else:
+            self.value_mean = float(values.mean() - scores.mean())
 
 
 def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
@@ -80,8 +96,8 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     unfinished = Rollout(**tensors) if tensors else None  # a run that stopped in the middle of an update
     log.begin(first, total)
     if state.before is None:
-        state.before, state.sft_rows = evaluator(0, state, calibrate=ppo.normalize_scores)
-    models.critic.module.normalise(state.score_mean, state.score_std)
+        state.before, state.sft_rows = evaluator(0, state, calibrate=True)
+    models.critic.module.normalise(state.value_mean, state.value_std)
     frozen = {"reward": models.reward} | ({"ref": models.ref} if models.ref else {})
     warm = ppo.critic_warmup + warmup_steps(ppo.warmup, max(1, total - ppo.critic_warmup))
     watch = invariants.watch_weights(log, {"actor": models.actor, "critic": models.critic}, frozen, warm + 2)
