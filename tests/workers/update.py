@@ -42,8 +42,10 @@ RESPONSES = [1, 9, 3, 2, 6, 4, 8, 5]
 def configuration(world: int, zero: int) -> Config:
     """Global batch 8, micro batch 2: on 1, 2 and 4 ranks 4, 2 and 1 micro batches are accumulated."""
     overrides = [f"hardware.micro_batch.{name}=2" for name in ("sft", "reward", "ppo", "rollout", "score")]
-    # Vectors stay whole under ZeRO-3, matrices are partitioned
-    overrides += ["+hardware.deepspeed.zero_optimization.stage3_param_persistence_threshold=64", "hardware.logits_chunk=8"]
+    # Vectors stay whole under ZeRO-3, matrices are partitioned. Its buckets of 4 GB are never given back, and a process of many
+    # engines could then no longer fork
+    buckets = {"stage3_param_persistence_threshold": 64, "reduce_bucket_size": 100_000}
+    overrides += [f"+hardware.deepspeed.zero_optimization.{key}={value}" for key, value in buckets.items()] + ["hardware.logits_chunk=8"]
     for stage, lr in (("sft", "lr"), ("reward", "lr"), ("ppo", "actor_lr")):
         overrides += [f"{stage}.eps={EPS}", f"{stage}.{lr}=1.0", f"{stage}.warmup=0", f"{stage}.lr_schedule=constant"]
     overrides += [f"{stage}.{limit}" for stage in ("sft", "reward") for limit in ("global_batch=8", "max_steps=2")]
