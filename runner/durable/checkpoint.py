@@ -26,7 +26,7 @@ from torch import Tensor
 
 from runner import ranks
 from runner.config import Config
-from runner.durable.manifest import complete, damage, read_manifest, remove, score_of, sealed, write_manifest
+from runner.durable.manifest import complete, damage, read_manifest, remove, scored, sealed, write_manifest
 from runner.durable.shards import MOMENTS, Shard, make_moments, publish, scaler_state, set_scaler_state, shards, steps_taken
 from runner.errors import UserError
 from runner.files import put_in_place
@@ -63,7 +63,8 @@ class Checkpoints:
         self.best = max(self.best, score if score is not None else -np.inf)
         often = settings.every > 0 and done % settings.every == 0
         # Rank 0's clock counts for all
-        late = settings.minutes > 0 and ranks.first(lambda: time.monotonic() - self._last > 60 * settings.minutes)
+        in_time = ranks.rank() > 0 or time.monotonic() - self._last <= 60 * settings.minutes
+        late = settings.minutes > 0 and not ranks.all_of(in_time)
         if reason or best or often or late or done == total:
             self.save(f"step_{done}", done, state, score)
         else:
@@ -157,8 +158,7 @@ class Checkpoints:
     def _prune(self) -> None:
         """Keep the newest and the best checkpoints."""
         found, settings = complete(self.folder), self.cfg.checkpoint
-        scored = sorted((path for path in found if score_of(path) is not None), key=score_of)
-        best = scored[-settings.keep_best :] if settings.keep_best else []
+        best = [path for _, path in scored(found)[-settings.keep_best :]] if settings.keep_best else []
         for path in found[: -settings.keep_last]:
             if path not in best:
                 remove(path)
@@ -186,8 +186,7 @@ class Checkpoints:
             fill(path, manifest, "average", self.average.shards(), kinds=("weight",))
         self._restore_random(path, manifest)
         self.log.restore(manifest["log"])
-        scores = [s for p in complete(self.folder) if (s := score_of(p)) is not None]
-        self.saved, self.best = path.name, max(scores, default=-np.inf)
+        self.saved, self.best = path.name, max((s for s, _ in scored(complete(self.folder))), default=-np.inf)
         shared = path / "shared.safetensors"
         tensors = safe_tensors(shared, self.log.device) if shared.exists() else {}
         return manifest["step"], manifest["state"], tensors
@@ -196,8 +195,8 @@ class Checkpoints:
         """Give the engines the weights of the best kept checkpoint, if it scored more than `score`. Returns whether it did."""
         if not self.cfg.checkpoint.keep_best:
             return False
-        better = [path for path in self._finished() if (found := score_of(path)) is not None and found > score]
-        path = next(filter(self._is_whole, sorted(better, key=score_of, reverse=True)), None)
+        better = [path for found, path in reversed(scored(self._finished())) if found > score]
+        path = next(filter(self._is_whole, better), None)
         if path is None:
             return False
         for name, engine in self.engines.items():

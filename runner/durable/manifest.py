@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from runner.files import flush
@@ -34,12 +35,14 @@ def _digest_of(facts: dict) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def score_of(path: Path) -> float | None:
-    """How an evaluation scored this checkpoint, if there was one."""
-    try:
-        return read_manifest(path)["score"]
-    except (OSError, ValueError, KeyError):
-        return None
+def scored(paths: list[Path]) -> list[tuple[float, Path]]:
+    """(score, checkpoint) of those that an evaluation has scored, the worst first. A broken manifest has no score."""
+    found = []
+    for path in paths:
+        with suppress(OSError, ValueError, KeyError):
+            if (score := read_manifest(path)["score"]) is not None:
+                found.append((score, path))
+    return sorted(found)
 
 
 def remove(path: Path) -> None:

@@ -53,8 +53,3 @@ def read(folder: Path) -> list[dict]:
     """The last signs of life of all ranks, by rank."""
     beats = [json.loads(path.read_text()) for path in (folder / "logs").glob("rank_*.alive")]
     return sorted(beats, key=lambda beat: beat["rank"])
-
-
-def forget(folder: Path) -> None:
-    for path in (folder / "logs").glob("rank_*.alive"):
-        os.unlink(path)
