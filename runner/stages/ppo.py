@@ -32,7 +32,7 @@ from runner.metrics import RunLog
 from runner.models import save_adapter, save_model
 from runner.plan import engine_configs, shares_reference
 from runner.rollout.collect import Models, Reader, collect
-from runner.rollout.network import network_of
+from runner.rollout.network import network_of, side_by_side
 from runner.rollout.record import Rollout
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reward, tokenizer_for
@@ -184,6 +184,8 @@ def build(cfg: Config, step: Inputs, tokenizer, device: torch.device) -> Models:
     actor = engine.trainable(
         actor, configs["actor"], lr=ppo.actor_lr, lora_lr=actor_part.lora.lr, weight_decay=ppo.actor_weight_decay, **options
     )
+    if not actor.zero_optimization():  # ZeRO lays weights out itself
+        side_by_side(actor.module.hf)
     args = {"dropout": 0.0, "lora": replace(reward_part.lora, dropout=0.0), "fresh_head": False, "checkpointing": checkpointing.critic}
     critic = load_reward(cfg, step.parents["reward"], tokenizer, configs["critic"], **args)
     critic = engine.trainable(
