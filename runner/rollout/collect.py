@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from runner import engine, ranks
-from runner.data.batches import pad
+from runner.data.batches import pad, send
 from runner.rollout import hf
-from runner.rollout.record import Rollout, widen
+from runner.rollout.record import CPU, Rollout, widen
 from runner.rollout.sampling import uniforms
 from runner.watch import stop
 
@@ -61,9 +61,9 @@ def collect(
         stoppable: raise Stopped between two micro batches when someone asks for it.
     """
     mine = slice(ranks.rank(), None, ranks.world())
-    rollout = sample(models, reader, prompts[mine], seed, episodes[mine], stoppable)
+    rollout = sample(models, reader, prompts[mine], seed, episodes[mine], stoppable).to(CPU)
     score(models, reader, rollout, with_values)
-    return rollout.gather(reader.pad)
+    return rollout.gather(reader.pad, reader.device)
 
 
 def sample(models: Models, reader: Reader, prompts: list[list[int]], seed: int, episodes: list[int], stoppable: bool = False) -> Rollout:
@@ -99,24 +99,26 @@ def join(parts: list[Rollout], fill: int) -> Rollout:
 def score(models: Models, reader: Reader, rollout: Rollout, with_values: bool) -> None:
     """Fill in logprobs, ref_logprobs, values and scores of this rank's rows."""
     models.critic.eval()
-    shape = rollout.responses.shape
-    rollout.logprobs, rollout.ref_logprobs, rollout.values = (torch.zeros(shape, device=reader.device) for _ in range(3))
-    rollout.scores = torch.zeros(len(rollout), device=reader.device)
+    shape = (3, *rollout.responses.shape)
+    tables, scores = torch.zeros(shape, device=reader.device), torch.zeros(len(rollout), device=reader.device)
+    logprobs, ref_logprobs, values = tables
     for start in range(0, len(rollout), reader.score_micro):
         rows = slice(start, start + reader.score_micro)
-        part = rollout.rows(torch.arange(len(rollout), device=reader.device)[rows])
+        part = rollout.rows(torch.arange(len(rollout))[rows])
         width = part.responses.size(1)
-        rollout.logprobs[rows, :width] = response_logprobs(models.actor, part)[0]
+        logprobs[rows, :width] = response_logprobs(models.actor, part)[0]
         ref, context = models.reference()
         with context:
-            rollout.ref_logprobs[rows, :width] = response_logprobs(ref, part)[0]
+            ref_logprobs[rows, :width] = response_logprobs(ref, part)[0]
         if with_values:
-            rollout.values[rows, :width] = response_values(models.critic, part)
-        rollout.scores[rows] = final_scores(models.reward, part)
+            values[rows, :width] = response_values(models.critic, part)
+        scores[rows] = final_scores(models.reward, part)
+    rollout.logprobs, rollout.ref_logprobs, rollout.values = tables.to(CPU)
+    rollout.scores = scores.to(CPU)
 
 
 def response_logprobs(actor, part: Rollout, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (and entropies) of the response tokens. (B, R), 0 on padding."""
+    """Log-probabilities (and entropies) of the response tokens. part on the CPU -> (B, R) on the actor's device, 0 on padding."""
     ids, mask = part.sequences()
     index, targets = part.response_index()
     logprobs, entropies = actor(ids, mask, index, targets, with_entropy)
@@ -126,12 +128,12 @@ def response_logprobs(actor, part: Rollout, with_entropy: bool = False) -> tuple
 def response_values(critic, part: Rollout) -> Tensor:
     """Value of the state before each response token: read one position earlier. (B, R)."""
     ids, mask = part.sequences()
-    first = part.prompts.size(1) - 1
-    return critic(ids, mask)[:, first:-1] * part.mask
+    values = critic(ids, mask)[:, part.prompts.size(1) - 1 : -1]
+    return values * send(part.mask, values.device)
 
 
 def final_scores(reward, part: Rollout) -> Tensor:
     """The reward model's score at the last real token, which is EOS where the response ended. (B,)."""
     ids, mask = part.sequences()
-    last = part.prompts.size(1) + part.lengths - 1
-    return reward(ids, mask).gather(1, last.unsqueeze(1)).squeeze(1)
+    values, last = reward(ids, mask), part.prompts.size(1) + part.lengths - 1
+    return values.gather(1, send(last.unsqueeze(1), values.device)).squeeze(1)
