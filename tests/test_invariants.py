@@ -406,7 +406,7 @@ def old_log_probabilities(monkeypatch):
 
 
 def a_critic_that_diverged(monkeypatch):
-    monkeypatch.setattr(collect, "response_values", lambda critic, part: torch.full_like(part.logprobs, torch.nan))
+    monkeypatch.setattr(collect, "response_values", lambda critic, part: torch.full_like(part.mask, torch.nan))
 
 
 @pytest.mark.parametrize(

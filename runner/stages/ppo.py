@@ -33,7 +33,7 @@ from runner.models import save_adapter, save_model
 from runner.plan import engine_configs, shares_reference
 from runner.rollout.collect import Models, Reader, collect
 from runner.rollout.network import network_of, side_by_side
-from runner.rollout.record import Rollout
+from runner.rollout.record import CPU, Rollout
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reward, tokenizer_for
 from runner.stages.heldout import Evaluator, paired
@@ -80,7 +80,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     rows, held, counts = cache.load(Path(step.data))
     batches = Batches(np.asarray(rows["length"]), ppo.rollout_batch, 1, world=1, rank=0, seed=cfg.seed, drop_last=True, pool=1)
     total = batches.steps(ppo.epochs, ppo.max_steps)
-    mixture = Mixture(cfg, step.ptx, tokenizer.pad_token_id, device) if ppo.ptx_coef else None
+    mixture = Mixture(cfg, step.ptx, tokenizer.pad_token_id) if ppo.ptx_coef else None
 
     # 2. Four models: the actor and its frozen reference, the critic and the reward model that it starts from
     models = build(cfg, step, tokenizer, device)
@@ -96,7 +96,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     checkpoints = Checkpoints(step.folder, step.key, cfg, {"actor": models.actor, "critic": models.critic}, log, average=ema)
     first, saved, tensors = checkpoints.restore()
     state = State(**saved | {"progress": Progress(**saved["progress"])}) if saved else State(kl_coef=ppo.kl_coef)
-    unfinished = Rollout(**tensors) if tensors else None  # a run that stopped in the middle of an update
+    unfinished = Rollout(**tensors).to(CPU) if tensors else None  # a run that stopped in the middle of an update
     log.begin(first, total)
     if state.before is None:
         state.before, state.sft_rows = evaluator(0, state, calibrate=True)

@@ -9,7 +9,7 @@ import torch
 from runner import engine, ranks
 from runner.config import Config
 from runner.data import cache
-from runner.data.batches import EMPTY, Batches, loss_weights, pick, sft_batch, shard, subset, to
+from runner.data.batches import EMPTY, Batches, loss_weights, pick, send, sft_batch, shard, subset
 from runner.durable.checkpoint import Checkpoints
 from runner.losses import learning_rate, sft_loss, warmup_steps
 from runner.metrics import RunLog
@@ -67,9 +67,9 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         with log.phase("train"):
             actor.train()
             for numbers in batches.micro_batches(s):
-                batch = to(sft_batch(pick(rows, numbers), tokenizer.pad_token_id, sft.prompt_loss), device)
+                batch = sft_batch(pick(rows, numbers), tokenizer.pad_token_id, sft.prompt_loss)
                 logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
-                loss = sft_loss(logprobs, batch["weights"])
+                loss = sft_loss(logprobs, send(batch["weights"], device))
                 engine.backward(actor, loss, weight)
                 norm = engine.step(actor)
                 loss_sum += loss.detach()
@@ -121,10 +121,11 @@ def evaluate(actor, held, most: int, micro: int, pad: int, device: torch.device)
     chosen = held.select(subset(len(held), most))
     sums = {"loss": torch.zeros((), device=device), "tokens": torch.zeros((), device=device)}
     for numbers in shard(len(chosen), micro, ranks.world(), ranks.rank()):
-        batch = to(sft_batch(pick(chosen, numbers), pad, prompt_loss=0.0), device)
+        batch = sft_batch(pick(chosen, numbers), pad, prompt_loss=0.0)
         logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
-        sums["loss"] += sft_loss(logprobs, batch["weights"])
-        sums["tokens"] += batch["weights"].sum()
+        weights = send(batch["weights"], device)
+        sums["loss"] += sft_loss(logprobs, weights)
+        sums["tokens"] += weights.sum()
     found = ranks.total(sums, device)
     loss = found["loss"] / found["tokens"]
     return {"loss": loss, "perplexity": math.exp(min(loss, 50))}
