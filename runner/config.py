@@ -393,9 +393,11 @@ class Ppo(Training):
 @dataclass
 class Rollout:
     engine: str
+    max_mismatch: float
 
     def __post_init__(self):
-        check_choice("rollout.engine", self.engine, ("hf",))
+        check_choice("rollout.engine", self.engine, ("auto", "graph", "hf"))
+        check_least(self, 0, "max_mismatch")
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Models inside DeepSpeed: building, stepping, generating, and the few places where its behaviour must be worked around."""
 
 import shutil
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import deepspeed
 import torch
@@ -109,15 +109,37 @@ def _check_scale(engine) -> None:
 
 @contextmanager
 def whole_weights(engine):
-    """Inside this block the module's weights are complete on every rank, gathered once: generation reads them token by token."""
-    if engine.zero_optimization_stage() != 3:
-        with nullcontext():
-            yield engine.module
-        return
-    from deepspeed.runtime.zero import unwrap_model_for_generation
+    """(module, True) with complete weights on every rank, gathered once: sampling reads them token by token. Collective.
 
-    with unwrap_model_for_generation(engine):
-        yield engine.module
+    (module, False) under ZeRO-3 where they do not fit: then every forward gathers layer by layer, on all ranks together.
+    """
+    if engine.zero_optimization_stage() != 3:
+        yield engine.module, True
+    elif not _fits_whole(engine):
+        yield engine.module, False
+    else:
+        from deepspeed.runtime.zero import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(engine):
+            yield engine.module, True
+
+
+def _fits_whole(engine) -> bool:
+    """Whether all parameters fit into the device's memory at once, on every rank, and leave half of it to the cache."""
+    if engine.device.type != "cuda":
+        return True
+    whole = sum(p.ds_numel * p.element_size() for p in engine.module.parameters())
+    fits = torch.tensor(int(2 * whole < free_memory(engine.device)), device=engine.device)
+    dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+    return bool(fits)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that the device can still give, with those that the allocator keeps unused. No bound on a CPU."""
+    if device.type != "cuda":
+        return float("inf")
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def align_overflow(*engines) -> None:

@@ -23,7 +23,7 @@ from runner.durable.resume import Unfinished, forced, unfinished
 from runner.errors import UserError
 
 # Raise it when the code changes what a step computes
-VERSION = 3
+VERSION = 4
 
 # Settings that do not shape the result
 NOT_HASHED = ("use", "eval_every", "eval_examples", "eval_prompts")

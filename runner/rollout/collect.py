@@ -1,17 +1,25 @@
 """From prompts to a scored rollout: sampling responses, then reading them with actor, reference, critic and reward model."""
 
+import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from runner import engine, ranks
 from runner.data.batches import pad
-from runner.rollout import hf
+from runner.losses import masked_sum
+from runner.rollout import graph, hf
+from runner.rollout.network import network_of
 from runner.rollout.record import Rollout, widen
 from runner.rollout.sampling import uniforms
 from runner.watch import stop
+
+# Batches that the decode engine samples in a row: between two rows of them a run can be stopped
+WAVE = 4
+# Share of a rollout that the trainer reads again, to see whether it agrees with the sampler
+PROBE = 1 / 8
 
 
 @dataclass
@@ -37,9 +45,12 @@ class Reader:
     pad: int
     eos: int
     max_response: int
-    rollout_micro: int
+    rollout_micro: int  # responses that are sampled at the same time
     score_micro: int
     device: torch.device
+    engine: str = "auto"
+    max_mismatch: float = 0.0  # nats per token; see `read_actor`
+    stats: graph.Stats = field(default_factory=graph.Stats)  # of the newest rollout, on this rank
 
 
 @torch.no_grad()
@@ -69,16 +80,25 @@ def collect(
 def sample(models: Models, reader: Reader, prompts: list[list[int]], seed: int, episodes: list[int], stoppable: bool = False) -> Rollout:
     """Responses of this rank's prompts."""
     models.actor.eval()
-    parts = []
-    with engine.whole_weights(models.actor) as actor:
-        for start in range(0, len(prompts), reader.rollout_micro):
+    parts, reader.stats = [], graph.Stats()
+    with engine.whole_weights(models.actor) as (actor, whole):
+        network = network_of(actor.hf) if whole and reader.engine != "hf" else None
+        if network is not None:
+            network = graph.folded(network)
+        together = reader.rollout_micro * (WAVE if network else 1)
+        for start in range(0, len(prompts), together):
             if stoppable and (reason := stop.asked()):
                 raise stop.Stopped(reason)
-            rows = prompts[start : start + reader.rollout_micro]
-            ids, mask = pad(rows, reader.pad, left=True)
-            uniform = uniforms(seed, episodes[start : start + reader.rollout_micro], reader.max_response)
-            lengths = mask.sum(dim=1).to(reader.device)
-            parts.append(hf.generate(actor, ids.to(reader.device), lengths, uniform, pad=reader.pad, eos=reader.eos))
+            rows = prompts[start : start + together]
+            uniform = uniforms(seed, episodes[start : start + together], reader.max_response)
+            if network is None:
+                ids, mask = (x.to(reader.device) for x in pad(rows, reader.pad, left=True))
+                parts.append(hf.generate(actor, ids, mask.sum(dim=1), uniform, pad=reader.pad, eos=reader.eos, together=not whole))
+                continue
+            decoder = graph.Decoder(network, actor.sampling, rows, uniform, slots=reader.rollout_micro, pad=reader.pad, eos=reader.eos)
+            parts.append(decoder.run())
+            reader.stats.add(decoder.stats)
+            del decoder  # its cache, before the next one asks for as much
     return join(parts, reader.pad)
 
 
@@ -99,20 +119,52 @@ def join(parts: list[Rollout], fill: int) -> Rollout:
 def score(models: Models, reader: Reader, rollout: Rollout, with_values: bool) -> None:
     """Fill in logprobs, ref_logprobs, values and scores of this rank's rows."""
     models.critic.eval()
-    shape = rollout.responses.shape
-    rollout.logprobs, rollout.ref_logprobs, rollout.values = (torch.zeros(shape, device=reader.device) for _ in range(3))
+    read_actor(models, reader, rollout)
+    rollout.ref_logprobs, rollout.values = (torch.zeros_like(rollout.sampled_logprobs) for _ in range(2))
     rollout.scores = torch.zeros(len(rollout), device=reader.device)
-    for start in range(0, len(rollout), reader.score_micro):
-        rows = slice(start, start + reader.score_micro)
-        part = rollout.rows(torch.arange(len(rollout), device=reader.device)[rows])
+    for rows, part in micro_batches(rollout, reader.score_micro):
         width = part.responses.size(1)
-        rollout.logprobs[rows, :width] = response_logprobs(models.actor, part)[0]
         ref, context = models.reference()
         with context:
             rollout.ref_logprobs[rows, :width] = response_logprobs(ref, part)[0]
         if with_values:
             rollout.values[rows, :width] = response_values(models.critic, part)
         rollout.scores[rows] = final_scores(models.reward, part)
+
+
+def read_actor(models: Models, reader: Reader, rollout: Rollout) -> None:
+    """Fill in logprobs: the sampler's own, if the trainer reads a share of the rollout within `max_mismatch`; otherwise what it reads.
+
+    The first saves a forward and is the truer one: PPO's ratio is to the distribution that was sampled from. But a sampler that is
+    far from the trainer (another model, lost digits) must not teach. All ranks decide alike. Collective.
+    """
+    read, rollout.mismatch = torch.zeros_like(rollout.sampled_logprobs), torch.zeros_like(rollout.sampled_logprobs)
+    rollout.reread = torch.zeros(len(rollout), dtype=torch.bool, device=read.device)
+
+    def look(start: int, stop: int) -> None:
+        for rows, part in micro_batches(rollout, reader.score_micro, start, stop):
+            width = part.responses.size(1)
+            read[rows, :width] = response_logprobs(models.actor, part)[0]
+            rollout.mismatch[rows, :width] = (part.sampled_logprobs - read[rows, :width]).abs() * part.mask
+            rollout.reread[rows] = True
+
+    probe = math.ceil(PROBE * len(rollout)) if reader.max_mismatch else len(rollout)
+    look(0, probe)
+    tokens = masked_sum(rollout.mask, rollout.reread.float().unsqueeze(1))
+    seen = ranks.total({"mismatch": rollout.mismatch.sum(), "tokens": tokens}, read.device)
+    if seen["mismatch"] <= reader.max_mismatch * seen["tokens"]:
+        rollout.logprobs = rollout.sampled_logprobs.clone()
+    else:
+        look(probe, len(rollout))
+        rollout.logprobs = read
+
+
+def micro_batches(rollout: Rollout, size: int, start: int = 0, stop: int | None = None):
+    """(slice, its rows) after one another."""
+    stop = len(rollout) if stop is None else stop
+    for first in range(start, stop, size):
+        rows = slice(first, min(first + size, stop))
+        yield rows, rollout.rows(torch.arange(len(rollout), device=rollout.lengths.device)[rows])
 
 
 def response_logprobs(actor, part: Rollout, with_entropy: bool = False) -> tuple[Tensor, Tensor]:

@@ -29,17 +29,22 @@ class InverseSampling(LogitsProcessor):
 
 
 @torch.no_grad()
-def generate(actor: Actor, prompts: Tensor, prompt_lengths: Tensor, uniform: Tensor, *, pad: int, eos: int) -> Rollout:
+def generate(
+    actor: Actor, prompts: Tensor, prompt_lengths: Tensor, uniform: Tensor, *, pad: int, eos: int, together: bool = False
+) -> Rollout:
     """Sample one response per prompt.
 
-    Args: prompts (B, P) left-padded; prompt_lengths (B,); uniform (B, R): one number per token, R tokens at most, EOS included.
+    Args:
+        prompts (B, P) left-padded; prompt_lengths (B,); uniform (B, R): one number per token, R tokens at most, EOS included.
+        together: all ranks take equally many steps, because they gather the weights of each layer together (ZeRO-3).
     """
     width, length = prompts.size(1), uniform.size(1)
     mask = (torch.arange(width, device=prompts.device) >= (width - prompt_lengths).unsqueeze(1)).long()
     pick = InverseSampling(uniform.to(prompts.device), actor.sampling, width)
     # A config of our own: generate would otherwise mix in the checkpoint's (and top_k=50)
     config = GenerationConfig(max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=eos)
-    rows = actor.hf.generate(input_ids=prompts, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([pick]))
+    options = {"generation_config": config, "logits_processor": LogitsProcessorList([pick]), "synced_gpus": together}
+    rows = actor.hf.generate(input_ids=prompts, attention_mask=mask, **options)
     responses = rows[:, width:]
     is_eos = responses == eos
     ended = is_eos.any(dim=1)

@@ -20,7 +20,9 @@ class Rollout:
     lengths: Tensor  # (B,) real tokens of each response, EOS included
     ended: Tensor  # (B,) bool: the response ends with EOS
     sampled_logprobs: Tensor | None = None  # (B, R) of the distribution that was sampled from, as the sampler saw it
-    logprobs: Tensor | None = None  # (B, R) of the actor that sampled, as scoring reads it
+    logprobs: Tensor | None = None  # (B, R) of the actor that sampled: PPO's old log-probabilities
+    mismatch: Tensor | None = None  # (B, R) how far the sampler is from the trainer, nats; 0 on rows that only the sampler read
+    reread: Tensor | None = None  # (B,) bool: rows that the trainer read too
     ref_logprobs: Tensor | None = None  # (B, R) of the SFT model
     values: Tensor | None = None  # (B, R) of the critic, before each token
     scores: Tensor | None = None  # (B,) of the reward model, raw

@@ -71,7 +71,7 @@ def of_rollout(cfg: Config, reader: Reader, rollout: Rollout) -> Findings:
     findings = {
         "eos_and_pad": eos_and_pad(rollout, reader.pad, reader.eos, reader.max_response),
         "finite_rollout": finite_rollout(rollout),
-        "rollout_weights": rollout_weights(rollout.sampled_logprobs, rollout.logprobs, mask, precision),
+        "rollout_weights": rollout_weights(rollout.mismatch, mask * rollout.reread.unsqueeze(1), precision),
         "kl_not_negative": kl_not_negative(rollout.sampled_logprobs, rollout.ref_logprobs, mask, precision, cfg.ppo.top_p),
         "scores_not_constant": scores_not_constant(rollout.scores, rollout.responses),
     }
@@ -145,9 +145,9 @@ def finite_rollout(rollout: Rollout) -> str | None:
     return None
 
 
-def rollout_weights(sampled: Tensor, logprobs: Tensor, mask: Tensor, precision: str) -> str | None:
-    """What sampled the responses is what the trainer scores them with. All (B, R); sampled: as the sampler saw them."""
-    mismatch = float(masked_mean((sampled - logprobs).abs(), mask))
+def rollout_weights(mismatch: Tensor, mask: Tensor, precision: str) -> str | None:
+    """What sampled the responses is what the trainer trains. (B, R): nats between both, and 1 on tokens that both have read."""
+    mismatch = float(masked_mean(mismatch, mask))
     if mismatch <= TOLERANCE[precision]:
         return None
     return (

@@ -32,6 +32,7 @@ from runner.metrics import RunLog
 from runner.models import save_adapter, save_model
 from runner.plan import engine_configs, shares_reference
 from runner.rollout.collect import Models, Reader, collect
+from runner.rollout.network import network_of
 from runner.rollout.record import Rollout
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reward, tokenizer_for
@@ -86,7 +87,9 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     ema = Ema(models.actor.module, ppo.ema_decay) if ppo.ema_decay else None
     micro = cfg.hardware.micro_batch
     sizes = (cfg.model.max_response_tokens, micro.rollout, micro.score)
-    reader = Reader(tokenizer.pad_token_id, tokenizer.eos_token_id, *sizes, device)
+    reader = Reader(tokenizer.pad_token_id, tokenizer.eos_token_id, *sizes, device, cfg.rollout.engine, cfg.rollout.max_mismatch)
+    if cfg.rollout.engine != "hf" and network_of(models.actor.module.hf) is None:
+        log.say("the decode engine does not know this form of network: transformers' generate samples instead, slowly")
     evaluator = Evaluator(cfg, held, tokenizer, models, reader, log)
 
     # 3. Go on from the newest checkpoint, if there is one; otherwise see what the SFT actor can do
@@ -216,7 +219,6 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
     rollout.advantages = whiten(advantages, mask) if ppo.whiten_advantages else advantages
 
     non_score = -state.kl_coef * kl.sum(1).mean()
-    mismatch = (rollout.sampled_logprobs - rollout.logprobs).abs() * mask
     facts = {
         "objective/kl": ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1).mean(),
         "objective/scores": scores.mean(),
@@ -228,8 +230,9 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
         "rollout/truncated_rate": 1 - rollout.ended.float().mean(),
         "rollout/score_mean": rollout.scores.mean(),
         "rollout/score_std": rollout.scores.std(),
-        "rollout/logprob_mismatch": masked_mean(mismatch, mask),
-        "rollout/logprob_mismatch_max": mismatch.max(),
+        "rollout/logprob_mismatch": masked_mean(rollout.mismatch, mask * rollout.reread.unsqueeze(1)),
+        "rollout/logprob_mismatch_max": rollout.mismatch.max(),
+        "rollout/reread": rollout.reread.float().mean(),
         "val/num_eos_tokens": rollout.ended.sum(),
         "val/explained_var": explained_variance(rollout.values, rollout.returns, mask),
         "perf/padding_fraction": 1 - (rollout.lengths.sum() + rollout.prompt_lengths.sum()) / rollout.sequences()[0].numel(),

@@ -1,0 +1,252 @@
+"""The decode engine: a preallocated cache of keys and values, one captured CUDA graph per batch size, and no row that waits.
+
+Weights are the training engine's own, read in place: the next rollout sees an update without a copy. A row that has ended rests
+at once (its attention costs nothing), its place goes to the next prompt of the queue, and when the queue is empty the batch
+shrinks. Prompts are read without padding. On a CPU the same code runs without graphs.
+"""
+
+import time
+from dataclasses import dataclass, fields
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from runner.data.batches import pad as padded
+from runner.engine import free_memory
+from runner.losses import warp_logits
+from runner.rollout import kernels
+from runner.rollout.network import Network
+from runner.rollout.record import Rollout
+
+# Steps between two looks at which rows have ended
+STRIDE = 8
+# New prompts are read when at least this share of the batch rests: one at a time, they would not fill the device
+REFILL = 1 / 8
+# Tokens of prompts that are read in one forward
+PREFILL_TOKENS = 16384
+# A batch shrinks to the smallest of these that holds it
+BATCHES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+@dataclass
+class Stats:
+    """What sampling cost. rows and cached are sums over the decode steps: of awake rows, and of cached tokens that they read."""
+
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    steps: int = 0
+    rows: int = 0
+    cached: int = 0
+
+    def add(self, other: "Stats") -> None:
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+@dataclass
+class Lanes:
+    """The rows of a batch. A lane that rests has position -1, a row that is thrown away, and keeps its slot."""
+
+    tokens: Tensor  # (B,) the newest token, not in the cache yet
+    positions: Tensor  # (B,) its position
+    steps: Tensor  # (B,) response tokens so far
+    rows: Tensor  # (B,) which response it is
+    slots: Tensor  # (B,) its place in the cache
+
+    @staticmethod
+    def resting(size: int, nobody: int, device: torch.device) -> "Lanes":
+        """nobody: the row that is thrown away."""
+        zeros, slots = (make(size, device=device) for make in (partial(torch.zeros, dtype=torch.long), torch.arange))
+        return Lanes(zeros, zeros - 1, zeros.clone(), zeros + nobody, slots)
+
+    def first(self, size: int) -> "Lanes":
+        return Lanes(*(getattr(self, f.name)[:size] for f in fields(self)))
+
+    def put(self, lanes: list[int], **values: list[int]) -> None:
+        where = torch.tensor(lanes, device=self.tokens.device)
+        for name, value in values.items():
+            getattr(self, name)[where] = torch.tensor(value, device=where.device)
+
+    def wake_first(self) -> None:
+        """Move lanes that rest to the end, in place: graphs hold these addresses."""
+        order = (self.positions < 0).int().argsort(stable=True)
+        for f in fields(self):
+            getattr(self, f.name).copy_(getattr(self, f.name)[order])
+
+
+def folded(network: Network) -> Network:
+    """With adapters folded into copies of their matrices, if there is memory for these; a copy per rollout is quicker than two more
+    products per matrix and token."""
+    return network.folded() if 2 * network.adapter_bytes() < free_memory(network.device) else network
+
+
+class Decoder:
+    """Samples one response to each of many prompts. Its buffers, 2 * layers * slots * length vectors of keys and values, go with it."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        network: Network,
+        sampling: tuple[float, int, float],
+        prompts: list[list[int]],
+        uniform: Tensor,
+        *,
+        slots: int,
+        pad: int,
+        eos: int,
+        limits: list[int] | None = None,
+    ):
+        """
+        Args:
+            sampling: temperature, top_k, top_p.
+            uniform (N, R): a random number for each response and token (see sampling.py); R tokens at most, EOS included.
+            slots: responses that are sampled at the same time.
+            limits: fewer tokens for some responses.
+        """
+        self.network, self.sampling, self.prompts, self.pad, self.eos = network, sampling, prompts, pad, eos
+        self.device, self.stats, self.graphs = network.device, Stats(), {}
+        (count, most), self.size = uniform.shape, min(slots, len(prompts))
+        new = partial(torch.zeros, device=self.device)
+        length = max(map(len, prompts)) + most
+        cache = (len(network.blocks), self.size, network.kv_heads, length, network.head_dim)
+        self.keys, self.values = (new(cache, dtype=network.dtype) for _ in range(2))
+        self.rotary = network.rotary(torch.arange(length, device=self.device)) if network.rotary else None
+        # One row more than responses: lanes that rest write there
+        self.responses = new((count + 1, most), dtype=torch.long)
+        self.logprobs, self.lengths, self.ended = new((count + 1, most)), new(count + 1, dtype=torch.long), new(count + 1, dtype=torch.bool)
+        self.uniform = F.pad(uniform, (0, 0, 0, 1)).to(self.device)
+        self.limits = torch.tensor([*(limits or [most] * count), most], device=self.device)
+        self.lanes = Lanes.resting(self.size, count, self.device)
+
+    @torch.no_grad()
+    def run(self) -> Rollout:
+        """Sample all responses."""
+        queue, batch = list(enumerate(self.prompts))[::-1], self.size
+        resting = list(range(batch))
+        while True:
+            if queue and len(resting) >= max(1, REFILL * batch):
+                self._admit(queue, resting)
+            start = time.monotonic()
+            for _ in range(STRIDE):
+                self._replay(batch)
+            awake = (self.lanes.positions[:batch] >= 0).tolist()
+            self.stats.steps += STRIDE
+            self.stats.decode_seconds += time.monotonic() - start
+            resting = [lane for lane in range(batch) if not awake[lane]]
+            if queue:
+                continue
+            if not any(awake):
+                return self._finish()
+            smaller = next((size for size in BATCHES if size >= sum(awake)), batch)
+            if smaller < batch:
+                self.lanes.wake_first()
+                batch = smaller
+
+    # --- prompts ------------------------------------------------------------------------------------------------------
+
+    def _admit(self, queue: list[tuple[int, list[int]]], resting: list[int]) -> None:
+        """Read the next prompts of the queue into lanes that rest."""
+        start = time.monotonic()
+        slots = self.lanes.slots.tolist()
+        while queue and resting:
+            group, lanes, tokens = [], [], 0
+            while queue and resting and (not group or tokens + len(queue[-1][1]) <= PREFILL_TOKENS):
+                group.append(queue.pop())
+                lanes.append(resting.pop(0))
+                tokens += len(group[-1][1])
+            self._read([prompt[:-1] for _, prompt in group], [slots[lane] for lane in lanes])
+            # The last token of a prompt is the first to be decoded: sampling stands in one place
+            state = {
+                "tokens": [prompt[-1] for _, prompt in group],
+                "positions": [len(prompt) - 1 for _, prompt in group],
+                "rows": [row for row, _ in group],
+                "steps": [0] * len(group),
+            }
+            self.lanes.put(lanes, **state)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.stats.prefill_seconds += time.monotonic() - start
+
+    def _read(self, prompts: list[list[int]], slots: list[int]) -> None:
+        """Keys and values of prompts into the cache. Only attention sees padding, on the right, where causality hides it."""
+        lengths = np.array([len(p) for p in prompts])
+        if not lengths.sum():
+            return
+        ids, mask = padded(prompts, self.pad)
+        mask = torch.arange(ids.size(1)) < torch.from_numpy(lengths).unsqueeze(1)  # an empty prompt has no token at all
+        sequence, position = mask.nonzero(as_tuple=True)
+        ids, slot = ids[mask].to(self.device), torch.tensor(slots)[sequence].to(self.device)
+        sequence, position = sequence.to(self.device), position.to(self.device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if self.rotary:
+                cos, sin = (table[position] for table in self.rotary)
+                q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+            self.keys[layer][slot, :, position] = k
+            self.values[layer][slot, :, position] = v
+            return kernels.attend_prompts(q, k, v, sequence, position, mask.shape, self.network.alibi)
+
+        self.network.hidden(ids, position, attend, last_layer=False)
+
+    # --- decoding -----------------------------------------------------------------------------------------------------
+
+    def _replay(self, batch: int) -> None:
+        """One step of the first `batch` lanes."""
+        if self.device.type != "cuda":
+            return self._step(self.lanes.first(batch))
+        if batch not in self.graphs:
+            self.graphs[batch] = self._capture(batch)
+        self.graphs[batch].replay()
+
+    def _capture(self, batch: int) -> torch.cuda.CUDAGraph:
+        """Record a step without running it."""
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        if not self.graphs:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+            # Kernels are compiled when they first run, which a capture does not allow. Lanes that rest change nothing
+            self._step(Lanes.resting(batch, len(self.prompts), self.device))
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            # Not torch.cuda.graph(): it would empty the allocator's cache, which the update fills again. Other threads may go on
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            self._step(self.lanes.first(batch))
+            graph.capture_end()
+        here.wait_stream(self.stream)
+        return graph
+
+    def _step(self, lanes: Lanes) -> None:
+        """Decode one token in every lane: everything stays on the device."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache = self.keys[layer], self.values[layer], lanes.slots, lanes.positions
+            return kernels.attend(q, k, v, *cache, self.rotary, self.network.alibi)
+
+        logits = self.network.head(self.network.hidden(lanes.tokens, lanes.positions.clamp(min=0), attend))
+        if self.sampling != (1.0, 0, 1.0):
+            logits = warp_logits(logits.float(), *self.sampling)
+        token, logprob = kernels.sample(logits, self.uniform[lanes.rows, lanes.steps])
+        awake, is_eos = lanes.positions >= 0, token == self.eos
+        self.responses[lanes.rows, lanes.steps] = token
+        self.logprobs[lanes.rows, lanes.steps] = logprob
+        steps = lanes.steps + 1
+        self.lengths[lanes.rows], self.ended[lanes.rows] = steps, is_eos
+        goes_on = awake & ~is_eos & (steps < self.limits[lanes.rows])
+        lanes.tokens.copy_(token)
+        lanes.steps.copy_(torch.where(goes_on, steps, 0))
+        lanes.positions.copy_(torch.where(goes_on, lanes.positions + 1, -1))
+        lanes.rows.masked_fill_(~goes_on, len(self.prompts))
+
+    def _finish(self) -> Rollout:
+        ids, mask = padded(self.prompts, self.pad, left=True)
+        lengths, ended = self.lengths[:-1], self.ended[:-1]
+        width = int(lengths.max())
+        rollout = Rollout(ids.to(self.device), mask.sum(1).to(self.device), self.responses[:-1, :width], lengths, ended)
+        real = rollout.mask.bool()
+        rollout.responses = rollout.responses.masked_fill(~real, self.pad)
+        rollout.sampled_logprobs = self.logprobs[:-1, :width].masked_fill(~real, 0.0)
+        self.stats.rows = int(lengths.sum())
+        self.stats.cached = int((lengths * rollout.prompt_lengths + lengths * (lengths - 1) // 2).sum())
+        return rollout

@@ -1,0 +1,116 @@
+"""The three operations of a decode step that are more than a matrix product, in plain torch; on CUDA their Triton forms take over.
+
+add_norm: residual sum and norm. attend: one new token per sequence against its cache. sample: one token per row of logits.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from runner.losses import token_logprobs
+from runner.rollout.sampling import invert
+
+if TYPE_CHECKING:
+    from runner.rollout.network import Norm
+
+
+def on_triton(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def add_norm(x: Tensor, deltas: tuple[Tensor, ...], norms: "tuple[Norm, ...]") -> tuple[Tensor, ...]:
+    """The sum of a residual stream and what layers add to it, and that sum under each norm. All (N, H)."""
+    if on_triton(x) and norms:
+        from runner.rollout import triton_kernels
+
+        return triton_kernels.add_norm(x, deltas, norms)
+    for delta in deltas:
+        x = x + delta
+    return x, *(apply_norm(x, norm) for norm in norms)
+
+
+def apply_norm(x: Tensor, norm: "Norm") -> Tensor:
+    if norm.rms:
+        wide = x.float()
+        return norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864) on the first dims of each head; the rest stays. x (N, heads, D); cos, sin (N, dims)."""
+    dims = cos.size(-1)
+    part, cos, sin = x[..., :dims], cos.unsqueeze(1), sin.unsqueeze(1)
+    turned = torch.cat([-part[..., dims // 2 :], part[..., : dims // 2]], dim=-1)
+    return torch.cat([part * cos + turned * sin, x[..., dims:]], dim=-1)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    alibi: Tensor | None,
+) -> Tensor:
+    """Attention of one new token per row over its own past, and the token's key and value into the cache.
+
+    Args:
+        q (B, heads, D); k, v (B, kv_heads, D); all before rotation.
+        keys, values (slots, kv_heads, T, D): the cache of this layer.
+        slots (B,): the place of each row in the cache; positions (B,): of the new token, -1 on a row that rests.
+        rotary: cos, sin (T, dims), a row per position; alibi (heads,) slopes.
+    Returns: (B, heads * D); noise on rows that rest.
+    """
+    if on_triton(q):
+        from runner.rollout import triton_kernels
+
+        return triton_kernels.attend(q, k, v, keys, values, slots, positions, rotary, alibi)
+    awake = positions >= 0
+    places = positions.clamp(min=0)
+    if rotary is not None:
+        cos, sin = rotary[0][places], rotary[1][places]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    keys[slots[awake], :, places[awake]] = k[awake]
+    values[slots[awake], :, places[awake]] = v[awake]
+    width = int(places.max()) + 1
+    steps = torch.arange(width, device=q.device)
+    distance = (steps - places.unsqueeze(1)).float()[:, None, None, :]
+    bias = torch.where(distance <= 0, 0.0 if alibi is None else alibi.view(-1, 1, 1) * distance, -torch.inf).to(q.dtype)
+    past = keys[slots, :, :width], values[slots, :, :width]
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q.unsqueeze(2), *past, attn_mask=bias, enable_gqa=grouped).flatten(1)
+
+
+def attend_prompts(q: Tensor, k: Tensor, v: Tensor, sequence: Tensor, position: Tensor, shape, alibi: Tensor | None) -> Tensor:
+    """Causal attention inside each of several sequences, whose tokens stand one below the other.
+
+    Args: q (N, heads, D); k, v (N, kv_heads, D); sequence, position (N,) of each token; shape: number of sequences, longest one.
+    Returns: (N, heads * D).
+    """
+
+    def apart(x: Tensor) -> Tensor:
+        return x.new_zeros(*shape, *x.shape[1:]).index_put_((sequence, position), x).transpose(1, 2)
+
+    bias = None
+    if alibi is not None:
+        steps = torch.arange(shape[1], device=q.device)
+        distance = (steps - steps.unsqueeze(1)).float()
+        bias = torch.where(distance <= 0, alibi.view(-1, 1, 1) * distance, -torch.inf).to(q.dtype).unsqueeze(0)
+    grouped = q.size(1) != k.size(1)
+    out = F.scaled_dot_product_attention(apart(q), apart(k), apart(v), attn_mask=bias, is_causal=bias is None, enable_gqa=grouped)
+    return out.transpose(1, 2)[sequence, position].flatten(1)
+
+
+def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row from softmax(logits), by its uniform number. (B, V), (B,) -> token ids (B,), log-probabilities (B,) fp32."""
+    if on_triton(logits):
+        from runner.rollout import triton_kernels
+
+        return triton_kernels.sample(logits, uniform)
+    token = invert(logits, uniform)
+    return token, token_logprobs(logits, token)

@@ -1,0 +1,253 @@
+"""The operations of kernels.py as Triton kernels: a decode step is bound by memory and by launches, so each of them is one pass.
+
+Sums, softmax and norms are in fp32, whatever is stored.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Tokens of the vocabulary in one program of the sampler
+VOCABULARY_BLOCK = 4096
+# Tokens of the cache that a program of the attention reads at once
+CACHE_BLOCK = 64
+
+
+# --- residual sum and norm --------------------------------------------------------------------------------------------
+
+
+def add_norm(x: Tensor, deltas: tuple[Tensor, ...], norms: tuple) -> tuple[Tensor, ...]:
+    """As kernels.add_norm: up to two deltas and two norms in one pass."""
+    total = torch.empty_like(x) if deltas else x
+    normed = [torch.empty_like(x) for _ in norms]
+    d1, d2 = (*deltas, x, x)[:2]
+    one, other = norms[0], norms[-1]
+    width = x.size(-1)
+    block = triton.next_power_of_2(width)
+    _add_norm[(len(x),)](
+        x, d1, d2, total,
+        one.weight, one.bias if one.bias is not None else one.weight, normed[0],
+        other.weight, other.bias if other.bias is not None else other.weight, normed[-1],
+        width, one.eps,
+        DELTAS=len(deltas), NORMS=len(norms), RMS=one.rms, BIAS=one.bias is not None, BLOCK=block,
+        num_warps=min(8, max(1, block // 512)),
+    )  # fmt: skip
+    return total, *normed
+
+
+@triton.jit
+def _add_norm(
+    x, d1, d2, total, w1, b1, y1, w2, b2, y2, width, eps,
+    DELTAS: tl.constexpr, NORMS: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    place = tl.program_id(0).to(tl.int64) * width + column
+    sum_ = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if DELTAS > 0:
+        sum_ += tl.load(d1 + place, mask=inside, other=0.0).to(tl.float32)
+        if DELTAS > 1:
+            sum_ += tl.load(d2 + place, mask=inside, other=0.0).to(tl.float32)
+        # The norm sees what the residual stream keeps
+        kept = sum_.to(total.dtype.element_ty)
+        tl.store(total + place, kept, mask=inside)
+        sum_ = kept.to(tl.float32)
+    mean = 0.0 if RMS else tl.sum(sum_, axis=0) / width
+    centered = tl.where(inside, sum_ - mean, 0.0)
+    normed = centered * tl.rsqrt(tl.sum(centered * centered, axis=0) / width + eps)
+    if RMS:  # as LLaMA's, which rounds before it scales
+        normed = normed.to(y1.dtype.element_ty).to(tl.float32)
+    _scale(normed, w1, b1, y1, place, column, inside, BIAS)
+    if NORMS > 1:
+        _scale(normed, w2, b2, y2, place, column, inside, BIAS)
+
+
+@triton.jit
+def _scale(normed, w, b, y, place, column, inside, BIAS: tl.constexpr):
+    out = normed * tl.load(w + column, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        out += tl.load(b + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + place, out.to(y.dtype.element_ty), mask=inside)
+
+
+# --- attention of one new token ---------------------------------------------------------------------------------------
+
+
+def attend(q, k, v, keys, values, slots, positions, rotary, alibi) -> Tensor:
+    """As kernels.attend: one program per row and key head, which also rotates, and writes the new key and value."""
+    batch, heads, dim = q.shape
+    kv_heads, length = keys.shape[1:3]
+    group = heads // kv_heads
+    out = torch.empty(batch, heads * dim, dtype=q.dtype, device=q.device)
+    cos, sin = rotary if rotary is not None else (q, q)
+    _attend[(batch, kv_heads)](
+        q, k, v, keys, values, out, slots, positions, cos, sin, alibi if alibi is not None else q,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), length, dim**-0.5,
+        KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, WIDE=max(16, triton.next_power_of_2(dim)),
+        TURNED=cos.size(-1) if rotary is not None else 0, ALIBI=alibi is not None, BLOCK=CACHE_BLOCK,
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _attend(
+    q, k, v, keys, values, out, slots, positions, cos, sin, slopes,
+    q_row, q_head, k_row, k_head, v_row, v_head, length, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
+    TURNED: tl.constexpr, ALIBI: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0), tl.program_id(1)
+    position = tl.load(positions + row)
+    if position < 0:
+        return
+    d = tl.arange(0, WIDE)
+    real = d < DIM
+    base = (tl.load(slots + row) * KV_HEADS + head) * length * DIM
+
+    # The new key and value, into the cache
+    new_k = _turned(k + row * k_row + head * k_head, cos, sin, position, d, real, TURNED)
+    new_v = tl.load(v + row * v_row + head * v_head + d, mask=real, other=0.0)
+    tl.store(keys + base + position * DIM + d, new_k.to(keys.dtype.element_ty), mask=real)
+    tl.store(values + base + position * DIM + d, new_v, mask=real)
+    new_k = new_k.to(keys.dtype.element_ty).to(tl.float32)
+    new_v = new_v.to(tl.float32)
+
+    if GROUP == 1:
+        query = _turned(q + row * q_row + head * q_head, cos, sin, position, d, real, TURNED)
+        most = tl.sum(query * new_k, axis=0) * scale
+        weight = 1.0
+        total = new_v
+        if ALIBI:
+            slope = tl.load(slopes + head)
+        for start in range(0, position, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            past = t < position
+            cell = base + t[:, None] * DIM + d[None, :]
+            both = past[:, None] & real[None, :]
+            key = tl.load(keys + cell, mask=both, other=0.0).to(tl.float32)
+            value = tl.load(values + cell, mask=both, other=0.0).to(tl.float32)
+            score = tl.sum(key * query[None, :], axis=1) * scale
+            if ALIBI:
+                score += slope * (t - position)
+            score = tl.where(past, score, float("-inf"))
+            higher = tl.maximum(most, tl.max(score, axis=0))
+            share = tl.exp(score - higher)
+            fade = tl.exp(most - higher)
+            total = total * fade + tl.sum(share[:, None] * value, axis=0)
+            weight = weight * fade + tl.sum(share, axis=0)
+            most = higher
+        tl.store(out + (row * KV_HEADS + head) * DIM + d, (total / weight).to(out.dtype.element_ty), mask=real)
+    else:
+        # The queries that share this key head are the rows of a matrix product
+        g = tl.arange(0, ROWS)
+        mine = g < GROUP
+        queries = _turned_rows(q + row * q_row + (head * GROUP + g) * q_head, cos, sin, position, d, mine, real, TURNED)
+        queries = queries.to(keys.dtype.element_ty)
+        mosts = tl.sum(queries.to(tl.float32) * new_k[None, :], axis=1) * scale
+        weights = tl.full((ROWS,), 1.0, tl.float32)
+        totals = tl.zeros((ROWS, WIDE), tl.float32) + new_v[None, :]
+        for start in range(0, position, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            past = t < position
+            cell = base + t[:, None] * DIM + d[None, :]
+            both = past[:, None] & real[None, :]
+            key = tl.load(keys + cell, mask=both, other=0.0)
+            value = tl.load(values + cell, mask=both, other=0.0)
+            scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
+            scores = tl.where(past[None, :], scores, float("-inf"))
+            highers = tl.maximum(mosts, tl.max(scores, axis=1))
+            shares = tl.exp(scores - highers[:, None])
+            fades = tl.exp(mosts - highers)
+            totals = totals * fades[:, None] + tl.dot(shares.to(value.dtype), value, input_precision="ieee")
+            weights = weights * fades + tl.sum(shares, axis=1)
+            mosts = highers
+        cell = (row * KV_HEADS * GROUP + head * GROUP + g)[:, None] * DIM + d[None, :]
+        tl.store(out + cell, (totals / weights[:, None]).to(out.dtype.element_ty), mask=mine[:, None] & real[None, :])
+
+
+@triton.jit
+def _turned(x, cos, sin, position, d, real, TURNED: tl.constexpr):
+    """A head's vector in fp32, its first TURNED dims rotated."""
+    out = tl.load(x + d, mask=real, other=0.0).to(tl.float32)
+    if TURNED > 0:
+        half: tl.constexpr = TURNED // 2
+        turns = d < TURNED
+        partner = tl.load(x + tl.where(d < half, d + half, d - half), mask=turns, other=0.0).to(tl.float32)
+        c = tl.load(cos + position * TURNED + d, mask=turns, other=1.0).to(tl.float32)
+        s = tl.load(sin + position * TURNED + d, mask=turns, other=0.0).to(tl.float32)
+        out = out * c + tl.where(d < half, -partner, partner) * s
+    return out
+
+
+@triton.jit
+def _turned_rows(x, cos, sin, position, d, mine, real, TURNED: tl.constexpr):
+    """The same for several heads, whose addresses stand in x."""
+    both = mine[:, None] & real[None, :]
+    out = tl.load(x[:, None] + d[None, :], mask=both, other=0.0).to(tl.float32)
+    if TURNED > 0:
+        half: tl.constexpr = TURNED // 2
+        turns = d < TURNED
+        other = tl.where(d < half, d + half, d - half)
+        partner = tl.load(x[:, None] + other[None, :], mask=mine[:, None] & turns[None, :], other=0.0).to(tl.float32)
+        c = tl.load(cos + position * TURNED + d, mask=turns, other=1.0).to(tl.float32)
+        s = tl.load(sin + position * TURNED + d, mask=turns, other=0.0).to(tl.float32)
+        out = out * c[None, :] + tl.where(d < half, -1.0, 1.0)[None, :] * partner * s[None, :]
+    return out
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """As kernels.sample: the cumulative sum in two levels, of blocks of the vocabulary and inside one of them."""
+    batch, vocabulary = logits.shape
+    blocks = triton.cdiv(vocabulary, VOCABULARY_BLOCK)
+    most, mass = (torch.empty(batch, blocks, dtype=torch.float32, device=logits.device) for _ in range(2))
+    token = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    logprob = torch.empty(batch, dtype=torch.float32, device=logits.device)
+    _masses[(batch, blocks)](logits, most, mass, vocabulary, blocks, BLOCK=VOCABULARY_BLOCK, num_warps=8)
+    _pick[(batch,)](
+        logits, most, mass, uniform, token, logprob, vocabulary, blocks,
+        BLOCKS=max(2, triton.next_power_of_2(blocks)), BLOCK=VOCABULARY_BLOCK, num_warps=8,
+    )  # fmt: skip
+    return token, logprob
+
+
+@triton.jit
+def _masses(logits, most, mass, vocabulary, blocks, BLOCK: tl.constexpr):
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + row * vocabulary + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, axis=0)
+    # A block without a token that can be sampled has mass 0, not nan
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    tl.store(most + row * blocks + block, top)
+    tl.store(mass + row * blocks + block, tl.sum(tl.exp(x - safe), axis=0))
+
+
+@triton.jit
+def _pick(logits, most, mass, uniform, token, logprob, vocabulary, blocks, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    b = tl.arange(0, BLOCKS)
+    tops = tl.load(most + row * blocks + b, mask=b < blocks, other=float("-inf"))
+    top = tl.max(tops, axis=0)
+    masses = (tl.load(mass + row * blocks + b, mask=b < blocks, other=0.0) * tl.exp(tops - top)).to(tl.float64)
+    total = tl.sum(masses, axis=0)
+    # fp64: an fp32 sum over a large vocabulary misses tail tokens
+    point = tl.load(uniform + row) * total
+    block = tl.sum((tl.cumsum(masses, axis=0) <= point).to(tl.int32), axis=0)
+    block = tl.minimum(block, tl.max(tl.where(masses > 0, b, 0), axis=0))
+    point -= tl.sum(tl.where(b < block, masses, 0.0), axis=0)
+
+    i = tl.arange(0, BLOCK)
+    column = block * BLOCK + i
+    x = tl.load(logits + row * vocabulary + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+    share = tl.exp(x - top).to(tl.float64)
+    inside = tl.sum((tl.cumsum(share, axis=0) <= point).to(tl.int32), axis=0)
+    # Rounding may leave the point past the end: then it is the last token that can be sampled
+    inside = tl.minimum(inside, tl.max(tl.where(share > 0, i, 0), axis=0))
+    tl.store(token + row, (block * BLOCK + inside).to(tl.int64))
+    picked = tl.sum(tl.where(i == inside, x, 0.0), axis=0)
+    tl.store(logprob + row, picked - top - tl.log(total).to(tl.float32))
