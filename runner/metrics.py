@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from runner import ranks
+from runner import flops, ranks
 from runner.config import Config
 from runner.files import write_text
+from runner.reporting.advice import advise
 from runner.watch import heartbeat, stop
 
 # Seconds between two progress lines
@@ -87,24 +88,29 @@ class RunLog:
         self.phases[name] += time.monotonic() - start
         self.step_phases[name] += time.monotonic() - start
 
-    def log(self, step: int, metrics: dict[str, float], headline: str = "", tokens: float = 0, parameters: int = 0) -> None:
+    def log(
+        self, step: int, metrics: dict[str, float], headline: str = "", tokens: float = 0, work: float = 0, during: str | None = None
+    ) -> None:
         """Record the metrics of a finished step (counted from 1).
 
-        tokens: real ones, over all ranks. parameters: of the model they were trained on, for the model FLOPs utilisation,
-        which counts 6 FLOPs per parameter and token and no recomputation (arXiv 2204.02311).
+        Args: tokens: real ones, over all ranks. work: FLOPs as runner/flops.py counts them, over all ranks. during: the phase in
+        which they were spent; None for the whole step.
         """
         now = time.monotonic()
         heartbeat.now["step"] = step
         row = {"step": step, **metrics}
         seconds = now - self._step_started
+        busy = seconds if during is None else self.step_phases[during]
+        self.step_phases["other"] = max(0.0, seconds - sum(self.step_phases.values()))
+        self.phases["other"] += self.step_phases["other"]
         row |= {f"time/{name}": value for name, value in self.step_phases.items()} | {"time/step": seconds}
         if tokens:
             row["perf/tokens_per_sec"] = tokens / seconds
-            if parameters:
-                peak = self.cfg.hardware.tflops * 1e12 * ranks.world()
-                row["perf/mfu"] = 6 * parameters * tokens / seconds / peak
+        if work:
+            row["perf/mfu"] = flops.mfu(work, busy, self.cfg.hardware.tflops, ranks.world())
         if self.device.type == "cuda":
             row["perf/gpu_mem_peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.step_phases.clear()
         self._step_started = now
         if not self.writes:
@@ -154,6 +160,10 @@ class RunLog:
         if not self.writes:
             return
         common = {"stage": self.stage, "seconds": time.monotonic() - self.started, "phases": dict(self.phases), "world_size": ranks.world()}
+        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        if advice := advise(self.cfg, self.stage, [row for row in rows if "time/step" in row], dict(self.phases)):
+            common["advice"] = advice
+            self.say(f"advice: {advice}")
         write_text(self.folder / "result.json", json.dumps(common | {"resumed_from": self.first} | facts, indent=2))
         if self.wandb:
             self.wandb.summary.update({k: v for k, v in facts.items() if isinstance(v, int | float)})

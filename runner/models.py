@@ -41,10 +41,15 @@ class Wrapper(nn.Module):
         """The Hugging Face model itself, adapters included."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
+    @property
+    def packed(self) -> bool:
+        """Whether forward passes leave the padding out (runner/packing.py)."""
+        return attention.is_packed(self.hf)
+
     def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Of the N real tokens, row after row, after the last layer norm. (B, T) -> (N, H)."""
         device = self.hf.device
-        if attention.is_packed(self.hf):
+        if self.packed:
             return attention.body(self.hf.base_model, packing.lay_out(ids, mask).to(device))
         real = send(packing.real(mask), device)
         positions = {"position_ids": send(packing.positions_from_mask(mask), device)} if self.family.position_ids else {}

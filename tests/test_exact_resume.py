@@ -20,7 +20,7 @@ from runner.stages import ppo, reward, sft
 from runner.watch import stop
 
 TRAIN = {"sft": sft.train, "reward": reward.train, "ppo": ppo.train}
-CLOCK = ("time/", "perf/tokens", "perf/mfu")
+CLOCK = ("time/", "perf/tokens", "perf/mfu", "perf/mbu", "rollout/decode_ms")
 
 
 @pytest.fixture(scope="module")

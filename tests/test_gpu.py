@@ -1,6 +1,7 @@
 """The pipeline on one CUDA device: precisions, ZeRO stages, offload, adapters. Skipped where there is none."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from safetensors.torch import load_file
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 ROOT = Path(__file__).parent.parent
+# Generation token by token is most of the time: short answers, and evaluations at the start and at the end only
+SHORT = ["experiment=debug", "hardware=h200", "model.max_response_tokens=24", "sft.eval_every=0", "reward.eval_every=0", "ppo.eval_every=0"]
+SHORT += ["dataset.max_rows=1000", "wandb.mode=disabled", "name=gpu"]
 VARIANTS = {
     "bf16": [],
     "bf16-zero3-offload": [
@@ -28,15 +32,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_all_stages_on_the_gpu(name, tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "run.py"),
-        "experiment=debug",
-        "hardware=h200",
-        "wandb.mode=disabled",
-        "name=gpu",
-        f"store={tmp_path}",
-    ]
+    command = [sys.executable, str(ROOT / "run.py"), *SHORT, "checkpoint.every=0", f"store={tmp_path}"]
     done = subprocess.run([*command, *VARIANTS[name]], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = next(tmp_path.glob("ppo-*"))
@@ -57,14 +53,7 @@ def test_an_overflow_of_one_engine_stops_both(tmp_path):
 
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
     """Stopped by the time limit in the middle of PPO, or not: the same weights, with deterministic kernels."""
-    words = [
-        "experiment=debug",
-        "hardware=h200",
-        "hardware.deterministic=true",
-        "wandb.mode=disabled",
-        "ppo.max_steps=6",
-        "ppo.ema_decay=0.9",
-    ]
+    words = [*SHORT, "hardware.deterministic=true", "ppo.max_steps=6", "ppo.ema_decay=0.9"]
 
     def run(store: Path, *more: str) -> int:
         command = [sys.executable, str(ROOT / "run.py"), *words, f"store={store}", f"hydra.run.dir={store}/run", *more]
@@ -72,6 +61,8 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
 
     assert run(tmp_path / "straight") == 0
     broken = tmp_path / "broken"
+    for parent in (*(tmp_path / "straight").glob("sft-*"), *(tmp_path / "straight").glob("reward-*")):
+        shutil.copytree(parent, broken / parent.name)
     with subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *words, f"store={broken}", f"hydra.run.dir={broken}/run"], cwd=tmp_path
     ) as started:

@@ -288,8 +288,9 @@ def test_a_parameter_has_moved_when_any_piece_of_it_has(alone):
     before = prints(("table", 0, table[:5]), ("table", 10, table[5:]), ("base", 0, torch.ones(3)))
     table[7] += 1e-9
     after = prints(("table", 0, table[:5]), ("table", 10, table[5:]), ("base", 0, torch.ones(3)))
-    assert invariants.compare(before, after, {"table"}) == {"parameters_moved": None, "frozen_unchanged": None}
-    found = invariants.compare(before, after, {"base"})
+    moved = invariants.changes(before, after)
+    assert invariants.of_weights(moved, {"table"}) == {"parameters_moved": None, "frozen_unchanged": None}
+    found = invariants.of_weights(moved, {"base"})
     assert found["parameters_moved"].startswith("1 of 1 (base) trainable parameters never moved")
     assert found["frozen_unchanged"].startswith("1 of 1 (table) frozen parameters moved")
 
@@ -319,8 +320,8 @@ def test_every_parameter_of_every_family_moves(name, alone):
     model = actor(name)
     before, after = adamw_steps(model, 1)
     everything = {n for n, _ in model.named_parameters()}
-    assert invariants.compare(before, after, everything) == {"parameters_moved": None, "frozen_unchanged": None}
-    assert "never moved" in invariants.compare(before, before, everything)["parameters_moved"]
+    assert invariants.of_weights(invariants.changes(before, after), everything) == {"parameters_moved": None, "frozen_unchanged": None}
+    assert "never moved" in invariants.parameters_moved(invariants.changes(before, before), everything, invariants.module_of)
 
 
 def test_the_first_matrix_of_an_adapter_moves_from_the_second_step_on(alone):
@@ -328,12 +329,15 @@ def test_the_first_matrix_of_an_adapter_moves_from_the_second_step_on(alone):
     model = Actor(add_lora(causal("llama"), lora), "llama", 0)
     learning = {n for n, p in model.named_parameters() if p.requires_grad}
     start, first, second = adamw_steps(model, 2, lr=1e-3)
-    after_one = invariants.compare(start, first, learning)
-    assert f"{len(learning) // 2} of {len(learning)}" in after_one["parameters_moved"] and "lora_A" in after_one["parameters_moved"]
-    assert invariants.compare(start, second, learning) == {"parameters_moved": None, "frozen_unchanged": None}
+    after_one = invariants.changes(start, first)
+    still = invariants.parameters_moved(after_one, learning)
+    assert f"{len(learning) // 2} of {len(learning)}" in still and "lora_A" in still
+    assert invariants.parameters_moved(after_one, learning, invariants.module_of) is None
+    assert invariants.of_weights(invariants.changes(start, second), learning) == {"parameters_moved": None, "frozen_unchanged": None}
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if n not in learning)[3, 1] *= 1.001
-    stray = invariants.compare(start, invariants.fingerprint(invariants.local_pieces(model)), learning)["frozen_unchanged"]
+    end = invariants.fingerprint(invariants.local_pieces(model))
+    stray = invariants.frozen_unchanged(invariants.changes(start, end), learning)
     assert "embed_tokens.weight" in stray
 
 
@@ -458,6 +462,47 @@ def test_weights_are_watched_through_the_engines(zero, adapters, alone, tmp_path
     train(trained, 2)
     reward.lm_head.weight.data[0, 0] += 1
     with pytest.raises(UserError, match=r"frozen_unchanged is broken in reward at step 2: 1 of .* \(model.decoder.embed_tokens.weight\)"):
+        watch(2)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "module"),
+    [
+        ("model.lm_head.weight", "model.lm_head"),
+        ("model.layers.1.q_proj.bias", "model.layers.1.q_proj"),
+        ("model.base_model.model.model.layers.1.q_proj.lora_A.default.weight", "model.base_model.model.model.layers.1.q_proj"),
+        ("model.base_model.model.model.layers.1.q_proj.base_layer.bias", "model.base_model.model.model.layers.1.q_proj"),
+        ("model.base_model.model.score.modules_to_save.default.weight", "model.base_model.model.score.modules_to_save.default"),
+    ],
+)
+def test_the_matrices_of_an_adapter_belong_to_the_layer_that_it_adapts(parameter, module):
+    assert invariants.module_of(parameter) == module
+
+
+def test_half_an_adapter_without_gradient_is_named_only_when_it_is_no_accident(alone, tmp_path):
+    """As in fp16, where the gradient of A may be zero in the second step too; a run of two steps must not stop for it."""
+    lora = Lora(dim=2, alpha=4, dropout=0.0, lr=1e-3, targets=[], train_rest=False)
+    trained = trainable(Actor(add_lora(causal("llama"), lora), "llama", 0), 0, lr=1e-3, weight_decay=0.0)
+    watch = invariants.watch_weights(new_log(tmp_path, "stop", alone), {"actor": trained}, {}, not_before=0)
+    dead = next(p for n, p in trained.module.named_parameters() if "layers.1.self_attn.k_proj.lora_A" in n)
+    dead.register_hook(torch.zeros_like)
+    for step in range(1, invariants.SURE):
+        train(trained, 1)
+        watch(step)
+    train(trained, 1)
+    with pytest.raises(UserError, match=r"parameters_moved is broken in actor at step 20: 1 of .* \(.*layers.1.self_attn.k_proj.lora_A"):
+        watch(invariants.SURE)
+
+
+def test_an_adapter_without_any_gradient_is_named_at_once(alone, tmp_path):
+    lora = Lora(dim=2, alpha=4, dropout=0.0, lr=1e-3, targets=[], train_rest=False)
+    trained = trainable(Actor(add_lora(causal("llama"), lora), "llama", 0), 0, lr=1e-3, weight_decay=0.0)
+    watch = invariants.watch_weights(new_log(tmp_path, "stop", alone), {"actor": trained}, {}, not_before=0)
+    for name, parameter in trained.module.named_parameters():
+        if "layers.1.self_attn.k_proj.lora" in name:
+            parameter.register_hook(torch.zeros_like)
+    train(trained, 2)
+    with pytest.raises(UserError, match=r"parameters_moved is broken in actor at step 2: 2 of .*k_proj.lora_A.*k_proj.lora_B"):
         watch(2)
 
 

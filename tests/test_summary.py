@@ -130,11 +130,12 @@ def row(text: str, label: str, holds: str = "") -> str:
 def test_tells_what_was_trained_and_how_well(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = summary(make_steps(Path("runs/store")), Path("runs/demo/1"), reused={"sft"})
-    assert row(text, "sft  ").split() == ["sft", "reused", "-", "120", "1,920", "96", "14", "33"]
-    assert row(text, "ppo  ").split()[1] == "trained"
+    assert row(text, "sft  ", "e").split() == ["sft", "reused", "-", "120", "1,920", "96", "14", "33"]
+    assert row(text, "ppo  ", "trained").split()[1] == "trained"
     assert "demo: trained in 3 min 23 s" in text  # reward and ppo: the reused sft cost nothing
     assert "sft dropped: 2 empty response, 31 duplicate" in text
-    assert "ppo time: rollout 1 min 35 s, train 50 s, eval 12 s" in text
+    assert row(text, "ppo  ", "rollout").endswith("59 %  1 min 35 s") and row(text, "train", "31 %").endswith("31 %  50 s")
+    assert row(text, "start", "2 %").endswith("2 %  4.0 s")  # 161 s less the three phases
     assert "ppo went on from its checkpoint at step 40" in text
     assert row(text, "perplexity").split()[1:4] == ["512.9", "6.23", "-506.6"]
     assert row(text, "reward model", "%").endswith("71.2 %  67.5 % to 74.7 %")
@@ -232,7 +233,7 @@ def test_pinned_and_missing_facts(tmp_path):
     bare = make_step(tmp_path / "s", "reward", {"stage": "reward"})
     ppo = make_step(tmp_path / "s", "ppo", {"before": None, "samples": None, "after": {"score": float("nan")}})
     text = summary([pinned, bare, ppo], tmp_path / "run")
-    assert row(text, "sft  ").split() == ["sft", "pinned", "-", "-", "-", "-", "-", "-"]
+    assert row(text, "sft  ", "e").split() == ["sft", "pinned", "-", "-", "-", "-", "-", "-"]
     assert "perplexity" not in text and "facebook/opt-125m" in row(text, "sft pinned ", "opt")
     assert row(text, "reward  ").split()[1:] == ["trained", *"------"]
     assert row(text, "score").split() == ["score", "-", "nan", "-"]

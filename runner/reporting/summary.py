@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -122,7 +123,7 @@ def spent(trained: Iterable[Trained]) -> float:
 
 
 def sections(name: str, trained: Sequence[Trained], run_dir: Path, overrides: Sequence[str] = ()) -> list[Section]:
-    parts = [stages_section(name, trained)]
+    parts = [stages_section(name, trained), *time_sections(trained)]
     steps = next((t.result["steps"] for t in trained if t.step.stage == "sft" and "steps" in t.result), None)
     describe = {"sft": sft_sections, "reward": reward_sections, "ppo": partial(ppo_sections, sft_steps=steps)}
     for t in trained:
@@ -146,13 +147,10 @@ def stages_section(name: str, trained: Sequence[Trained]) -> Section:
 
 
 def stage_notes(t: Trained, dropped: dict[str, int]) -> list[str]:
-    """Why rows were dropped, where the time went, where the run took up again."""
-    notes, phases = [], t.result.get("phases") or {}
+    """Why rows were dropped, where the run took up again."""
+    notes = []
     if any(dropped.values()):
         notes.append(f"{t.step.stage} dropped: " + ", ".join(f"{num(n)} {why.replace('_', ' ')}" for why, n in dropped.items() if n))
-    if t.state == "trained" and phases:
-        longest = sorted(phases.items(), key=lambda phase: -phase[1])
-        notes.append(f"{t.step.stage} time: " + ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in longest))
     if t.state == "trained" and t.result.get("resumed_from"):
         notes.append(f"{t.step.stage} went on from its checkpoint at step {num(t.result['resumed_from'])}")
     if origin := t.step.facts.get("goes_on_from"):
@@ -160,6 +158,34 @@ def stage_notes(t: Trained, dropped: dict[str, int]) -> list[str]:
             f"{t.step.stage} was forced to go on from {origin['step']} at step {origin['at']}, with {', '.join(origin['changed'])}"
         )
     return notes
+
+
+def time_sections(trained: Sequence[Trained]) -> list[Section]:
+    """Where the time of the stages went that were trained here, how well the machine was used, and the largest win that is left."""
+    rows, notes = [], []
+    for t in trained:
+        seconds, phases = t.result.get("seconds") or 0, t.result.get("phases") or {}
+        if t.state != "trained" or not phases or not seconds:
+            continue
+        spans = phases | {"start": seconds - sum(phases.values())}
+        longest = sorted(((s, phase) for phase, s in spans.items() if s >= 0.01 * seconds), reverse=True)
+        first = longest[0][1] if longest else ""
+        for s, phase in longest:
+            rows.append([t.step.stage if phase == first else "", phase, bar(s / seconds), pct(s / seconds, digits=0), duration(s)])
+        if used := usage(t.curves):
+            notes.append(f"{t.step.stage}: {used}")
+        if advice := t.result.get("advice"):
+            notes.append(f"{t.step.stage} could be faster: {advice}")
+    return [Section("Where the time went", header=("stage", "phase", "", "share", "time"), rows=rows, notes=notes)] if rows else []
+
+
+def usage(curves: dict[str, list[float]]) -> str:
+    """Medians of what the steps say about the machine; the first step warms up."""
+    shares = {"perf/mfu": "MFU {}", "perf/mbu": "decoding at {} of the memory bandwidth", "perf/padding_fraction": "{} padding"}
+    found = [words.format(pct(median(curves[name][1:]), digits=0)) for name, words in shares.items() if len(curves.get(name, ())) > 1]
+    if peak := max(curves.get("perf/gpu_mem_peak_gb", ()), default=0.0):
+        found.append(f"{num(peak)} GB at most")
+    return ", ".join(found)
 
 
 def change_row(label: str, before: float | None, after: float | None, curve: Sequence[float], show=num) -> list[str]:

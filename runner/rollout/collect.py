@@ -63,6 +63,7 @@ def collect(
     *,
     with_values: bool = True,
     stoppable: bool = False,
+    phase=nullcontext,
 ) -> Rollout:
     """Sample a response to each prompt and score it. Returns the rows of all ranks on every rank, in order. Collective.
 
@@ -70,10 +71,13 @@ def collect(
         prompts: token lists of the whole batch, the same on every rank; their number divides by the number of ranks.
         episodes: number of each response in the run; with the seed it fixes what is sampled.
         stoppable: raise Stopped between two micro batches when someone asks for it.
+        phase: context manager for the name of a phase, as RunLog.phase, to book the time on.
     """
     mine = slice(ranks.rank(), None, ranks.world())
-    rollout = sample(models, reader, prompts[mine], seed, episodes[mine], stoppable).to(CPU)
-    score(models, reader, rollout, with_values)
+    with phase("rollout"):
+        rollout = sample(models, reader, prompts[mine], seed, episodes[mine], stoppable).to(CPU)
+    with phase("scoring"):
+        score(models, reader, rollout, with_values)
     return rollout.gather(reader.pad, reader.device)
 
 

@@ -6,6 +6,7 @@ rollout, so all of them come to the same decision.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -39,6 +40,10 @@ KL_ROUNDING = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}  # nats per token
 # the same number to all attention scores of a query, and softmax takes it away again. The last norm: with reward.center_coef=0
 # its bias shifts the scores of a pair alike
 IDLE = ("k_proj.bias", "decoder.final_layer_norm.bias", "gpt_neox.final_layer_norm.bias", "ln_f.bias")
+
+# Steps of AdamW after which a parameter that has never moved is no accident: until then its gradient may have been zero in fp16, or so
+# far below AdamW's epsilon that the step was smaller than the last digit
+SURE = 20
 
 # Elements that are summed at one time: a sum in double precision copies them
 CHUNK = 2**20
@@ -209,10 +214,13 @@ def first_ratio(error: float, precision: str) -> str | None:
 
 
 def watch_weights(log: RunLog, engines: dict, frozen: dict[str, nn.Module], not_before: int) -> Callable[[int], None]:
-    """Remember the weights as they are now. Returns a function to call with the number of every finished step: it compares, once.
+    """Remember the weights as they are now. Returns a function to call with the number of every finished step: it compares, twice at most.
 
-    Args: frozen: modules that nothing may touch. not_before: the step at which the warm-up is over. Two steps of AdamW must have
-    passed too: B of an adapter starts at 0, which gives A no gradient in the first, and fp16 skips steps while it finds its scale.
+    Two steps of AdamW after the start every module must have moved, in one of its parameters. That finds a part without gradient, and
+    no run that is well: of two steps one may give a zero gradient, by fp16's underflow or because B of an adapter starts at 0, and
+    steps skipped for an overflow do not count. If single parameters then stand still, all are compared once more after `SURE` steps.
+
+    Args: frozen: modules that nothing may touch. not_before: the step at which the warm-up is over.
     A run that resumes later than that does not look again: near its end the learning rate may be too small to move an fp32 digit.
     """
     if log.first > not_before:
@@ -221,18 +229,30 @@ def watch_weights(log: RunLog, engines: dict, frozen: dict[str, nn.Module], not_
     engines = {name: e for name, e in engines.items() if all(group["peak_lr"] > 0 for group in e.optimizer.param_groups)}
     begun = {name: (steps_taken(e), fingerprint(engine_pieces(e))) for name, e in engines.items()}
     still = {name: fingerprint(local_pieces(module)) for name, module in frozen.items()}
+    looks = [(2, module_of), (SURE, str)]
 
     def after(done: int) -> None:
-        if not (begun or still) or done < not_before or any(steps_taken(e) < begun[name][0] + 2 for name, e in engines.items()):
+        if not looks or done < not_before or any(steps_taken(e) < begun[name][0] + looks[0][0] for name, e in engines.items()):
             return
-        for name, e in engines.items():
+        _, group = looks.pop(0)
+        for name, e in list(engines.items()):
             trainable = {n for n, p in e.module.named_parameters() if p.requires_grad}
-            check(log, f"{name} at step {done}", compare(begun.pop(name)[1], fingerprint(engine_pieces(e)), trainable))
+            moved = changes(begun[name][1], fingerprint(engine_pieces(e)))
+            check(log, f"{name} at step {done}", of_weights(moved, trainable, group))
+            if parameters_moved(moved, trainable) is None:
+                del engines[name]
         for name, module in frozen.items():
-            check(log, f"{name} at step {done}", compare(still.pop(name), fingerprint(local_pieces(module)), set()))
-        engines.clear(), frozen.clear()
+            check(log, f"{name} at step {done}", of_weights(changes(still.pop(name), fingerprint(local_pieces(module))), set()))
+        frozen.clear()
+        if not engines:
+            looks.clear()
 
     return after
+
+
+def module_of(parameter: str) -> str:
+    """The layer that a parameter belongs to; both matrices of an adapter to the layer that it adapts."""
+    return re.sub(r"\.(lora_|base_layer\.).*|\.[^.]*$", "", parameter, count=1)
 
 
 def engine_pieces(engine) -> Iterator[tuple[str, int, Tensor]]:
@@ -262,20 +282,26 @@ def local_pieces(module: nn.Module) -> Iterator[tuple[str, int, Tensor]]:
         yield name, 0, getattr(parameter, "ds_tensor", parameter)
 
 
-def compare(before: dict, after: dict, trainable: set[str]) -> Findings:
-    """Every trainable parameter moved as a whole, and no other did. before, after: fingerprints on this rank. Collective."""
+def changes(before: dict, after: dict) -> dict[str, bool]:
+    """Whether any element of each parameter has changed on any rank. before, after: fingerprints on this rank. Collective."""
     here: dict[str, bool] = {}
     for (name, start), old in before.items():
         here[name] = here.get(name, False) or after[name, start] != old
     moved: dict[str, bool] = {}
     for there in ranks.every(here):
         moved |= {name: moved.get(name, False) or changed for name, changed in there.items()}
-    return {"parameters_moved": parameters_moved(moved, trainable), "frozen_unchanged": frozen_unchanged(moved, trainable)}
+    return moved
 
 
-def parameters_moved(moved: dict[str, bool], trainable: set[str]) -> str | None:
-    """moved: whether any element of a parameter has changed on any rank."""
-    still = sorted(name for name in trainable if not moved.get(name) and not name.endswith(IDLE))
+def of_weights(moved: dict[str, bool], trainable: set[str], group: Callable[[str], str] = str) -> Findings:
+    """All that must hold of `changes`: what trains has moved, and nothing else has."""
+    return {"parameters_moved": parameters_moved(moved, trainable, group), "frozen_unchanged": frozen_unchanged(moved, trainable)}
+
+
+def parameters_moved(moved: dict[str, bool], trainable: set[str], group: Callable[[str], str] = str) -> str | None:
+    """Every trainable parameter has moved, or another of its group. group: name of a parameter -> name of its group."""
+    alive = {group(name) for name in trainable if moved.get(name)}
+    still = sorted(name for name in trainable if group(name) not in alive and not name.endswith(IDLE))
     if not still:
         return None
     return (

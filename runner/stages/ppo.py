@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner import engine
+from runner import engine, flops
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import Batches
@@ -84,6 +84,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
 
     # 2. Four models: the actor and its frozen reference, the critic and the reward model that it starts from
     models = build(cfg, step, tokenizer, device)
+    work = {name: flops.count(e.module.hf) for name, e in (("actor", models.actor), ("critic", models.critic))}
     ema = Ema(models.actor.module, ppo.ema_decay) if ppo.ema_decay else None
     micro = cfg.hardware.micro_batch
     sizes = (cfg.model.max_response_tokens, micro.rollout, micro.score)
@@ -115,13 +116,12 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         # 4. Rollout: one response per prompt, scored by all four models
         rollout, unfinished = unfinished, None
         if rollout is None:
-            with log.phase("rollout"):
-                prompts = rows.select(batches.rows(i))["input_ids"]
-                episodes = list(range(i * ppo.rollout_batch, (i + 1) * ppo.rollout_batch))
-                try:
-                    rollout = collect(models, reader, prompts, cfg.seed, episodes, stoppable=True)
-                except Stopped as stopped:  # nothing has been learnt from it, and sampling it again gives the same
-                    checkpoints.leave(str(stopped), f"step_{i}", i, asdict(state))
+            prompts = rows.select(batches.rows(i))["input_ids"]
+            episodes = list(range(i * ppo.rollout_batch, (i + 1) * ppo.rollout_batch))
+            try:
+                rollout = collect(models, reader, prompts, cfg.seed, episodes, stoppable=True, phase=log.phase)
+            except Stopped as stopped:  # nothing has been learnt from it, and sampling it again gives the same
+                checkpoints.leave(str(stopped), f"step_{i}", i, asdict(state))
             state.tokens += rollout.tokens()
             state.progress = Progress()
 
@@ -130,6 +130,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         invariants.check(log, f"iteration {i + 1}", invariants.of_rollout(cfg, reader, rollout))
 
         # 6. Update: several passes of several minibatches
+        begun = state.progress.position
         with log.phase("update"):
             reason = update(cfg, models, rollout, mixture, i, state.progress, guard)
         if reason:
@@ -148,9 +149,13 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         # 8. Log and evaluate; save, and leave if someone asked for it
         rates = {f"lr/{name}": engine.learning_rate(e) for name, e in (("actor", models.actor), ("critic", models.critic))}
         metrics |= {"episode": done * ppo.rollout_batch} | rates
+        if models.actor.module.packed:
+            metrics["perf/padding_fraction"] = 0.0
+        metrics |= decoding(cfg, models, work["actor"], reader.stats)
         watch(done)
         headline = f"score {metrics['objective/scores']:+.2f}  kl {kl:.2f}  length {metrics['rollout/response_length_mean']:.0f}"
-        log.log(done, metrics, headline, rollout.tokens())
+        done_here = (state.progress.position - begun) / ppo.minibatches
+        log.log(done, metrics, headline, rollout.tokens(), done_here * pass_flops(work, rollout, i >= ppo.critic_warmup), during="update")
         log.histogram(done, "rollout/scores", rollout.scores.tolist())
         score = None
         if ppo.eval_every and done % ppo.eval_every == 0 and done < total:
@@ -240,6 +245,28 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
         "perf/padding_fraction": 1 - (rollout.lengths.sum() + rollout.prompt_lengths.sum()) / rollout.sequences()[0].numel(),
     }
     return {name: float(value) for name, value in facts.items()}
+
+
+# --- efficiency -------------------------------------------------------------------------------------------------------
+
+
+def pass_flops(work: dict[str, flops.Work], rollout: Rollout, actor_trains: bool) -> float:
+    """FLOPs of one pass of updates over a rollout; a mixture of text is left out."""
+    lengths = (rollout.prompt_lengths + rollout.lengths).cpu().numpy()
+    actor = flops.training(work["actor"], lengths, float(rollout.lengths.sum())) if actor_trains else 0.0
+    return actor + flops.training(work["critic"], lengths)
+
+
+def decoding(cfg: Config, models: Models, actor: flops.Work, stats) -> dict[str, float]:
+    """Metrics of this rank's decoding, where the engine has counted it. stats: see runner/rollout/graph.py."""
+    if not stats.steps:
+        return {}
+    found = {"rollout/decode_ms_per_token": 1e3 * stats.decode_seconds / stats.steps}
+    if cfg.hardware.bandwidth_gb_s:
+        itemsize = next(models.actor.module.parameters()).element_size()
+        read = flops.decode_bytes(actor, stats.steps, stats.cached, itemsize)
+        found["perf/mbu"] = flops.mbu(read, stats.decode_seconds, cfg.hardware.bandwidth_gb_s)
+    return found
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner import engine, ranks
+from runner import engine, flops, ranks
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pair_batch, pick, send, shard, subset
 from runner.durable.checkpoint import Checkpoints
 from runner.losses import learning_rate, pairwise_loss, warmup_steps, wilson_interval
 from runner.metrics import RunLog
-from runner.models import count_parameters, save_adapter, save_model
+from runner.models import save_adapter, save_model
 from runner.plan import engine_configs
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_reward, tokenizer_for
@@ -41,7 +41,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     model = engine.trainable(wrapper, ds_config, lr=rm.lr, lora_lr=part.lora.lr, **options)
 
     # 3. Go on from the newest checkpoint, if there is one
-    parameters = count_parameters(wrapper)
+    work = flops.count(wrapper.hf)
     checkpoints = Checkpoints(step.folder, step.key, cfg, {"reward": model}, log)
     first, _, _ = checkpoints.restore()
     log.begin(first, total)
@@ -54,10 +54,12 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         here = batches.rows(s)
         pairs = int((here != EMPTY).sum())
         sums = {name: torch.zeros((), device=device) for name in ("loss", "correct", "chosen", "rejected")}
+        with log.phase("data"):
+            micros = [pair_batch(pick(rows, n), tokenizer.pad_token_id) for n in batches.micro_batches(s)]
+            sums |= counted(micros, work)
         with log.phase("train"):
             model.train()
-            for numbers in batches.micro_batches(s):
-                batch = pair_batch(pick(rows, numbers), tokenizer.pad_token_id)
+            for batch in micros:
                 chosen, rejected = last_scores(model, batch)
                 # A micro batch of empty slots still takes part in the collective backward
                 real = send(batch["real"], device)
@@ -69,12 +71,13 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
                 sums["chosen"] += chosen[real].sum().detach()
                 sums["rejected"] += rejected[real].sum().detach()
         done = s + 1
-        mean = {name: value / pairs for name, value in ranks.total(sums, device).items()}
+        whole = ranks.total(sums, device)
+        mean = {name: value / pairs for name, value in whole.items()}
         metrics = {"train/loss": mean["loss"], "train/accuracy": mean["correct"], "train/margin": mean["chosen"] - mean["rejected"]}
         metrics |= {"reward/chosen_mean": mean["chosen"], "reward/rejected_mean": mean["rejected"], "lr": rm.lr * share, "grad_norm": norm}
-        tokens = 2 * int(lengths[here[here != EMPTY]].sum())
+        metrics["perf/padding_fraction"] = 0.0 if wrapper.packed else 1 - whole["tokens"] / whole["slots"]
         check_finite(cfg, step.folder, step.stage, done, mean["loss"], norm, numbered(rows, here), tokenizer)
-        log.log(done, metrics, f"loss {mean['loss']:.3f}  accuracy {mean['correct']:.2f}", tokens, parameters)
+        log.log(done, metrics, f"loss {mean['loss']:.3f}  accuracy {mean['correct']:.2f}", whole["tokens"], whole["work"])
         watch(done)
 
         # 5. Evaluate now and then; save, and leave if someone asked for it
@@ -94,6 +97,13 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         if checkpoints.load_best(facts["accuracy"]):
             save_model(wrapper, step.folder / "model_best", tokenizer, **options)
     log.result({"steps": total, "data": counts, **facts})
+
+
+def counted(micros: list[dict], work: flops.Work) -> dict[str, float]:
+    """Real tokens of this rank's micro batches, the slots that hold them, and the FLOPs of training on them."""
+    lengths = [batch["mask"].sum(dim=1).view(2, -1)[:, batch["real"]].flatten() for batch in micros]
+    slots = sum(batch["ids"].numel() for batch in micros)
+    return {"tokens": float(sum(n.sum() for n in lengths)), "slots": slots, "work": sum(flops.training(work, n) for n in lengths)}
 
 
 def last_scores(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runner import engine, ranks
+from runner import engine, flops, ranks
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, loss_weights, pick, send, sft_batch, shard, subset
 from runner.durable.checkpoint import Checkpoints
 from runner.losses import learning_rate, sft_loss, warmup_steps
 from runner.metrics import RunLog
-from runner.models import count_parameters, save_adapter, save_model
+from runner.models import save_adapter, save_model
 from runner.plan import engine_configs
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, tokenizer_for
@@ -29,6 +29,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     rows, held, counts = cache.load(Path(step.data))
     lengths, prompts = np.asarray(rows["length"]), np.asarray(rows["prompt_length"])
     weights = loss_weights(lengths, prompts, sft.prompt_loss)
+    predictions = loss_weights(lengths, prompts, float(sft.prompt_loss > 0))
     micro = cfg.hardware.micro_batch.sft
     batches = Batches(lengths, sft.global_batch, micro, world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
     total = batches.steps(sft.epochs, sft.max_steps)
@@ -41,7 +42,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     actor = engine.trainable(wrapper, ds_config, lr=sft.lr, lora_lr=part.lora.lr, **options)
 
     # 3. Go on from the newest checkpoint, if there is one
-    parameters = count_parameters(wrapper)
+    work = flops.count(wrapper.hf)
     checkpoints = Checkpoints(step.folder, step.key, cfg, {"actor": actor}, log)
     first, state, _ = checkpoints.restore()
     log.begin(first, total)
@@ -64,10 +65,11 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         here = here[here != EMPTY]
         weight = float(weights[here].sum())
         loss_sum = torch.zeros((), device=device)
+        with log.phase("data"):
+            micros = [sft_batch(pick(rows, n), tokenizer.pad_token_id, sft.prompt_loss) for n in batches.micro_batches(s)]
         with log.phase("train"):
             actor.train()
-            for numbers in batches.micro_batches(s):
-                batch = sft_batch(pick(rows, numbers), tokenizer.pad_token_id, sft.prompt_loss)
+            for batch in micros:
                 logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
                 loss = sft_loss(logprobs, send(batch["weights"], device))
                 engine.backward(actor, loss, weight)
@@ -83,9 +85,9 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             "num_tokens": tokens_seen,
             "epoch": done / batches.per_epoch,
         }
-        metrics["perf/padding_fraction"] = padding(lengths, here, micro)
+        metrics["perf/padding_fraction"] = 0.0 if wrapper.packed else padding(lengths, here, micro)
         check_finite(cfg, step.folder, step.stage, done, loss, norm, numbered(rows, here), tokenizer)
-        log.log(done, metrics, f"loss {loss:.3f}", tokens, parameters)
+        log.log(done, metrics, f"loss {loss:.3f}", tokens, flops.training(work, lengths[here], float(predictions[here].sum())))
         watch(done)
 
         # 5. Evaluate now and then; save, and leave if someone asked for it

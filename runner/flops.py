@@ -1,0 +1,82 @@
+"""How much work a model is, counted from its matrices: floating-point operations, and the bytes that decoding reads.
+
+The definition behind `perf/mfu`, model FLOPs utilisation (arXiv 2204.02311), and `perf/mbu`, memory bandwidth utilisation:
+
+- A multiply-add is 2 FLOPs. Matrix products count and nothing else: no embedding look-up, norm, softmax or loss.
+- Body: 2 per weight of its matrices and token. Head: 2 per weight and token whose logits are made; a scalar head, a vector, is left out.
+- Attention: 4 x heads x head_dim per layer and pair of a query and a key that it sees (q k^T, and the product with v). Causal: a sequence
+  of T tokens has T (T + 1) / 2 such pairs.
+- Backward: once more for the gradient of what went in, and once more for the gradient of every weight that trains. So 3 x forward in
+  full training, 2 x for matrices below adapters; attention, which has no weights, 3 x.
+- Only real tokens count, and what is computed again (gradient checkpointing, chunks of logits) does not: padding and recomputation
+  lower the utilisation, as they should.
+- Decoding reads every matrix once per step, and the keys and values of all tokens before the new one.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sizes of a model, in numbers (not bytes)."""
+
+    body: int  # weights of the body's matrices
+    body_trained: int  # of these, the ones that train
+    head: int  # weights of the matrix that makes logits; 0 for a scalar head
+    head_trained: int
+    attention: int  # layers x heads x head_dim
+    cache: int  # keys and values of one token, in all layers
+
+
+def count(hf) -> Work:
+    """The work of a Hugging Face model, adapters included, also where ZeRO-3 has left a piece or nothing was allocated (meta)."""
+    config = hf.config.get_text_config()
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    body = [m.weight for m in hf.base_model.modules() if isinstance(m, nn.Linear)]
+    head = [] if hasattr(hf, "score") else [hf.get_output_embeddings().weight]
+    sizes = (_numbers(body), _numbers(body, trained=True), _numbers(head), _numbers(head, trained=True))
+    return Work(*sizes, attention=layers * heads * width, cache=2 * layers * groups * width)
+
+
+def _numbers(weights: list, trained: bool = False) -> int:
+    return sum(getattr(w, "ds_numel", w.numel()) for w in weights if w.requires_grad or not trained)
+
+
+def forward(work: Work, lengths, logits: float = 0) -> float:
+    """FLOPs of reading sequences. lengths: tokens of each; logits: tokens, over all of them, whose logits are made."""
+    return 2.0 * work.body * _tokens(lengths) + 4.0 * work.attention * _pairs(lengths) + 2.0 * work.head * logits
+
+
+def training(work: Work, lengths, logits: float = 0) -> float:
+    """FLOPs of forward and backward of the same."""
+    weights = 2.0 * work.body_trained * _tokens(lengths) + 2.0 * work.head_trained * logits
+    return 2 * forward(work, lengths, logits) + weights + 4.0 * work.attention * _pairs(lengths)
+
+
+def _tokens(lengths) -> float:
+    return float(np.asarray(lengths).sum())
+
+
+def _pairs(lengths) -> float:
+    lengths = np.asarray(lengths, dtype=np.float64)
+    return float((lengths * (lengths + 1)).sum() / 2)
+
+
+def decode_bytes(work: Work, steps: float, cached: float, itemsize: int) -> float:
+    """Bytes that decoding must read. steps: of the whole batch; cached: tokens read from the cache, summed over rows and steps."""
+    return itemsize * ((work.body + work.head) * float(steps) + work.cache * float(cached))
+
+
+def mfu(flops: float, seconds: float, tflops: float, devices: int = 1) -> float:
+    """Share of the data sheet's matrix rate. tflops: of one device, TFLOP/s."""
+    return flops / seconds / (tflops * 1e12 * devices)
+
+
+def mbu(read: float, seconds: float, gb_s: float) -> float:
+    """Share of the data sheet's memory bandwidth. read: bytes on one device; gb_s: its bandwidth, GB/s."""
+    return read / seconds / (gb_s * 1e9)

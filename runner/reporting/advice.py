@@ -1,0 +1,128 @@
+"""One line at the end of a stage: the largest win that its own numbers show, and what to type for it.
+
+A suggestion has a price, the share of the stage's time that it can save at most, computed from measured phases. Below `NOTABLE`
+nothing is said: most runs are well as they are. Nothing here imports torch.
+"""
+
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+from runner.config import Config
+from runner.reporting.report import pct
+
+# Share of the time below which a win is not worth a line
+NOTABLE = 0.1
+# Fewer steps say nothing of the next ones
+FEW = 5
+# A step may take this share of the GPU's memory and leave room for twice the micro batch
+ROOM = 0.45
+# Below these shares of the data sheet's rates a larger micro batch is likely to help
+LOW_MFU, LOW_MBU = 0.35, 0.5
+
+Suggestion = tuple[float, str]  # share of the time that it can save at most, what to say
+
+
+def advise(cfg: Config, stage: str, rows: Sequence[dict], phases: dict[str, float]) -> str | None:
+    """The best suggestion, or None.
+
+    Args: rows: those of metrics.jsonl that hold a step's times. phases: seconds of the whole stage by phase.
+    """
+    if len(rows) < FEW:
+        return None
+    seen = Seen(rows[1:], phases)  # the first step warms up
+    found = [*around(stage, seen), *padding(stage, seen), *memory(cfg, stage, seen)]
+    if stage == "ppo":
+        found += [*rollouts(cfg, seen), *scoring(cfg, seen)]
+    share, text = max(found, default=(0.0, ""))
+    return text if share >= NOTABLE else None
+
+
+class Seen:
+    """What was measured: medians over the steps, and shares of the time of a step or of the whole stage."""
+
+    def __init__(self, rows: Sequence[dict], phases: dict[str, float]):
+        self.rows, self.phases, self.all = rows, phases, sum(phases.values()) or 1.0
+
+    def median(self, name: str) -> float | None:
+        return median(found) if (found := [row[name] for row in self.rows if name in row]) else None
+
+    def step(self, *names: str) -> float:
+        """Share of a typical step that these phases take."""
+        whole = sum(row["time/step"] for row in self.rows) or 1.0
+        return sum(row.get(f"time/{name}", 0.0) for row in self.rows for name in names) / whole
+
+    def stage(self, name: str) -> float:
+        """Share of the stage that a phase takes."""
+        return self.phases.get(name, 0.0) / self.all
+
+    def room(self, cfg: Config) -> bool:
+        """Whether a step leaves memory for more at a time; of a CPU nothing is known against it."""
+        peak = self.median("perf/gpu_mem_peak_gb")
+        return peak is None or peak < ROOM * cfg.hardware.memory_gb
+
+
+def around(stage: str, seen: Seen) -> Iterator[Suggestion]:
+    """What is not training."""
+    if share := seen.stage("eval"):
+        yield share / 2, f"evaluations took {pct(share, digits=0)} of the stage: {stage}.eval_every=0, or a larger number, makes fewer"
+    if share := seen.stage("checkpoint"):
+        yield share, f"checkpoints took {pct(share, digits=0)} of the stage: a larger checkpoint.every or checkpoint.minutes makes fewer"
+    if share := seen.stage("data"):
+        yield share, f"reading and padding rows took {pct(share, digits=0)} of the stage: a store on a faster disk helps"
+    if share := seen.stage("export"):
+        yield share / 2, f"writing the models took {pct(share, digits=0)} of the stage: a store on a faster disk helps"
+
+
+def padding(stage: str, seen: Seen) -> Iterator[Suggestion]:
+    """Positions that hold nothing cost what real ones do."""
+    empty = seen.median("perf/padding_fraction") or 0.0
+    busy = seen.step("scoring", "update") if stage == "ppo" else seen.step("train")
+    text = f"{pct(empty, digits=0)} of the positions were padding"
+    yield empty * busy, f"{text}: a smaller hardware.micro_batch.{stage} groups rows of one length"
+
+
+def memory(cfg: Config, stage: str, seen: Seen) -> Iterator[Suggestion]:
+    """A GPU with room to spare can recompute less, or do more at a time."""
+    peak = seen.median("perf/gpu_mem_peak_gb")
+    if peak is None or not seen.room(cfg):
+        return
+    busy, room = seen.step("update" if stage == "ppo" else "train"), f"{peak:.0f} of {cfg.hardware.memory_gb:.0f} GB were used"
+    keys = {"sft": ("actor",), "reward": ("critic",), "ppo": ("actor", "critic")}[stage]
+    on = [key for key in keys if getattr(cfg.hardware.gradient_checkpointing, key)]
+    if on:
+        # One forward of four: forward, forward again, and a backward of two
+        words = " ".join(f"hardware.gradient_checkpointing.{key}=false" for key in on)
+        yield busy / 4, f"{room}: {words} saves up to {pct(busy / 4, digits=0)} of the time"
+    mfu, micro = seen.median("perf/mfu"), getattr(cfg.hardware.micro_batch, stage)
+    batch = cfg.ppo.rollout_batch // cfg.ppo.minibatches if stage == "ppo" else getattr(cfg, stage).global_batch
+    if mfu is not None and mfu < LOW_MFU and batch % (2 * micro * cfg.hardware.world_size) == 0:
+        yield busy * (1 - mfu / LOW_MFU) / 2, f"{room} at {pct(mfu, digits=0)} MFU: try hardware.micro_batch.{stage}={2 * micro}"
+
+
+def rollouts(cfg: Config, seen: Seen) -> Iterator[Suggestion]:
+    """Sampling: the right engine, and as many responses at a time as there are."""
+    share, micro, cuda = seen.step("rollout"), cfg.hardware.micro_batch.rollout, cfg.hardware.accelerator == "cuda"
+    took = f"rollouts took {pct(share, digits=0)} of a PPO step"
+    if cfg.rollout.engine == "hf":
+        yield share / 2, f"{took}: rollout.engine=auto samples faster than transformers' generate"
+    mine, mbu = cfg.ppo.rollout_batch // cfg.hardware.world_size, seen.median("perf/mbu")
+    if micro < mine and seen.room(cfg):
+        # Twice the responses in one step of decoding: at best in the time of one
+        yield share / 2, f"{took}: hardware.micro_batch.rollout={min(2 * micro, mine)} samples more responses at a time"
+    elif cuda and mbu is not None and mbu < LOW_MBU:
+        saved = share * (1 - mbu / LOW_MBU) / 2
+        yield (
+            saved,
+            f"{took}, at {pct(mbu, digits=0)} of the memory bandwidth: more responses at a time (ppo.rollout_batch) fill the GPU better",
+        )
+
+
+def scoring(cfg: Config, seen: Seen) -> Iterator[Suggestion]:
+    """Reading the rollout with actor, reference, critic and reward model."""
+    share = seen.step("scoring")
+    if (seen.median("rollout/reread") or 0.0) == 1.0 and cfg.rollout.max_mismatch:
+        text = "sampler and trainer differ by more than rollout.max_mismatch, so that the actor reads every rollout again"
+        yield share / 4, f"scoring took {pct(share, digits=0)} of a PPO step, and {text}: see rollout/logprob_mismatch"
+    mine, micro = cfg.ppo.rollout_batch // cfg.hardware.world_size, cfg.hardware.micro_batch.score
+    if cfg.hardware.accelerator == "cuda" and 2 * micro <= mine and seen.room(cfg):
+        yield share / 4, f"scoring took {pct(share, digits=0)} of a PPO step: try hardware.micro_batch.score={2 * micro}"

@@ -1,0 +1,105 @@
+"""What every run says about its own speed: phases that sum to the step, utilisation of real tokens, peak memory, advice."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import configured
+from workers import update
+
+from runner import flops, metrics
+from runner.flops import Work
+from runner.metrics import RunLog
+from runner.rollout.graph import Stats
+from runner.stages import ppo, reward, sft
+
+TRAIN = {
+    "sft": (sft.train, {"data", "train"}),
+    "reward": (reward.train, {"data", "train"}),
+    "ppo": (ppo.train, {"rollout", "scoring", "update"}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer) -> Path:
+    made = tmp_path_factory.mktemp("efficiency")
+    update.prepare(made, tokenizer)
+    return made
+
+
+def run(stage: str, folder: Path, work: Path, device: torch.device) -> tuple[list[dict], dict]:
+    """The rows of the steps of a short run, and its result."""
+    cfg = update.configuration(1, 0)
+    cfg = replace(
+        cfg, ppo=replace(cfg.ppo, max_steps=2, rollout_batch=8, minibatches=1, ptx_coef=0.0, eps=1e-5, actor_lr=1e-4, eval_every=0)
+    )
+    TRAIN[stage][0](cfg, update.inputs(folder, stage, work), RunLog(cfg, stage, work, {}, device), device)
+    rows = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "time/step" in row], json.loads((work / "result.json").read_text())
+
+
+@pytest.mark.parametrize("stage", TRAIN)
+def test_the_phases_of_every_stage_sum_to_the_step(stage, folder, alone, tmp_path):
+    rows, result = run(stage, folder, tmp_path, alone)
+    assert len(rows) == 2
+    for row in rows:
+        phases = {name.removeprefix("time/"): value for name, value in row.items() if name.startswith("time/") and name != "time/step"}
+        assert TRAIN[stage][1] <= phases.keys() - {"other"}
+        assert sum(phases.values()) == pytest.approx(row["time/step"], rel=1e-9)
+        assert 0 <= phases["other"] < 0.5 * row["time/step"]
+        assert 0 <= row["perf/padding_fraction"] < 1 and row["perf/mfu"] > 0
+    assert result["phases"]["other"] == pytest.approx(sum(row["time/other"] for row in rows))
+
+
+def test_the_utilisation_of_sft_counts_real_tokens_and_the_logits_that_are_made(folder, alone, tmp_path):
+    """All 11 rows are 102 tokens long; with a loss on prompts, all but the first token of each are predicted."""
+    cfg = update.configuration(1, 0)
+    rows, _ = run("sft", folder, tmp_path, alone)
+    first, second = (sorted(update.LENGTHS, reverse=True)[:8], sorted(update.LENGTHS, reverse=True)[8:])
+    body, head, attention = 2 * (4 * 32 * 32 + 2 * 32 * 64), 32 * rows_of_the_table(folder), 2 * 32
+    work = Work(body, body, head, head, attention, 0)
+    found = sorted(row["perf/mfu"] * row["time/step"] * cfg.hardware.tflops * 1e12 for row in rows)
+    assert found == pytest.approx(sorted(flops.training(work, lengths, sum(lengths) - len(lengths)) for lengths in (first, second)))
+
+
+def rows_of_the_table(folder: Path) -> int:
+    """The vocabulary grows to the tokenizer's, in steps of 64."""
+    size = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
+    tokens = len(size["model"]["vocab"]) + sum(token["content"] not in size["model"]["vocab"] for token in size["added_tokens"])
+    return -(-tokens // 64) * 64 if tokens > 256 else 256
+
+
+def test_the_flops_of_a_pass_are_those_of_actor_and_critic():
+    work = {"actor": Work(100, 100, 10, 10, 7, 0), "critic": Work(50, 50, 0, 0, 3, 0)}
+    rollout = SimpleNamespace(prompt_lengths=torch.tensor([2, 1]), lengths=torch.tensor([1, 3]))
+    critic = flops.training(work["critic"], [3, 4])
+    assert ppo.pass_flops(work, rollout, actor_trains=True) == flops.training(work["actor"], [3, 4], 4) + critic
+    assert ppo.pass_flops(work, rollout, actor_trains=False) == critic
+
+
+def test_decoding_is_reported_where_the_engine_counted_and_the_bandwidth_is_known():
+    work = Work(body=900, body_trained=0, head=100, head_trained=0, attention=0, cache=10)
+    models = SimpleNamespace(actor=SimpleNamespace(module=torch.nn.Linear(1, 1)))
+    stats = Stats(decode_seconds=2.0, steps=4, rows=8, cached=100)
+    cfg = configured("hardware=h200", "model=opt1.3b")
+    found = ppo.decoding(cfg, models, work, stats)
+    assert found == {"rollout/decode_ms_per_token": 500.0, "perf/mbu": 4 * (4 * 1000 + 10 * 100) / 2.0 / 4.8e12}
+    assert "perf/mbu" not in ppo.decoding(configured(), models, work, stats)
+    assert ppo.decoding(cfg, models, work, Stats()) == {}
+
+
+def test_the_advice_of_a_run_is_said_and_kept(alone, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "advise", lambda cfg, stage, rows, phases: f"{len(rows)} steps of {stage}, {sorted(phases)}")
+    log = RunLog(configured("wandb.mode=disabled"), "sft", tmp_path, {}, alone)
+    log.begin(0, 2)
+    for step in (1, 2):
+        with log.phase("train"):
+            pass
+        log.log(step, {"train/loss": 1.0})
+    log.record(2, {"eval/loss": 1.0})
+    log.result({})
+    assert json.loads((tmp_path / "result.json").read_text())["advice"] == "2 steps of sft, ['other', 'train']"
+    assert "[sft] advice: 2 steps of sft" in capsys.readouterr().out
