@@ -43,7 +43,7 @@ def configuration(zero: int, adapters: bool) -> Config:
     return replace(
         cfg,
         model=model,
-        hardware=replace(cfg.hardware, micro_batch=replace(cfg.hardware.micro_batch, rollout=4)),
+        hardware=replace(cfg.hardware, micro_batch=replace(cfg.hardware.micro_batch, rollout=1)),
         sft=replace(cfg.sft, max_steps=4, epochs=9, dropout=0.1, eval_every=2, eps=1e-8, lr=1e-3),
         reward=replace(cfg.reward, max_steps=4, epochs=9, dropout=0.1, eval_every=2, eps=1e-8, lr=1e-3),
         ppo=replace(ppo_block, early_stop_kl=None),
