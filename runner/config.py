@@ -117,7 +117,7 @@ class Model:
 
     def __post_init__(self):
         check_choice("model.family", self.family, FAMILIES)
-        check_choice("model.attention", self.attention, ("auto", "eager", "sdpa", "flash_attention_2"))
+        check_choice("model.attention", self.attention, ("auto", "packed", "sdpa", "eager", "flash_attention_2"))
         check(self.max_prompt_tokens >= 1, f"model.max_prompt_tokens={self.max_prompt_tokens} must be at least 1")
         check(self.max_response_tokens >= 2, f"model.max_response_tokens={self.max_response_tokens} must be at least 2: a token and EOS")
         context = self.actor.shape.get("max_position_embeddings")

@@ -89,9 +89,15 @@ def backward(engine, loss_sum: Tensor, total: float) -> None:
 
 
 def step(engine) -> float:
-    """Take one micro step; at the accumulation boundary the optimizer moves. Returns the gradient norm before clipping."""
+    """Take one micro step; at the accumulation boundary the optimizer moves. Returns the gradient norm before clipping, there only.
+
+    Elsewhere 0: DeepSpeed still has the norm of the last optimizer step, and reading it would wait for the GPU.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return 0.0
     norm = None
-    if engine.is_gradient_accumulation_boundary() and not engine.zero_optimization() and engine.get_global_grad_norm() is None:
+    if not engine.zero_optimization() and engine.get_global_grad_norm() is None:
         # Stage 0 in fp32 keeps no norm. All ranks hold the same averaged gradients here
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Family:
     """What the code must know of a family of models."""
 
-    attention: tuple[str, ...]  # implementations that transformers has for it, the fastest first
-    position_ids: bool  # False: takes none (ALiBi: positions come from the attention mask)
+    attention: tuple[str, ...]  # implementations: ours (runner/attention.py), then those that transformers has
+    position_ids: bool  # False: takes none (ALiBi)
     layers: str  # name of the list of decoder layers, below the body
     lora_targets: tuple[str, ...]  # linear layers that get adapters
     dropouts: tuple[str, ...]  # config fields that hold a dropout probability
@@ -17,7 +17,7 @@ class Family:
 
 FAMILIES = {
     "opt": Family(
-        ("sdpa", "eager", "flash_attention_2"),
+        ("packed", "sdpa", "eager", "flash_attention_2"),
         True,
         "decoder.layers",
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
@@ -25,7 +25,7 @@ FAMILIES = {
         ("<pad>",),
     ),
     "bloom": Family(
-        ("eager",),
+        ("packed", "eager"),
         False,
         "h",
         ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
@@ -33,7 +33,7 @@ FAMILIES = {
         ("<pad>",),
     ),
     "llama": Family(
-        ("sdpa", "eager", "flash_attention_2"),
+        ("packed", "sdpa", "eager", "flash_attention_2"),
         True,
         "layers",
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -41,7 +41,7 @@ FAMILIES = {
         ("<pad>", "<|finetune_right_pad_id|>"),
     ),
     "gpt_neox": Family(
-        ("sdpa", "eager", "flash_attention_2"),
+        ("packed", "sdpa", "eager", "flash_attention_2"),
         True,
         "layers",
         ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),

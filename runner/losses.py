@@ -60,6 +60,46 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
+def chosen_logprobs(logits: Tensor, tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token, and the entropy of its distribution without gradient (zeros unless asked for).
+
+    As `token_logprobs` and `entropy`, but no fp32 copy of the logits is ever kept, and their gradient has their own precision.
+    logits (N, V), tokens (N,) -> (N,), (N,) fp32.
+    """
+    return _ChosenLogprobs.apply(logits, tokens, with_entropy)
+
+
+class _ChosenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, tokens: Tensor, with_entropy: bool):
+        logprobs, entropies = torch.zeros(2, len(tokens), device=logits.device).unbind()
+        for rows in _blocks(logits):
+            logp = logits[rows].log_softmax(dim=-1, dtype=torch.float32)
+            logprobs[rows] = logp.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1)
+            if with_entropy:
+                entropies[rows] = -logp.exp().mul_(logp).sum(dim=-1)
+        ctx.save_for_backward(logits, tokens, logprobs)
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, _):
+        logits, tokens, logprobs = ctx.saved_tensors
+        out, tokens, gradient = torch.empty_like(logits), tokens.unsqueeze(-1), gradient.unsqueeze(-1)
+        normaliser = logits.gather(-1, tokens).float() - logprobs.unsqueeze(-1)  # logsumexp of the logits
+        for rows in _blocks(logits):
+            # gradient * (one at the token - softmax)
+            block = (logits[rows] - normaliser[rows]).exp_().mul_(-gradient[rows])
+            out[rows] = block.scatter_add_(-1, tokens[rows], gradient[rows])
+        return out, None, None
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Rows whose logits fill 128 MB in fp32."""
+    step = max(1, 2**25 // logits.size(-1))
+    return [slice(start, start + step) for start in range(0, len(logits), step)]
+
+
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of the next-token distribution in nats. (N, V) -> (N,)."""
     logp = logits.float().log_softmax(dim=-1)

@@ -1,7 +1,8 @@
 """Models: the actor and the scalar model (reward model, critic), LoRA, loading and saving.
 
-Both wrappers take right-, left- or un-padded token ids with an attention mask; positions follow from the mask and are passed
-explicitly. What comes out is fp32. Saved folders are plain Hugging Face checkpoints in safetensors.
+Both wrappers take right-, left- or un-padded token ids with an attention mask, best on the CPU: there they are laid out and sent to
+the model, which computes no padding (runner/packing.py). Positions follow from the mask and are passed explicitly. What comes out
+is fp32. Saved folders are plain Hugging Face checkpoints in safetensors.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -14,18 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
 
+from runner import attention, packing
 from runner.checks.trust import has_weights, refuse_code, refused_pickle
 from runner.config import Lora
+from runner.data.batches import send
 from runner.errors import UserError
 from runner.families import FAMILIES, Family
 from runner.files import whole_folder
-from runner.losses import entropy, token_logprobs, warp_logits
-
-
-def positions_from_mask(mask: Tensor) -> Tensor:
-    """Position of each real token, counted from 0 at the first one. (B, T) -> (B, T)."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
+from runner.losses import chosen_logprobs, entropy, token_logprobs, warp_logits
 
 # --- the two wrappers -------------------------------------------------------------------------------------------------
 
@@ -37,6 +34,7 @@ class Wrapper(nn.Module):
         super().__init__()
         self.model = model
         self.family = FAMILIES[family]
+        attention.adopt(self.hf)
 
     @property
     def hf(self) -> PreTrainedModel:
@@ -44,9 +42,15 @@ class Wrapper(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
     def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, T) -> (B, T, H), after the last layer norm."""
-        positions = {"position_ids": positions_from_mask(mask)} if self.family.position_ids else {}
-        return self.hf.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
+        """Of the N real tokens, row after row, after the last layer norm. (B, T) -> (N, H)."""
+        device = self.hf.device
+        if attention.is_packed(self.hf):
+            return attention.body(self.hf.base_model, packing.lay_out(ids, mask).to(device))
+        real = send(packing.real(mask), device)
+        positions = {"position_ids": send(packing.positions_from_mask(mask), device)} if self.family.position_ids else {}
+        ids, mask = send(ids, device), send(mask, device)
+        hidden = self.hf.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, real)
 
     @contextmanager
     def without_adapter(self):
@@ -74,10 +78,14 @@ class Actor(Wrapper):
         Args: ids, mask (B, T); index (N,) positions in the flattened (B * T) whose next token is meant; targets (N,) these tokens.
         Returns: logprobs (N,), entropies (N,) without gradient, zeros unless asked for.
         """
-        hidden = self.hidden_states(ids, mask).flatten(0, 1)[index]
+        hidden = self.hidden_states(ids, mask)
+        index, targets = send(packing.among_real(mask, index), hidden.device), send(targets, hidden.device)
+        hidden = hidden.index_select(0, index)
         head = self.hf.get_output_embeddings()
 
         def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            if self.sampling == (1.0, 0, 1.0):
+                return chosen_logprobs(head(hidden), targets, with_entropy)
             logits = warp_logits(head(hidden).float(), *self.sampling, keep=targets)
             with torch.no_grad():
                 entropies = entropy(logits) if with_entropy else torch.zeros_like(targets, dtype=torch.float32)
@@ -102,13 +110,15 @@ class Scalar(Wrapper):
         self.mean, self.std = mean, std
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, T) -> (B, T) fp32."""
-        return (self.hf.score(self.hidden_states(ids, mask)).squeeze(-1) - self.mean) / self.std
+        """(B, T) -> (B, T) fp32, 0 on padding."""
+        values = self.hf.score(self.hidden_states(ids, mask)).squeeze(-1)
+        return packing.spread((values - self.mean) / self.std, mask)
 
     def last(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Value at the last real token of each sequence. (B, T) -> (B,)."""
-        positions = torch.arange(mask.size(1), device=mask.device)
-        return self(ids, mask).gather(1, (mask * positions).argmax(-1, keepdim=True)).squeeze(1)
+        values = self(ids, mask)
+        last = (mask * torch.arange(mask.size(1), device=mask.device)).argmax(-1, keepdim=True)
+        return values.gather(1, send(last, values.device)).squeeze(1)
 
 
 class Fp32Linear(nn.Linear):

@@ -256,7 +256,7 @@ def test_pair_batch():
     batch = pair_batch(rows, 9)
     assert batch["ids"].tolist() == [[1, 2, 3], [9, 9, 9], [1, 4, 9], [9, 9, 9]]
     assert batch["mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]]
-    assert batch["real"].tolist() == [1.0, 0.0]
+    assert batch["real"].tolist() == [0]
 
 
 def test_pick():

@@ -18,8 +18,9 @@ from runner.errors import UserError
 from runner.losses import sft_loss
 from runner.metrics import RunLog
 from runner.models import Actor, add_lora, parameter_groups
-from runner.rollout import collect, hf
+from runner.rollout import collect, graph
 from runner.rollout.collect import response_logprobs
+from runner.rollout.network import network_of
 from runner.rollout.sampling import invert
 from runner.stages import invariants, ppo
 
@@ -237,7 +238,7 @@ def test_sampling_sees_the_log_probabilities_that_scoring_reads(name, sampling):
         scored = response_logprobs(model, rollout)[0]
     assert rollout.sampled_logprobs.dtype == torch.float32 and rollout.sampled_logprobs[rollout.mask.bool()].lt(0).any()
     torch.testing.assert_close(rollout.sampled_logprobs, scored, rtol=1e-5, atol=1e-5)  # 0 on padding in both
-    assert invariants.rollout_weights(rollout.sampled_logprobs, scored, rollout.mask, "fp32") is None
+    assert invariants.rollout_weights((rollout.sampled_logprobs - scored).abs(), rollout.mask, "fp32") is None
 
 
 @every_family
@@ -246,9 +247,9 @@ def test_a_rollout_of_another_actor_is_noticed(name, other):
     rollout = generate(actor(name), PROMPTS, list(range(6)))
     with torch.no_grad():
         scored = response_logprobs(actor(name, **other), rollout)[0]
-    assert "bound 0.001 in fp32" in invariants.rollout_weights(rollout.sampled_logprobs, scored, rollout.mask, "fp32")
+    assert "bound 0.001 in fp32" in invariants.rollout_weights((rollout.sampled_logprobs - scored).abs(), rollout.mask, "fp32")
     if "seed" in other:
-        assert invariants.rollout_weights(rollout.sampled_logprobs, scored, rollout.mask, "bf16")
+        assert invariants.rollout_weights((rollout.sampled_logprobs - scored).abs(), rollout.mask, "bf16")
 
 
 @every_family
@@ -257,7 +258,7 @@ def test_half_precision_stays_within_its_bound(name):
     rollout = generate(model, PROMPTS, list(range(6)))
     with torch.no_grad():
         scored = response_logprobs(model, rollout)[0]
-    assert invariants.rollout_weights(rollout.sampled_logprobs, scored, rollout.mask, "bf16") is None
+    assert invariants.rollout_weights((rollout.sampled_logprobs - scored).abs(), rollout.mask, "bf16") is None
 
 
 # --- the weights ------------------------------------------------------------------------------------------------------
@@ -376,32 +377,28 @@ def a_constant_reward_model(monkeypatch):
 def an_engine_that_counts_one_pad(monkeypatch):
     """Lengths are one too long."""
 
-    def generate(*args, real=hf.generate, **options):
-        rollout = real(*args, **options)
+    def run(decoder, real=graph.Decoder.run):
+        rollout = real(decoder)
         rollout.lengths = torch.where(rollout.ended, rollout.lengths + 1, rollout.lengths).clamp(max=rollout.responses.size(1))
         return rollout
 
-    monkeypatch.setattr(hf, "generate", generate)
+    monkeypatch.setattr(graph.Decoder, "run", run)
 
 
 def an_engine_that_loses_tokens(monkeypatch):
     """A PAD in the middle of each response."""
 
-    def generate(*args, real=hf.generate, **options):
-        rollout = real(*args, **options)
+    def run(decoder, real=graph.Decoder.run):
+        rollout = real(decoder)
         rollout.responses[:, 1:2], rollout.sampled_logprobs[:, 1:2] = PAD, 0.0
         return rollout
 
-    monkeypatch.setattr(hf, "generate", generate)
+    monkeypatch.setattr(graph.Decoder, "run", run)
 
 
 def an_engine_with_old_weights(monkeypatch):
-    other = actor("opt", seed=5)
-
-    def generate(trained, *args, real=hf.generate, **options):
-        return real(other, *args, **options)
-
-    monkeypatch.setattr(hf, "generate", generate)
+    old = network_of(actor("opt", seed=5).hf)
+    monkeypatch.setattr(collect, "network_of", lambda hf: old)
 
 
 def old_log_probabilities(monkeypatch):
@@ -413,7 +410,7 @@ def old_log_probabilities(monkeypatch):
 
 
 def a_critic_that_diverged(monkeypatch):
-    monkeypatch.setattr(collect, "response_values", lambda critic, part: torch.full_like(part.logprobs, torch.nan))
+    monkeypatch.setattr(collect, "response_values", lambda critic, part: torch.full_like(part.mask, torch.nan))
 
 
 @pytest.mark.parametrize(

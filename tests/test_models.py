@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from runner.config import Lora
 from runner.data.batches import pad
 from runner.errors import UserError
+from runner.families import FAMILIES
 from runner.losses import entropy
 from runner.models import (
     Actor,
@@ -19,10 +20,10 @@ from runner.models import (
     load_causal,
     load_scalar,
     parameter_groups,
-    positions_from_mask,
     save_adapter,
     save_model,
 )
+from runner.packing import positions_from_mask
 
 every_family = pytest.mark.parametrize("name", NAMES)
 
@@ -55,6 +56,10 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
 # --- padding ----------------------------------------------------------------------------------------------------------
 
 
+def body_layers(model) -> torch.nn.ModuleList:
+    return model.hf.base_model.get_submodule(model.family.layers)
+
+
 def logprobs(model: Actor, rows: list[list[int]], left: bool) -> torch.Tensor:
     ids, mask = pad(rows, PAD, left)
     return model(ids, mask, *predictions(rows, ids.size(1), left))[0]
@@ -65,18 +70,37 @@ def test_positions_from_mask():
     assert positions_from_mask(mask)[mask.bool()].tolist() == [0, 1, 2, 0, 1, 2]
 
 
+def calls(module: torch.nn.Module) -> list[dict]:
+    """The keyword arguments that a module is called with from now on."""
+    seen = []
+    module.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs | dict(enumerate(args))), with_kwargs=True)
+    return seen
+
+
 @every_family
-def test_positions_are_passed_explicitly(name):
-    """Not left to what transformers makes of a mask. BLOOM takes none."""
-    model, given = actor(name), {}
-    model.hf.base_model.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
+def test_the_body_sees_real_tokens_only_and_explicit_positions(name):
+    """One row of 24 tokens in place of four of 9. BLOOM takes no positions: its bias is made of them."""
+    model = actor(name)
+    embedded, layers = calls(model.hf.get_input_embeddings()), calls(body_layers(model)[0])
+    ids, mask = pad(ROWS, PAD, left=True)
+    assert model.hidden_states(ids, mask).shape[0] == 24
+    assert embedded[0][0].tolist() == [[token for row in ROWS for token in row]]
+    assert layers[0][0].shape == (1, 24, 32)
+    if name != "bloom":
+        assert layers[0]["position_ids"].tolist() == [[j for row in ROWS for j in range(len(row))]]
+
+
+@every_family
+def test_padded_attention_still_gets_mask_and_explicit_positions(name):
+    model = Actor(causal(name, attention="eager"), family(name), 0)
+    given = calls(model.hf.base_model)
     ids, mask = pad(ROWS, PAD, left=True)
     model.hidden_states(ids, mask)
-    assert torch.equal(given["attention_mask"], mask)
+    assert torch.equal(given[0]["attention_mask"], mask)
     if name == "bloom":
-        assert "position_ids" not in given
+        assert "position_ids" not in given[0]
     else:
-        assert given["position_ids"][mask.bool()].tolist() == [j for row in ROWS for j in range(len(row))]
+        assert given[0]["position_ids"][mask.bool()].tolist() == [j for row in ROWS for j in range(len(row))]
 
 
 @every_family
@@ -239,7 +263,7 @@ def outputs(model) -> torch.Tensor:
     with torch.no_grad():
         hidden = model.hidden_states(ids, mask)
         head = model.hf.get_output_embeddings() if isinstance(model, Actor) else model.hf.score
-        return head(hidden)[mask.bool()]
+        return head(hidden)
 
 
 def plain_outputs(hf) -> torch.Tensor:
@@ -442,8 +466,8 @@ def test_a_fresh_head_is_small(name, tokenizer, tmp_path):
     # The body is the language model's
     ids, mask = pad(ROWS, PAD)
     with torch.no_grad():
-        hidden = Scalar(model, family(name)).hidden_states(ids, mask)[mask.bool()]
-        expected = Actor(causal(name), family(name), 0).hidden_states(ids, mask)[mask.bool()]
+        hidden = Scalar(model, family(name)).hidden_states(ids, mask)
+        expected = Actor(causal(name), family(name), 0).hidden_states(ids, mask)
     torch.testing.assert_close(hidden[:, : expected.size(1)], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -455,7 +479,7 @@ def test_values_are_fp32_where_the_model_is_bf16(tokenizer, tmp_path):
         hidden = model.hidden_states(ids, mask)
         values = model(ids, mask)
     assert hidden.dtype == torch.bfloat16 and values.dtype == torch.float32
-    torch.testing.assert_close(values, (hidden.float() @ model.hf.score.weight.float().T).squeeze(-1))
+    torch.testing.assert_close(values[mask.bool()], (hidden.float() @ model.hf.score.weight.float().T).squeeze(-1))
     with torch.no_grad():
         assert (
             logprobs(Actor(load_causal(str(tmp_path), tokenizer, **options(dtype=torch.bfloat16)), "llama", 0), ROWS, False).dtype
@@ -505,20 +529,47 @@ def test_unknown_family_is_refused(tokenizer, tmp_path):
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
 def test_attention_that_a_family_lacks_is_refused(attention, tokenizer, tmp_path):
     path = config_folder("bloom", tmp_path)
-    with pytest.raises(UserError, match=rf"model.attention={attention} does not exist for bloom: type one of eager"):
+    with pytest.raises(UserError, match=rf"model.attention={attention} does not exist for bloom: type one of packed, eager"):
         load_causal(path, tokenizer, **options(attention=attention))
 
 
 @every_family
-def test_all_attention_implementations_agree(name, tokenizer, tmp_path):
-    causal(name).save_pretrained(tmp_path)
-    found = {}
-    for attention in ("auto", "eager"):
-        model = load_causal(str(tmp_path), tokenizer, **options(attention=attention))
-        found[model.config._attn_implementation] = logprobs(Actor(model, family(name), 0), ROWS, left=True)
-    assert found.keys() == ({"eager"} if name == "bloom" else {"sdpa", "eager"})
-    for logp in found.values():
-        torch.testing.assert_close(logp, found["eager"], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("kind", [Actor, Scalar])
+def test_all_attention_implementations_agree_in_value_and_gradient(name, kind, tokenizer, tmp_path):
+    """Without padding as with it, in any of the ways to compute attention."""
+    (causal if kind is Actor else classifier)(name).save_pretrained(tmp_path)
+    found, names = [], ["auto", *FAMILIES[family(name)].attention]
+    for attention in [n for n in names if n != "flash_attention_2"]:
+        if kind is Actor:
+            model = Actor(load_causal(str(tmp_path), tokenizer, **options(attention=attention)), family(name), 0)
+            out, weights = logprobs(model, ROWS, left=True), WEIGHTS
+        else:
+            model = Scalar(load_scalar(str(tmp_path), tokenizer, fresh_head=False, **options(attention=attention)), family(name))
+            out, weights = model(*pad(ROWS, PAD, left=True)), torch.linspace(-1, 1, 36).view(4, 9)
+        assert model.hf.config._attn_implementation == attention.replace("auto", "packed")
+        found.append((out, gradients(model, (out * weights).sum())))
+    for out, grads in found[:-1]:
+        torch.testing.assert_close(out, found[-1][0], rtol=1e-5, atol=1e-5)
+        assert largest(found[-1][1], grads) < 1e-5
+
+
+@every_family
+def test_the_name_of_our_attention_is_not_saved(name, tokenizer, tmp_path):
+    save_model(actor(name), tmp_path, tokenizer, dtype=torch.float32, max_new_tokens=7)
+    assert not [text for path in tmp_path.glob("*.json") if "packed" in (text := path.read_text())]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation in ("sdpa", "eager")
+
+
+@every_family
+def test_attention_dropout_acts_in_training_only(name):
+    quiet = actor(name)
+    noisy = Actor(causal(name, attention_dropout=0.5), family(name), 0)
+    ids, mask = pad(ROWS, PAD)
+    with torch.no_grad():
+        expected = quiet.hidden_states(ids, mask)
+        assert torch.equal(noisy.eval().hidden_states(ids, mask), expected)
+        one, other = (noisy.train().hidden_states(ids, mask) for _ in range(2))
+    assert (one - other).abs().max() > 0.1 and (one - expected).abs().max() > 0.1
 
 
 @every_family

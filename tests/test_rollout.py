@@ -17,6 +17,8 @@ from runner.rollout.sampling import invert, uniforms
 from runner.stages.ppo import State, fill_rewards
 
 every_family = pytest.mark.parametrize("name", NAMES)
+# Scoring asks all ranks whether sampler and trainer agree
+pytestmark = pytest.mark.usefixtures("alone")
 
 PROMPTS = rows([5, 2, 9, 6, 3, 7])
 PROMPTS[0][2] = PROMPTS[3][5] = EOS  # one inside a prompt, one at the end of a prompt
@@ -270,6 +272,8 @@ def test_rewards_of_a_rollout(cfg):
     rollout.logprobs = torch.tensor([[-1.0, -2.0], [-1.0, -1.0], [-3.0, 0.0]])
     rollout.ref_logprobs = torch.tensor([[-1.5, -1.0], [-1.0, -1.2], [-2.0, 0.0]])
     rollout.values = torch.tensor([[0.5, 1.0], [0.0, 0.5], [2.0, 0.0]])
+    rollout.mismatch = torch.tensor([[0.5, 0.5], [0.5, 1.5], [0.0, 0.0]])
+    rollout.reread = torch.tensor([True, True, False])
     ppo = replace(cfg.ppo, score_clip=5.0, missing_eos_penalty=1.0, kl_estimator="k1", gamma=1.0, lam=0.5, whiten_advantages=False)
     found = fill_rewards(replace(cfg, ppo=ppo), rollout, State(kl_coef=0.1, score_mean=1.0, score_std=2.0))
     # Scores (3 - 1) / 2 = 1; (2 - 1) / 2 - 1 = -0.5 as it does not end; 49.5 clipped to 5
@@ -287,8 +291,9 @@ def test_rewards_of_a_rollout(cfg):
         "rollout/response_length_mean": 5 / 3,
         "rollout/truncated_rate": 1 / 3,
         "rollout/score_mean": 35.0,
-        "rollout/logprob_mismatch": (0.5 + 0.5 + 0.5 + 0.5 + 1.5) / 5,
+        "rollout/logprob_mismatch": (0.5 + 0.5 + 0.5 + 1.5) / 4,
         "rollout/logprob_mismatch_max": 1.5,
+        "rollout/reread": 2 / 3,
         "val/num_eos_tokens": 2,
         "perf/padding_fraction": 1 - (4 + 5) / 12,
     }
@@ -333,9 +338,40 @@ def test_sample_does_not_depend_on_the_micro_batch(alone):
         torch.testing.assert_close(found[0].sampled_logprobs, other.sampled_logprobs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("engine_name", ["graph", "hf"])
+def test_both_engines_sample_the_same(alone, engine_name):
+    class Engine(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.zero_optimization_stage = module, lambda: 0
+
+    models = Models(Engine(actor("llama")), None, None, None)
+    reader = Reader(PAD, EOS, LENGTH, 2, 2, alone, engine=engine_name)
+    found = sample(models, reader, PROMPTS, 7, list(range(6)))
+    assert responses(found) == responses(generate(models.actor.module, PROMPTS, list(range(6))))
+    assert (reader.stats.rows > 0) == (engine_name == "graph")
+
+
+@pytest.mark.parametrize("offset, read", [(0.0, 1), (0.01, 1), (0.03, 6)])
+def test_old_log_probabilities_are_the_samplers_where_the_trainer_agrees(offset, read):
+    """One of six rows is read by the trainer; all of them, where it differs by more than the bound of 0.02 nats."""
+    model = actor("opt").eval()
+    rollout = generate(model, PROMPTS, list(range(6)))
+    exact = rollout.sampled_logprobs.clone()
+    rollout.sampled_logprobs += offset * rollout.mask
+    models = Models(model, scalar("opt"), actor("opt", seed=1), scalar("opt", seed=2))
+    with torch.no_grad():
+        score(models, Reader(PAD, EOS, LENGTH, 2, 2, torch.device("cpu"), max_mismatch=0.02), rollout, with_values=False)
+    assert int(rollout.reread.sum()) == read
+    torch.testing.assert_close(rollout.logprobs, exact if read == 6 else rollout.sampled_logprobs, rtol=1e-5, atol=1e-5)
+    seen = rollout.mismatch[rollout.reread][rollout.mask[rollout.reread].bool()]
+    torch.testing.assert_close(seen, torch.full_like(seen, offset), rtol=1e-3, atol=1e-5)
+
+
 def test_gather_on_one_rank_is_the_rollout_itself(alone):
     rollout = record(PROMPTS, ANSWERS)
-    assert rollout.gather(PAD) is rollout
+    same = rollout.gather(PAD, alone)
+    assert all(torch.equal(value, getattr(same, name)) for name, value in vars(rollout).items() if value is not None)
 
 
 @pytest.mark.slow

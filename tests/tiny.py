@@ -89,9 +89,9 @@ def classifier(name: str, seed: int = 0, scale: float = 0.2, **more) -> PreTrain
     return _random(AutoModelForSequenceClassification, name, seed, scale, num_labels=1, **more)
 
 
-def _random(auto, name: str, seed: int, scale: float, **more) -> PreTrainedModel:
+def _random(auto, name: str, seed: int, scale: float, attention: str = "packed", **more) -> PreTrainedModel:
     torch.manual_seed(seed)
-    made = auto.from_config(config(name, **no_dropout(name), **more), attn_implementation=FAMILIES[family(name)].attention[0])
+    made = auto.from_config(config(name, **no_dropout(name) | more), attn_implementation=attention)
     return sharpen(made, seed, scale)
 
 

@@ -114,10 +114,10 @@ def loss_weights(lengths: np.ndarray, prompts: np.ndarray, prompt_loss: float) -
 
 
 def pair_batch(rows: list[dict | None], fill: int) -> dict[str, Tensor]:
-    """Reward rows -> ids, mask (2B, T), the chosen first, then the rejected; real (B,) is 0 for empty slots."""
+    """Reward rows -> ids, mask (2B, T), the chosen first, then the rejected; real: the pairs that are no empty slots."""
     both = [row["chosen_ids"] if row else [] for row in rows] + [row["rejected_ids"] if row else [] for row in rows]
     ids, mask = pad(both, fill)
-    return {"ids": ids, "mask": mask, "real": torch.tensor([float(row is not None) for row in rows])}
+    return {"ids": ids, "mask": mask, "real": torch.tensor([i for i, row in enumerate(rows) if row], dtype=torch.long)}
 
 
 def pick(dataset, numbers: np.ndarray) -> list[dict | None]:
@@ -125,5 +125,8 @@ def pick(dataset, numbers: np.ndarray) -> list[dict | None]:
     return [dataset[int(n)] if n != EMPTY else None for n in numbers]
 
 
-def to(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, for which nothing waits: pinned memory is read beside the running kernels."""
+    if device.type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=device.type == "cuda")

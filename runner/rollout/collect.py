@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from runner import engine, ranks
-from runner.data.batches import pad
+from runner.data.batches import pad, send
 from runner.losses import masked_sum
 from runner.rollout import graph, hf
 from runner.rollout.network import network_of
-from runner.rollout.record import Rollout, widen
+from runner.rollout.record import CPU, Rollout, widen
 from runner.rollout.sampling import uniforms
 from runner.watch import stop
 
@@ -75,10 +75,10 @@ def collect(
     """
     mine = slice(ranks.rank(), None, ranks.world())
     with phase("rollout"):
-        rollout = sample(models, reader, prompts[mine], seed, episodes[mine], stoppable)
+        rollout = sample(models, reader, prompts[mine], seed, episodes[mine], stoppable).to(CPU)
     with phase("scoring"):
         score(models, reader, rollout, with_values)
-    return rollout.gather(reader.pad)
+    return rollout.gather(reader.pad, reader.device)
 
 
 def sample(models: Models, reader: Reader, prompts: list[list[int]], seed: int, episodes: list[int], stoppable: bool = False) -> Rollout:
@@ -124,16 +124,18 @@ def score(models: Models, reader: Reader, rollout: Rollout, with_values: bool) -
     """Fill in logprobs, ref_logprobs, values and scores of this rank's rows."""
     models.critic.eval()
     read_actor(models, reader, rollout)
-    rollout.ref_logprobs, rollout.values = (torch.zeros_like(rollout.sampled_logprobs) for _ in range(2))
-    rollout.scores = torch.zeros(len(rollout), device=reader.device)
+    tables, scores = torch.zeros(2, *rollout.responses.shape, device=reader.device), torch.zeros(len(rollout), device=reader.device)
+    ref_logprobs, values = tables
     for rows, part in micro_batches(rollout, reader.score_micro):
         width = part.responses.size(1)
         ref, context = models.reference()
         with context:
-            rollout.ref_logprobs[rows, :width] = response_logprobs(ref, part)[0]
+            ref_logprobs[rows, :width] = response_logprobs(ref, part)[0]
         if with_values:
-            rollout.values[rows, :width] = response_values(models.critic, part)
-        rollout.scores[rows] = final_scores(models.reward, part)
+            values[rows, :width] = response_values(models.critic, part)
+        scores[rows] = final_scores(models.reward, part)
+    rollout.ref_logprobs, rollout.values = tables.to(CPU)
+    rollout.scores = scores.to(CPU)
 
 
 def read_actor(models: Models, reader: Reader, rollout: Rollout) -> None:
@@ -142,25 +144,23 @@ def read_actor(models: Models, reader: Reader, rollout: Rollout) -> None:
     The first saves a forward and is the truer one: PPO's ratio is to the distribution that was sampled from. But a sampler that is
     far from the trainer (another model, lost digits) must not teach. All ranks decide alike. Collective.
     """
-    read, rollout.mismatch = torch.zeros_like(rollout.sampled_logprobs), torch.zeros_like(rollout.sampled_logprobs)
-    rollout.reread = torch.zeros(len(rollout), dtype=torch.bool, device=read.device)
+    read = torch.zeros(rollout.responses.shape, device=reader.device)
 
-    def look(start: int, stop: int) -> None:
+    def look(start: int, stop: int) -> Tensor:
         for rows, part in micro_batches(rollout, reader.score_micro, start, stop):
-            width = part.responses.size(1)
-            read[rows, :width] = response_logprobs(models.actor, part)[0]
-            rollout.mismatch[rows, :width] = (part.sampled_logprobs - read[rows, :width]).abs() * part.mask
-            rollout.reread[rows] = True
+            read[rows, : part.responses.size(1)] = response_logprobs(models.actor, part)[0]
+        rollout.reread = torch.arange(len(rollout)) < stop
+        rollout.mismatch = (rollout.sampled_logprobs - read.to(CPU)).abs() * rollout.mask * rollout.reread.unsqueeze(1)
+        return rollout.mismatch.sum()
 
     probe = math.ceil(PROBE * len(rollout)) if reader.max_mismatch else len(rollout)
-    look(0, probe)
-    tokens = masked_sum(rollout.mask, rollout.reread.float().unsqueeze(1))
-    seen = ranks.total({"mismatch": rollout.mismatch.sum(), "tokens": tokens}, read.device)
+    seen = {"mismatch": look(0, probe), "tokens": masked_sum(rollout.mask, rollout.reread.float().unsqueeze(1))}
+    seen = ranks.total(seen, reader.device)
     if seen["mismatch"] <= reader.max_mismatch * seen["tokens"]:
         rollout.logprobs = rollout.sampled_logprobs.clone()
     else:
         look(probe, len(rollout))
-        rollout.logprobs = read
+        rollout.logprobs = read.to(CPU)
 
 
 def micro_batches(rollout: Rollout, size: int, start: int = 0, stop: int | None = None):
@@ -168,11 +168,11 @@ def micro_batches(rollout: Rollout, size: int, start: int = 0, stop: int | None 
     stop = len(rollout) if stop is None else stop
     for first in range(start, stop, size):
         rows = slice(first, min(first + size, stop))
-        yield rows, rollout.rows(torch.arange(len(rollout), device=rollout.lengths.device)[rows])
+        yield rows, rollout.rows(torch.arange(len(rollout))[rows])
 
 
 def response_logprobs(actor, part: Rollout, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (and entropies) of the response tokens. (B, R), 0 on padding."""
+    """Log-probabilities (and entropies) of the response tokens. part on the CPU -> (B, R) on the actor's device, 0 on padding."""
     ids, mask = part.sequences()
     index, targets = part.response_index()
     logprobs, entropies = actor(ids, mask, index, targets, with_entropy)
@@ -182,12 +182,12 @@ def response_logprobs(actor, part: Rollout, with_entropy: bool = False) -> tuple
 def response_values(critic, part: Rollout) -> Tensor:
     """Value of the state before each response token: read one position earlier. (B, R)."""
     ids, mask = part.sequences()
-    first = part.prompts.size(1) - 1
-    return critic(ids, mask)[:, first:-1] * part.mask
+    values = critic(ids, mask)[:, part.prompts.size(1) - 1 : -1]
+    return values * send(part.mask, values.device)
 
 
 def final_scores(reward, part: Rollout) -> Tensor:
     """The reward model's score at the last real token, which is EOS where the response ended. (B,)."""
     ids, mask = part.sequences()
-    last = part.prompts.size(1) + part.lengths - 1
-    return reward(ids, mask).gather(1, last.unsqueeze(1)).squeeze(1)
+    values, last = reward(ids, mask), part.prompts.size(1) + part.lengths - 1
+    return values.gather(1, send(last.unsqueeze(1), values.device)).squeeze(1)

@@ -9,14 +9,15 @@ import time
 from dataclasses import dataclass, fields
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runner import attention
 from runner.data.batches import pad as padded
 from runner.engine import free_memory
 from runner.losses import warp_logits
+from runner.packing import lay_out
 from runner.rollout import kernels
 from runner.rollout.network import Network
 from runner.rollout.record import Rollout
@@ -171,15 +172,15 @@ class Decoder:
         self.stats.prefill_seconds += time.monotonic() - start
 
     def _read(self, prompts: list[list[int]], slots: list[int]) -> None:
-        """Keys and values of prompts into the cache. Only attention sees padding, on the right, where causality hides it."""
-        lengths = np.array([len(p) for p in prompts])
-        if not lengths.sum():
+        """Keys and values of prompts into the cache."""
+        some = [n for n, prompt in enumerate(prompts) if prompt]
+        if not some:
             return
-        ids, mask = padded(prompts, self.pad)
-        mask = torch.arange(ids.size(1)) < torch.from_numpy(lengths).unsqueeze(1)  # an empty prompt has no token at all
-        sequence, position = mask.nonzero(as_tuple=True)
-        ids, slot = ids[mask].to(self.device), torch.tensor(slots)[sequence].to(self.device)
-        sequence, position = sequence.to(self.device), position.to(self.device)
+        ids, mask = padded([prompts[n] for n in some], self.pad)
+        slot = torch.tensor([slots[n] for n in some]).repeat_interleave(mask.sum(1)).to(self.device)
+        at, network = lay_out(ids, mask).to(self.device), self.network
+        position, group = at.positions[0], network.heads // network.kv_heads
+        bias = attention.alibi_bias(network.heads, at.longest, network.dtype, self.device) if network.alibi is not None else None
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if self.rotary:
@@ -187,9 +188,10 @@ class Decoder:
                 q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
             self.keys[layer][slot, :, position] = k
             self.values[layer][slot, :, position] = v
-            return kernels.attend_prompts(q, k, v, sequence, position, mask.shape, self.network.alibi)
+            k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
+            return attention.attend(q, k, v, at, 0.0, network.head_dim**-0.5, bias).flatten(1)
 
-        self.network.hidden(ids, position, attend, last_layer=False)
+        network.hidden(at.ids[0], position, attend, last_layer=False)
 
     # --- decoding -----------------------------------------------------------------------------------------------------
 

@@ -86,26 +86,6 @@ def attend(
     return F.scaled_dot_product_attention(q.unsqueeze(2), *past, attn_mask=bias, enable_gqa=grouped).flatten(1)
 
 
-def attend_prompts(q: Tensor, k: Tensor, v: Tensor, sequence: Tensor, position: Tensor, shape, alibi: Tensor | None) -> Tensor:
-    """Causal attention inside each of several sequences, whose tokens stand one below the other.
-
-    Args: q (N, heads, D); k, v (N, kv_heads, D); sequence, position (N,) of each token; shape: number of sequences, longest one.
-    Returns: (N, heads * D).
-    """
-
-    def apart(x: Tensor) -> Tensor:
-        return x.new_zeros(*shape, *x.shape[1:]).index_put_((sequence, position), x).transpose(1, 2)
-
-    bias = None
-    if alibi is not None:
-        steps = torch.arange(shape[1], device=q.device)
-        distance = (steps - steps.unsqueeze(1)).float()
-        bias = torch.where(distance <= 0, alibi.view(-1, 1, 1) * distance, -torch.inf).to(q.dtype).unsqueeze(0)
-    grouped = q.size(1) != k.size(1)
-    out = F.scaled_dot_product_attention(apart(q), apart(k), apart(v), attn_mask=bias, is_causal=bias is None, enable_gqa=grouped)
-    return out.transpose(1, 2)[sequence, position].flatten(1)
-
-
 def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """One token per row from softmax(logits), by its uniform number. (B, V), (B,) -> token ids (B,), log-probabilities (B,) fp32."""
     if on_triton(logits):

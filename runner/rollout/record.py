@@ -1,7 +1,8 @@
 """The record of a rollout: what was asked, what was sampled, and everything computed from it.
 
 B responses, P prompt tokens (left-padded), R response tokens (right-padded). After `gather` every rank holds the rows of all
-ranks, a few megabytes: whitening, minibatches and statistics are then global without further communication.
+ranks, a few megabytes: whitening, minibatches and statistics are then global without further communication. It lies on the CPU, where
+micro batches are laid out: the GPU is never waited for to learn a length.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,10 @@ from dataclasses import dataclass, fields
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from runner.packing import spread
+
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -69,9 +74,11 @@ class Rollout:
         return row * width + self.prompts.size(1) + column - 1, self.responses[row, column]
 
     def spread(self, flat: Tensor) -> Tensor:
-        """Per-token results (N,) in the order of `response_index` -> (B, R), 0 on padding."""
-        out = torch.zeros_like(self.responses, dtype=flat.dtype)
-        return out.masked_scatter(self.mask.bool(), flat)
+        """Per-token results (N,) in the order of `response_index` -> (B, R), 0 on padding. On the results' device."""
+        return spread(flat, self.mask)
+
+    def to(self, device: torch.device) -> "Rollout":
+        return Rollout(**{f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None})
 
     def rows(self, index: Tensor) -> "Rollout":
         """Some rows, with columns that they all leave empty cut away: a micro batch without needless padding."""
@@ -84,11 +91,15 @@ class Rollout:
                 picked[name] = value[:, :width]
         return Rollout(**picked)
 
-    def gather(self, pad: int) -> "Rollout":
-        """The rows of all ranks, on every rank, in the order of the prompts (rank r holds every world-th row). Collective."""
+    def gather(self, pad: int, device: torch.device) -> "Rollout":
+        """The rows of all ranks, on every rank's CPU, in the order of the prompts (rank r holds every world-th row). Collective.
+
+        device: where the ranks exchange them. NCCL reads no other memory than the GPU's.
+        """
         world = dist.get_world_size()
-        if world == 1:
-            return self
+        return self.to(CPU) if world == 1 else self.to(device)._gathered(pad, world).to(CPU)
+
+    def _gathered(self, pad: int, world: int) -> "Rollout":
         widths = torch.tensor([self.prompts.size(1), self.responses.size(1)], device=self.prompts.device)
         dist.all_reduce(widths, op=dist.ReduceOp.MAX)
         same = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}

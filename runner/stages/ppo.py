@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from runner import engine, flops
+from runner.attention import is_packed
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import Batches
@@ -32,8 +33,8 @@ from runner.metrics import RunLog
 from runner.models import save_adapter, save_model
 from runner.plan import engine_configs, shares_reference
 from runner.rollout.collect import Models, Reader, collect
-from runner.rollout.network import network_of
-from runner.rollout.record import Rollout
+from runner.rollout.network import network_of, side_by_side
+from runner.rollout.record import CPU, Rollout
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reward, tokenizer_for
 from runner.stages.heldout import Evaluator, paired
@@ -80,7 +81,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     rows, held, counts = cache.load(Path(step.data))
     batches = Batches(np.asarray(rows["length"]), ppo.rollout_batch, 1, world=1, rank=0, seed=cfg.seed, drop_last=True, pool=1)
     total = batches.steps(ppo.epochs, ppo.max_steps)
-    mixture = Mixture(cfg, step.ptx, tokenizer.pad_token_id, device) if ppo.ptx_coef else None
+    mixture = Mixture(cfg, step.ptx, tokenizer.pad_token_id) if ppo.ptx_coef else None
 
     # 2. Four models: the actor and its frozen reference, the critic and the reward model that it starts from
     models = build(cfg, step, tokenizer, device)
@@ -97,7 +98,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     checkpoints = Checkpoints(step.folder, step.key, cfg, {"actor": models.actor, "critic": models.critic}, log, average=ema)
     first, saved, tensors = checkpoints.restore()
     state = State(**saved | {"progress": Progress(**saved["progress"])}) if saved else State(kl_coef=ppo.kl_coef)
-    unfinished = Rollout(**tensors) if tensors else None  # a run that stopped in the middle of an update
+    unfinished = Rollout(**tensors).to(CPU) if tensors else None  # a run that stopped in the middle of an update
     log.begin(first, total)
     if state.before is None:
         state.before, state.sft_rows = evaluator(0, state, calibrate=True)
@@ -149,6 +150,8 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         # 8. Log and evaluate; save, and leave if someone asked for it
         rates = {f"lr/{name}": engine.learning_rate(e) for name, e in (("actor", models.actor), ("critic", models.critic))}
         metrics |= {"episode": done * ppo.rollout_batch} | rates
+        if is_packed(models.actor.module.hf):
+            metrics["perf/padding_fraction"] = 0.0
         metrics |= decoding(cfg, models, work["actor"], reader.stats)
         watch(done)
         headline = f"score {metrics['objective/scores']:+.2f}  kl {kl:.2f}  length {metrics['rollout/response_length_mean']:.0f}"
@@ -187,6 +190,8 @@ def build(cfg: Config, step: Inputs, tokenizer, device: torch.device) -> Models:
     actor = engine.trainable(
         actor, configs["actor"], lr=ppo.actor_lr, lora_lr=actor_part.lora.lr, weight_decay=ppo.actor_weight_decay, **options
     )
+    if not actor.zero_optimization():  # ZeRO lays weights out itself
+        side_by_side(actor.module.hf)
     args = {"dropout": 0.0, "lora": replace(reward_part.lora, dropout=0.0), "fresh_head": False, "checkpointing": checkpointing.critic}
     critic = load_reward(cfg, step.parents["reward"], tokenizer, configs["critic"], **args)
     critic = engine.trainable(
@@ -248,7 +253,7 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
 
 def pass_flops(work: dict[str, flops.Work], rollout: Rollout, actor_trains: bool) -> float:
     """FLOPs of one pass of updates over a rollout; a mixture of text is left out."""
-    lengths = (rollout.prompt_lengths + rollout.lengths).cpu().numpy()
+    lengths = rollout.prompt_lengths + rollout.lengths
     actor = flops.training(work["actor"], lengths, float(rollout.lengths.sum())) if actor_trains else 0.0
     return actor + flops.training(work["critic"], lengths)
 

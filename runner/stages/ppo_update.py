@@ -10,7 +10,7 @@ import torch
 from runner import engine, ranks
 from runner.config import Config
 from runner.data import cache
-from runner.data.batches import Batches, loss_weights, pick, sft_batch, to
+from runner.data.batches import Batches, loss_weights, pick, send, sft_batch
 from runner.losses import policy_loss, sft_loss, value_loss
 from runner.plan import accumulation, step_batch
 from runner.rollout.collect import Models, response_logprobs, response_values
@@ -21,9 +21,9 @@ from runner.watch import stop
 class Mixture:
     """The ptx batches: pretraining text or demonstrations, one micro batch beside each micro batch of PPO."""
 
-    def __init__(self, cfg: Config, folder: str, pad: int, device: torch.device):
+    def __init__(self, cfg: Config, folder: str, pad: int):
         self.rows, _, _ = cache.load(Path(folder))
-        self.pad, self.device = pad, device
+        self.pad = pad
         lengths, prompts = np.asarray(self.rows["length"]), np.asarray(self.rows["prompt_length"])
         self.weights = loss_weights(lengths, prompts, 0.0)
         micro = cfg.hardware.micro_batch.ppo
@@ -32,7 +32,7 @@ class Mixture:
     def at(self, number: int) -> tuple[list[dict], float]:
         """Micro batches of this rank for optimizer step `number`, and the tokens of the whole step."""
         here = self.batches.rows(number)
-        micros = [to(sft_batch(pick(self.rows, n), self.pad, 0.0), self.device) for n in self.batches.micro_batches(number)]
+        micros = [sft_batch(pick(self.rows, n), self.pad, 0.0) for n in self.batches.micro_batches(number)]
         return micros, float(self.weights[here[here >= 0]].sum())
 
 
@@ -91,7 +91,7 @@ def update(
         text = mixture.at(number + progress.position) if mixture and train_actor else None
         chosen = np.split(order, ppo.minibatches)[k][:size]
         sums, norms = minibatch(cfg, models, rollout, chosen, text, train_actor)
-        sums = ranks.total(sums, rollout.lengths.device)
+        sums = ranks.total(sums, models.actor.device)  # the GPU is waited for here, and at the gradient norms
         loss = sum(sums[name] for name in ("policy_loss", "value_loss", "ptx_loss")) / sums["tokens"]
         guard(step=iteration + 1, loss=loss, norm=sum(norms.values()), rows=rollout.as_rows(chosen))
         progress.add(sums, norms)
@@ -103,12 +103,12 @@ def update(
 
 def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray, text, train_actor: bool) -> tuple[dict, dict]:
     """One optimizer step of critic and actor. Returns sums over this rank's tokens, and the gradient norms."""
-    ppo, device = cfg.ppo, rollout.lengths.device
+    ppo, device = cfg.ppo, models.actor.device
     # The same rows whatever the number of ranks; neighbours in length share a micro batch
-    lengths = (rollout.prompt_lengths + rollout.lengths).cpu().numpy()
+    lengths = (rollout.prompt_lengths + rollout.lengths).numpy()
     ordered = chosen[np.argsort(-lengths[chosen], kind="stable")]
     mine = ordered[ranks.rank() :: ranks.world()]
-    tokens = float(rollout.lengths[torch.as_tensor(chosen, device=device)].sum())
+    tokens = float(rollout.lengths[torch.as_tensor(chosen)].sum())
     texts, text_tokens = text or ([], 0.0)
     names = ("policy_loss", "value_loss", "ptx_loss", "ratio", "ratio_error", "clipfrac", "approxkl", "value_clipfrac", "entropy")
     sums = dict.fromkeys(names, torch.zeros((), device=device)) | {
@@ -123,25 +123,26 @@ def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray,
 
     micros = np.split(mine, accumulation(cfg, "ppo"))
     for m, numbers in enumerate(micros):
-        part = rollout.rows(torch.as_tensor(numbers, device=device))
-        mask, last = part.mask, m == len(micros) - 1
+        part, last = rollout.rows(torch.as_tensor(numbers)), m == len(micros) - 1
+        tables = (part.mask, part.logprobs, part.values, part.advantages, part.returns)
+        mask, old_logprobs, old_values, advantages, returns = (send(x, device) for x in tables)
         values = response_values(models.critic, part)
-        loss, facts = value_loss(values, part.values, part.returns, mask, cliprange_value=ppo.cliprange_value)
+        loss, facts = value_loss(values, old_values, returns, mask, cliprange_value=ppo.cliprange_value)
         engine.backward(models.critic, loss, tokens)
         add(facts | {"value_loss": loss})
         steps = [(models.critic, "grad_norm/critic")]
         if train_actor:
             logprobs, entropies = response_logprobs(models.actor, part, with_entropy=True)
             clip = {"cliprange": ppo.cliprange, "dual_clip": ppo.dual_clip, "log_ratio_clamp": ppo.log_ratio_clamp}
-            loss, facts = policy_loss(logprobs, part.logprobs, part.advantages, mask, **clip)
+            loss, facts = policy_loss(logprobs, old_logprobs, advantages, mask, **clip)
             engine.backward(models.actor, loss, tokens)
-            error = ((logprobs - part.logprobs).exp() - 1).abs() * mask
+            error = ((logprobs - old_logprobs).exp() - 1).abs() * mask
             add(facts | {"policy_loss": loss, "entropy": (entropies * mask).sum(), "ratio_error": error.sum()})
             if texts:
                 engine.step(models.actor)  # not yet at the boundary: the text belongs to the same optimizer step
                 batch = texts[m]
                 logprobs, _ = models.actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
-                loss = sft_loss(logprobs, batch["weights"])
+                loss = sft_loss(logprobs, send(batch["weights"], device))
                 engine.backward(models.actor, ppo.ptx_coef * loss, text_tokens)
                 add({"ptx_loss": loss})
             steps.append((models.actor, "grad_norm/actor"))

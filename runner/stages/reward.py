@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from runner import engine, flops, ranks
+from runner.attention import is_packed
 from runner.config import Config
 from runner.data import cache
-from runner.data.batches import EMPTY, Batches, pair_batch, pick, shard, subset, to
+from runner.data.batches import EMPTY, Batches, pair_batch, pick, send, shard, subset
 from runner.durable.checkpoint import Checkpoints
 from runner.losses import learning_rate, pairwise_loss, warmup_steps, wilson_interval
 from runner.metrics import RunLog
@@ -60,10 +61,9 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         with log.phase("train"):
             model.train()
             for batch in micros:
-                batch = to(batch, device)
                 chosen, rejected = last_scores(model, batch)
                 # A micro batch of empty slots still takes part in the collective backward
-                real = batch["real"].bool()
+                real = send(batch["real"], device)
                 loss = pairwise_loss(chosen[real], rejected[real], rm.center_coef) + 0.0 * chosen.sum()
                 engine.backward(model, loss, pairs)
                 norm = engine.step(model)
@@ -76,7 +76,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         mean = {name: value / pairs for name, value in whole.items()}
         metrics = {"train/loss": mean["loss"], "train/accuracy": mean["correct"], "train/margin": mean["chosen"] - mean["rejected"]}
         metrics |= {"reward/chosen_mean": mean["chosen"], "reward/rejected_mean": mean["rejected"], "lr": rm.lr * share, "grad_norm": norm}
-        metrics["perf/padding_fraction"] = 1 - whole["tokens"] / whole["slots"]
+        metrics["perf/padding_fraction"] = 0.0 if is_packed(wrapper.hf) else 1 - whole["tokens"] / whole["slots"]
         check_finite(cfg, step.folder, step.stage, done, mean["loss"], norm, numbered(rows, here), tokenizer)
         log.log(done, metrics, f"loss {mean['loss']:.3f}  accuracy {mean['correct']:.2f}", whole["tokens"], whole["work"])
         watch(done)
@@ -101,8 +101,8 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
 
 
 def counted(micros: list[dict], work: flops.Work) -> dict[str, float]:
-    """Real tokens of this rank's micro batches, the slots that hold them, and the FLOPs of training on them."""
-    lengths = [batch["mask"].sum(dim=1) * batch["real"].repeat(2) for batch in micros]
+    """Real tokens of this rank's micro batches, the positions of a padded batch, and the FLOPs of training on them."""
+    lengths = [batch["mask"].sum(dim=1).view(2, -1)[:, batch["real"]].flatten() for batch in micros]
     slots = sum(batch["ids"].numel() for batch in micros)
     return {"tokens": float(sum(n.sum() for n in lengths)), "slots": slots, "work": sum(flops.training(work, n) for n in lengths)}
 
@@ -110,14 +110,14 @@ def counted(micros: list[dict], work: flops.Work) -> dict[str, float]:
 def last_scores(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of the last real tokens of a pair batch: chosen (B,), rejected (B,)."""
     values = model(batch["ids"], batch["mask"])
-    scores = values.gather(1, batch["mask"].sum(dim=1, keepdim=True) - 1).squeeze(1)
-    return scores.chunk(2)
+    last = batch["mask"].sum(dim=1, keepdim=True) - 1
+    return values.gather(1, send(last, values.device)).squeeze(1).chunk(2)
 
 
 def evaluation(model, held, most: int, micro: int, pad: int, log: RunLog, done: int) -> dict:
     """Accuracy with its interval, loss, calibration and the length baseline on held-out pairs; recorded and returned. Collective."""
     with log.phase("eval"):
-        scored = score_pairs(model, held, most, micro, pad, log.device)
+        scored = score_pairs(model, held, most, micro, pad)
     facts = pair_statistics(scored)
     metrics = {"eval/accuracy": facts["accuracy"], "eval/loss": facts["eval_loss"]}
     metrics |= {f"eval/accuracy/{name}": accuracy for name, (accuracy, _) in facts["accuracy_by_source"].items()}
@@ -128,16 +128,20 @@ def evaluation(model, held, most: int, micro: int, pad: int, log: RunLog, done: 
 
 
 @torch.no_grad()
-def score_pairs(model, held, most: int, micro: int, pad: int, device: torch.device) -> list[tuple[float, float, int, int, str]]:
+def score_pairs(model, held, most: int, micro: int, pad: int) -> list[tuple[float, float, int, int, str]]:
     """(chosen score, rejected score, chosen length, rejected length, source) of held-out pairs, on every rank. Collective."""
     model.eval()
-    picked, mine = held.select(subset(len(held), most)), []
+    picked, scored = held.select(subset(len(held), most)), []
     for numbers in shard(len(picked), micro, ranks.world(), ranks.rank()):
         rows = pick(picked, numbers)
-        chosen, rejected = last_scores(model, to(pair_batch(rows, pad), device))
-        for row, good, bad in zip(rows, chosen.tolist(), rejected.tolist(), strict=True):
-            if row is not None:
-                mine.append((good, bad, len(row["chosen_ids"]), len(row["rejected_ids"]), row["source"]))
+        scored.append((rows, *last_scores(model, pair_batch(rows, pad))))
+    # Only now is the GPU waited for
+    mine = [
+        (good, bad, len(row["chosen_ids"]), len(row["rejected_ids"]), row["source"])
+        for rows, chosen, rejected in scored
+        for row, good, bad in zip(rows, chosen.tolist(), rejected.tolist(), strict=True)
+        if row is not None
+    ]
     return [pair for part in ranks.every(mine) for pair in part]
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from runner import engine, flops, ranks
+from runner.attention import is_packed
 from runner.config import Config
 from runner.data import cache
-from runner.data.batches import EMPTY, Batches, loss_weights, pick, sft_batch, shard, subset, to
+from runner.data.batches import EMPTY, Batches, loss_weights, pick, send, sft_batch, shard, subset
 from runner.durable.checkpoint import Checkpoints
 from runner.losses import learning_rate, sft_loss, warmup_steps
 from runner.metrics import RunLog
@@ -70,9 +71,8 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         with log.phase("train"):
             actor.train()
             for batch in micros:
-                batch = to(batch, device)
                 logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
-                loss = sft_loss(logprobs, batch["weights"])
+                loss = sft_loss(logprobs, send(batch["weights"], device))
                 engine.backward(actor, loss, weight)
                 norm = engine.step(actor)
                 loss_sum += loss.detach()
@@ -86,7 +86,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             "num_tokens": tokens_seen,
             "epoch": done / batches.per_epoch,
         }
-        metrics["perf/padding_fraction"] = padding(lengths, here, micro)
+        metrics["perf/padding_fraction"] = 0.0 if is_packed(wrapper.hf) else padding(lengths, here, micro)
         check_finite(cfg, step.folder, step.stage, done, loss, norm, numbered(rows, here), tokenizer)
         log.log(done, metrics, f"loss {loss:.3f}", tokens, flops.training(work, lengths[here], float(predictions[here].sum())))
         watch(done)
@@ -124,10 +124,11 @@ def evaluate(actor, held, most: int, micro: int, pad: int, device: torch.device)
     chosen = held.select(subset(len(held), most))
     sums = {"loss": torch.zeros((), device=device), "tokens": torch.zeros((), device=device)}
     for numbers in shard(len(chosen), micro, ranks.world(), ranks.rank()):
-        batch = to(sft_batch(pick(chosen, numbers), pad, prompt_loss=0.0), device)
+        batch = sft_batch(pick(chosen, numbers), pad, prompt_loss=0.0)
         logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
-        sums["loss"] += sft_loss(logprobs, batch["weights"])
-        sums["tokens"] += batch["weights"].sum()
+        weights = send(batch["weights"], device)
+        sums["loss"] += sft_loss(logprobs, weights)
+        sums["tokens"] += weights.sum()
     found = ranks.total(sums, device)
     loss = found["loss"] / found["tokens"]
     return {"loss": loss, "perplexity": math.exp(min(loss, 50))}

@@ -29,6 +29,6 @@ def numbered(rows: list[int]) -> Rollout:
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    everything = numbered([rank, rank + 2, rank + 4]).gather(PAD)
+    everything = numbered([rank, rank + 2, rank + 4]).gather(PAD, torch.device("cpu"))
     torch.save({name: value for name, value in vars(everything).items() if value is not None}, folder / f"gathered_{rank}.pt")
     dist.destroy_process_group()

@@ -16,7 +16,7 @@ from workers.update import configuration, fork, inputs, weights
 
 from runner import engine, ranks
 from runner.data import cache
-from runner.data.batches import Batches, loss_weights, pick, sft_batch, to
+from runner.data.batches import Batches, loss_weights, pick, sft_batch
 from runner.durable.checkpoint import Checkpoints
 from runner.ema import Ema
 from runner.losses import sft_loss
@@ -53,7 +53,7 @@ def train(folder: Path, work: Path, zero: int, begin: int, last: int, device: to
         here = batches.rows(s)
         total = float(loss_weights(lengths, prompts, 0.5)[here[here >= 0]].sum())
         for numbers in batches.micro_batches(s):
-            batch = to(sft_batch(pick(rows, numbers), tokenizer.pad_token_id, 0.5), device)
+            batch = sft_batch(pick(rows, numbers), tokenizer.pad_token_id, 0.5)
             logprobs, _ = trained(batch["ids"], batch["mask"], batch["index"], batch["targets"])
             engine.backward(trained, sft_loss(logprobs, batch["weights"]), total)
             engine.step(trained)

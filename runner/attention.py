@@ -1,0 +1,115 @@
+"""Attention over packed rows, and the body of a model that runs on them, for the four families.
+
+Attention runs on the packed row (`varlen_attn`) where such a kernel exists, else on rows that are padded on the right, where causality
+alone hides the padding: neither needs a mask. transformers knows it as the implementation "packed"; a forward pass without a Layout, as
+in generation, is its "sdpa" ("eager" for BLOOM).
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.models.bloom import modeling_bloom
+
+from runner.packing import Layout
+
+PACKED = "packed"
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, at: Layout, dropout: float, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Causal attention of each row to itself. (N, heads, D) each -> (N, heads, D).
+
+    bias: (1, heads, longest, longest), added to the scores; minus infinity above the diagonal.
+    """
+    if bias is None and not dropout and _has_varlen(query.device, query.dtype) and query.size(-1) % 8 == 0:
+        return varlen_attn(query, key, value, at.bounds, at.bounds, at.longest, at.longest, scale=scale, window_size=(-1, 0))
+    query, key, value = (at.unpack(x) for x in (query, key, value))
+    causal = bias is None
+    return at.pack(F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=scale))
+
+
+@cache
+def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether flash attention over packed rows exists: in half precision, from Ampere on. It has neither dropout nor a bias."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _attention(module, query, key, value, attention_mask, scaling, dropout=0.0, layout: Layout | None = None, **kwargs):
+    """The attention function for transformers. query (1, heads, N, D), key and value the same or with fewer heads -> (1, N, heads, D)."""
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    groups = query.size(1) // key.size(1)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+    return attend(query, key, value, layout, dropout, scaling).unsqueeze(0), None
+
+
+def _mask(config, **options):
+    """The mask of a forward pass without a Layout. BLOOM adds its mask to the scores, which a mask of booleans does not survive."""
+    return (eager_mask if config.model_type == "bloom" else sdpa_mask)(config=config, **options)
+
+
+AttentionInterface.register(PACKED, _attention)
+AttentionMaskInterface.register(PACKED, _mask)
+
+
+# --- the body of a model ----------------------------------------------------------------------------------------------
+
+
+def is_packed(model: nn.Module) -> bool:
+    return model.config._attn_implementation == PACKED
+
+
+def adopt(model: nn.Module) -> None:
+    """Make a model that was loaded as "packed" ready for `body`: BLOOM's attention does not ask transformers for a function."""
+    for module in model.modules():
+        if type(module) is modeling_bloom.BloomAttention:
+            module.__class__ = BloomAttention
+
+
+def body(model: nn.Module, at: Layout) -> Tensor:
+    """Hidden states of the real tokens after the last layer norm. (N, H)."""
+    if model.config.model_type == "bloom":
+        return _bloom(model, at)[0]
+    # The Layout travels as an argument, so that recomputed layers get it too. A mask of four dimensions is passed on as it is: without
+    # one, transformers would look for packed rows by itself, wait for the GPU and build an N x N mask
+    no_mask = at.bounds.view(1, 1, 1, -1)
+    out = model(input_ids=at.ids, position_ids=at.positions, attention_mask=no_mask, use_cache=False, layout=at)
+    return out.last_hidden_state[0]
+
+
+def _bloom(model: nn.Module, at: Layout) -> Tensor:
+    """transformers' BloomModel.forward, which takes neither positions nor a Layout: here they stand for ALiBi and mask."""
+    hidden = model.word_embeddings_layernorm(model.word_embeddings(at.ids))
+    alibi = alibi_bias(model.num_heads, at.longest, hidden.dtype, hidden.device)
+    for block in model.h:
+        hidden = block(hidden, alibi=alibi, attention_mask=at)[0]
+    return model.ln_f(hidden)
+
+
+def alibi_bias(heads: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """slope * (key - query) below the diagonal, minus infinity above. (1, heads, length, length).
+
+    Softmax does not tell it from transformers' slope * key. Rounded to bf16, it is exact where it counts: for near keys.
+    """
+    width = length + -length % 16  # CUDA's kernel for masks would copy rows that do not begin at a multiple of 16
+    rising = modeling_bloom.build_alibi_tensor(torch.ones(1, width, device=device), heads, torch.float32)  # (heads, 1, width)
+    bias = rising - rising[:, :, :length].transpose(1, 2)
+    return bias.masked_fill(bias > 0, -torch.inf).to(dtype)[None, :, :, :length]
+
+
+class BloomAttention(modeling_bloom.BloomAttention):
+    """BLOOM's attention; given a Layout as its mask, without the matrix of scores in memory."""
+
+    def forward(self, hidden_states: Tensor, residual: Tensor, alibi: Tensor, attention_mask: Tensor | Layout | None, **kwargs):
+        if not isinstance(attention_mask, Layout):
+            return super().forward(hidden_states, residual, alibi, attention_mask, **kwargs)
+        heads = self.query_key_value(hidden_states)[0].unflatten(-1, (self.num_heads, 3, self.head_dim))
+        dropout = self.attention_dropout.p if self.training else 0.0
+        context = attend(*heads.unbind(2), attention_mask, dropout, self.inv_norm_factor, bias=alibi)
+        out = self.dense(context.flatten(1).unsqueeze(0))
+        return residual + F.dropout(out, self.hidden_dropout, self.training), None

@@ -1,0 +1,106 @@
+"""The Triton kernels against their plain forms, and decoding in CUDA graphs against transformers. Skipped without a CUDA device."""
+
+import pytest
+import torch
+from tiny import EOS, NAMES, PAD, actor, rows
+
+from runner.data.batches import pad
+from runner.rollout import hf, kernels
+from runner.rollout.graph import Decoder
+from runner.rollout.network import Norm, network_of
+from runner.rollout.sampling import uniforms
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+each_dtype = pytest.mark.parametrize(("dtype", "tolerance"), DTYPES.items(), ids=str)
+
+
+def both_forms(monkeypatch, run):
+    """What the plain form returns, and what the kernel does."""
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "on_triton", lambda x: False)
+        plain = run()
+    return plain, run()
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Relative error in the norm."""
+    assert found.isfinite().all()
+    assert (found.double() - expected.double()).norm() <= tolerance * expected.double().norm()
+
+
+@each_dtype
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("deltas", [0, 1, 2])
+def test_add_norm(dtype, tolerance, rms, deltas, monkeypatch):
+    x, *more = (torch.randn(5, 80, dtype=dtype, device="cuda") for _ in range(1 + deltas))
+    weights = torch.randn(2, 2, 80, dtype=dtype, device="cuda")
+    norms = tuple(Norm(w, None if rms else b, 1e-5, rms) for w, b in weights)
+    plain, found = both_forms(monkeypatch, lambda: kernels.add_norm(x, tuple(more), norms))
+    for one, other in zip(found, plain, strict=True):
+        assert_near(one, other, tolerance)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "turned", "alibi"),
+    [
+        (4, 4, 64, 0, False),
+        (300, 300, 64, 0, False),
+        (4, 4, 80, 20, False),
+        (8, 2, 32, 32, False),
+        (4, 4, 16, 0, True),
+        (32, 8, 128, 128, False),
+    ],
+)
+def test_attention(dtype, tolerance, heads, kv_heads, dim, turned, alibi, monkeypatch):
+    """Rows of any length, one that rests, heads of any width; the cache gets the new token and nothing else."""
+
+    def new(*shape):
+        return torch.randn(*shape, dtype=dtype, device="cuda")
+
+    q, k, v = new(5, heads, 3, dim).unbind(2)
+    k, v = k[:, :kv_heads], v[:, :kv_heads]
+    caches, slots = new(2, 6, kv_heads, 150, dim), torch.tensor([3, 1, 0, 5, 2], device="cuda")
+    positions = torch.tensor([0, 149, 64, -1, 17], device="cuda")
+    rotary = tuple(torch.cat([half, half], 1) for half in new(2, 150, turned // 2)) if turned else None
+    slopes = torch.rand(heads, device="cuda") if alibi else None
+    written = []
+
+    def run():
+        written.append(caches.clone())
+        return kernels.attend(q, k, v, *written[-1], slots, positions, rotary, slopes)
+
+    plain, found = both_forms(monkeypatch, run)
+    awake = positions >= 0
+    assert_near(found[awake], plain[awake], tolerance)
+    assert_near(written[1], written[0], tolerance)
+    assert torch.equal((written[1] != caches).flatten(3).any(-1), (written[0] != caches).flatten(3).any(-1))
+
+
+@pytest.mark.parametrize("vocabulary", [96, 5000, 50272, 250880])
+def test_sampler(vocabulary, monkeypatch):
+    logits = torch.randn(64, vocabulary, device="cuda") * 3
+    logits[3, 10:] = -torch.inf
+    logits[4, :-1] = -torch.inf
+    uniform = torch.rand(64, dtype=torch.float64, device="cuda")
+    uniform[0], uniform[1] = 0.0, 1 - 1e-16
+    plain, found = both_forms(monkeypatch, lambda: kernels.sample(logits, uniform))
+    # A point within rounding of a step may fall on either side
+    assert (plain[0] == found[0]).float().mean() > 0.96
+    same = plain[0] == found[0]
+    torch.testing.assert_close(found[1][same], plain[1][same], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_in_graphs_is_transformers_generate(name):
+    """fp32: token for token, with rows that end, are replaced, and a batch that shrinks."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model, prompts = actor(name).eval().to("cuda"), rows([5, 1, 9, 3, 7, 12, 2], seed=1)
+    uniform = uniforms(7, list(range(7)), 20)
+    ids, mask = (x.to("cuda") for x in pad(prompts, PAD, left=True))
+    expected = hf.generate(model, ids, mask.sum(1), uniform, pad=PAD, eos=EOS)
+    found = Decoder(network_of(model.hf), model.sampling, prompts, uniform, slots=4, pad=PAD, eos=EOS).run()
+    assert torch.equal(found.responses, expected.responses)
+    torch.testing.assert_close(found.sampled_logprobs, expected.sampled_logprobs, rtol=1e-3, atol=1e-4)

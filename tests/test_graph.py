@@ -1,0 +1,261 @@
+"""The decode engine against transformers' generate, and against the distributions that it says it samples from."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import EOS, NAMES, PAD, VOCAB, actor, causal, generate, rows
+from transformers import GenerationConfig
+
+from runner.config import Lora
+from runner.losses import warp_logits
+from runner.models import Actor, add_lora
+from runner.rollout import graph
+from runner.rollout.graph import Decoder
+from runner.rollout.network import network_of, side_by_side
+from runner.rollout.sampling import uniforms
+
+every_family = pytest.mark.parametrize("name", NAMES)
+LENGTHS = [5, 1, 9, 3, 7, 12, 2]
+PROMPTS = rows(LENGTHS, seed=1)
+EPISODES = list(range(len(PROMPTS)))
+FIELDS = ("prompts", "prompt_lengths", "responses", "lengths", "ended")
+
+
+def decoder(model: Actor, prompts=PROMPTS, *, tokens: int = 20, slots: int = 4, seed: int = 7, eos: int = EOS, **options) -> Decoder:
+    uniform = uniforms(seed, list(range(len(prompts))), tokens)
+    return Decoder(network_of(model.hf), model.sampling, prompts, uniform, slots=slots, pad=PAD, eos=eos, **options)
+
+
+def assert_same(found, expected) -> None:
+    assert all(torch.equal(getattr(found, name), getattr(expected, name)) for name in FIELDS)
+    torch.testing.assert_close(found.sampled_logprobs, expected.sampled_logprobs, rtol=1e-4, atol=1e-5)
+
+
+# --- the same tokens as transformers ----------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("slots", [7, 3, 1])
+def test_samples_what_generate_samples(name, slots):
+    """Ragged prompts, one of a single token; more prompts than slots, so that rows end, are replaced, and the batch shrinks."""
+    model = actor(name).eval()
+    expected = generate(model, PROMPTS, EPISODES, length=20)
+    assert len(set(expected.lengths.tolist())) > 1
+    assert_same(decoder(model, slots=slots).run(), expected)
+
+
+@every_family
+def test_greedy_is_transformers_greedy(name):
+    model = Actor(causal(name), network_family(name), 0, temperature=1e-5).eval()
+    found = decoder(model).run()
+    for n, prompt in enumerate(PROMPTS):
+        config = GenerationConfig(max_new_tokens=20, do_sample=False, pad_token_id=PAD, eos_token_id=EOS)
+        ids = torch.tensor([prompt])
+        whole = model.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        assert found.responses[n, : found.lengths[n]].tolist() == whole[0, len(prompt) :].tolist()
+
+
+def network_family(name: str) -> str:
+    return "opt" if name.startswith("opt") else name
+
+
+@every_family
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}], ids=["plain", "warped"])
+def test_log_probabilities_are_those_of_a_full_forward(name, sampling):
+    model = actor(name, **sampling).eval()
+    found = decoder(model).run()
+    for n, prompt in enumerate(PROMPTS):
+        answer = found.responses[n, : found.lengths[n]]
+        logits = model.hf(input_ids=torch.tensor([prompt + answer.tolist()])).logits[0, len(prompt) - 1 : -1]
+        expected = warp_logits(logits, *model.sampling).log_softmax(-1).gather(1, answer.unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(found.sampled_logprobs[n, : len(answer)], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 500000.0,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+        ),
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("bloom", {"n_head": 2, "hidden_size": 48}),
+        ("opt", {"num_attention_heads": 2, "hidden_size": 48, "word_embed_proj_dim": 48}),
+    ],
+    ids=["linear rope", "llama3 rope", "sequential neox", "bloom of 24 dims", "opt of 24 dims"],
+)
+def test_forms_of_a_family(name, more):
+    from tiny import SHAPES, family, no_dropout, sharpen
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    ids = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}
+    config = AutoConfig.for_model(family(name), vocab_size=VOCAB, **(SHAPES[name] | ids | no_dropout(name) | more))
+    torch.manual_seed(0)
+    model = Actor(sharpen(AutoModelForCausalLM.from_config(config)), family(name), 0).eval()
+    assert_same(decoder(model).run(), generate(model, PROMPTS, EPISODES, length=20))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=9),
+    slots=st.integers(1, 10),
+    tokens=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_no_batching_changes_a_response(lengths, slots, tokens, seed):
+    """Whatever the lengths, the slots and the order: each row is what it would be alone."""
+    model = property_model()
+    prompts = rows(lengths, seed=seed)
+    found = decoder(model, prompts, tokens=tokens, slots=slots, seed=seed).run()
+    assert_same(found, generate(model, prompts, list(range(len(prompts))), length=tokens, seed=seed))
+
+
+def property_model(made=[]) -> Actor:  # noqa: B006
+    if not made:
+        made.append(actor("llama").eval())
+    return made[0]
+
+
+# --- the right distribution -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5}, {"top_k": 8}, {"top_p": 0.7}], ids=str)
+def test_samples_follow_the_softmax(sampling):
+    """Chi-square of 6,000 first tokens; one in 10,000 right samplers would fail, and this one is always the same."""
+    model = actor("opt", **sampling).eval()
+    prompt, draws = PROMPTS[0], 6000
+    found = decoder(model, [prompt] * draws, tokens=1, slots=512, eos=-1).run().responses[:, 0]
+    logits = model.hf(input_ids=torch.tensor([prompt])).logits[0, -1:]
+    expected = warp_logits(logits, *model.sampling).softmax(-1)[0].double().detach() * draws
+    counts = torch.bincount(found, minlength=len(expected)).double()
+    assert counts[expected == 0].sum() == 0
+    # Rare tokens share a cell, or its count would not be nearly normal
+    often = expected >= 5
+    rare = torch.tensor([expected[~often].sum(), counts[~often].sum()], dtype=torch.float64)
+    wanted, observed = (torch.cat([part[often], rare[n : n + 1]]) for n, part in ((0, expected), (1, counts)))
+    statistic = ((observed - wanted).square() / wanted.clamp(min=1e-9)).sum()
+    freedom = int((wanted > 0).sum()) - 1
+    assert freedom >= 4
+    assert torch.special.gammaincc(torch.tensor(freedom / 2.0, dtype=torch.float64), statistic / 2) > 1e-4
+
+
+def test_limits_end_a_row_early():
+    model = actor("opt").eval()
+    limits = [3, 1, 20, 7, 2, 5, 9]
+    free, found = decoder(model, eos=-1).run(), decoder(model, eos=-1, limits=limits).run()
+    assert found.lengths.tolist() == limits and not found.ended.any()
+    for n, limit in enumerate(limits):
+        assert torch.equal(found.responses[n, :limit], free.responses[n, :limit])
+        assert (found.responses[n, limit:] == PAD).all() and (found.sampled_logprobs[n, limit:] == 0).all()
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@every_family
+def test_the_next_rollout_sees_an_update(name):
+    """The network is read before the update and used after it: nothing was copied."""
+    model = actor(name).eval()
+    network, uniform = network_of(model.hf), uniforms(7, EPISODES, 20)
+
+    def sampled():
+        return Decoder(network, model.sampling, PROMPTS, uniform, slots=4, pad=PAD, eos=EOS).run()
+
+    before = sampled()
+    with torch.no_grad():
+        for n, parameter in enumerate(model.parameters()):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n)))
+    after = sampled()
+    assert not torch.equal(before.sampled_logprobs[:, :1], after.sampled_logprobs[:, :1])
+    assert_same(after, generate(model, PROMPTS, EPISODES, length=20))
+
+
+def adapted(name: str) -> Actor:
+    torch.manual_seed(0)
+    lora = Lora(dim=4, alpha=16.0, dropout=0.0, lr=1e-3, targets=[], train_rest=False)
+    made = Actor(add_lora(causal(name), lora), network_family(name), 0).eval()
+    for key, parameter in made.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+@every_family
+def test_adapters_are_sampled_with_folded_or_not_and_their_matrices_stay(name):
+    model = adapted(name)
+    expected = generate(model, PROMPTS, EPISODES, length=20)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    network, uniform = network_of(model.hf), uniforms(7, EPISODES, 20)
+    assert network.adapter_bytes() > 0 == network.folded().adapter_bytes()
+    for one in (network, network.folded()):
+        assert_same(Decoder(one, model.sampling, PROMPTS, uniform, slots=4, pad=PAD, eos=EOS).run(), expected)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    with model.without_adapter() as plain:
+        assert network_of(plain.hf).adapter_bytes() == 0
+
+
+def test_adapters_are_not_folded_where_memory_is_short(monkeypatch):
+    network = network_of(adapted("opt").hf)
+    monkeypatch.setattr(graph, "free_memory", lambda device: 2 * network.adapter_bytes())
+    assert graph.folded(network) is network
+    monkeypatch.setattr(graph, "free_memory", lambda device: 2 * network.adapter_bytes() + 1)
+    assert graph.folded(network).adapter_bytes() == 0
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_weights_side_by_side_are_one_product(name):
+    model = actor(name).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = generate(model, PROMPTS, EPISODES, length=20)
+    assert network_of(model.hf).blocks[0].qkv.whole is None
+    side_by_side(model.hf)
+    block = network_of(model.hf).blocks[0]
+    assert block.qkv.whole is not None
+    assert (block.up.whole is not None) == (name == "llama")
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert_same(decoder(model).run(), expected)
+
+
+# --- what it costs ----------------------------------------------------------------------------------------------------
+
+
+def test_stats_count_rows_and_cached_tokens():
+    work = decoder(actor("opt").eval(), slots=3)
+    found = work.run()
+    lengths, prompts = found.lengths.tolist(), found.prompt_lengths.tolist()
+    assert work.stats.rows == sum(lengths)
+    # The token at step t reads a cache of the prompt and of the t tokens before it
+    assert work.stats.cached == sum(p + t for p, n in zip(prompts, lengths, strict=True) for t in range(n))
+    assert work.stats.steps * 3 >= work.stats.rows and work.stats.decode_seconds > 0 < work.stats.prefill_seconds
+
+
+def test_a_row_that_ends_is_replaced_and_the_batch_shrinks(monkeypatch):
+    """24 responses of 8 tokens and one of 96 through 8 slots: far fewer steps and rows than one batch after the other would take."""
+    model, batches = actor("opt").eval(), []
+    prompts, limits = rows([4] * 25, seed=3), [96] + [8] * 24
+    work = decoder(model, prompts, tokens=96, slots=8, eos=-1, limits=limits)
+    step = work._step
+    monkeypatch.setattr(work, "_step", lambda lanes: (batches.append(len(lanes.tokens)), step(lanes)))
+    assert work.run().lengths.tolist() == limits
+    assert len(batches) <= 96 + graph.STRIDE
+    assert batches[0] == 8 and batches[-1] == 1 and sum(batches) < 8 * 96 / 2
+
+
+# --- forms that it does not know --------------------------------------------------------------------------------------
+
+
+def test_a_form_of_network_that_it_does_not_know_is_refused():
+    assert network_of(causal("bloom", apply_residual_connection_post_layernorm=True)) is None
+    lora = Lora(dim=4, alpha=16.0, dropout=0.0, lr=1e-3, targets=["embed_tokens"], train_rest=False)
+    assert network_of(add_lora(causal("llama"), lora).get_base_model()) is None
