@@ -1,4 +1,4 @@
-# make run ARGS="model=opt1.3b hardware=a6000"    make test ARGS="-k chat"    make lint
+# make run ARGS="model=opt1.3b hardware=a6000"    make test ARGS="-k chat"    make lint    make bench
 # Each sets up .venv first: once, and again when pyproject.toml or constraints.txt has changed. Another Python: PYTHON=/path/to/python3.12
 SHELL := /bin/bash
 PYTHON ?=
@@ -6,13 +6,16 @@ TRIED := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 ARGS ?=
 PIP_ENV := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
 
-.PHONY: run test lint
+.PHONY: run test lint bench
 
 run: .venv/installed
 	@.venv/bin/python run.py $(ARGS)
 
 test: .venv/installed
 	.venv/bin/python -m pytest $(ARGS)
+
+bench: .venv/installed
+	.venv/bin/python benchmarks/run_all.py $(ARGS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -252,7 +252,7 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
 
 def pass_flops(work: dict[str, flops.Work], rollout: Rollout, actor_trains: bool) -> float:
     """FLOPs of one pass of updates over a rollout; a mixture of text is left out."""
-    lengths = (rollout.prompt_lengths + rollout.lengths).cpu().numpy()
+    lengths = rollout.prompt_lengths + rollout.lengths
     actor = flops.training(work["actor"], lengths, float(rollout.lengths.sum())) if actor_trains else 0.0
     return actor + flops.training(work["critic"], lengths)
 
