@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.bloom import modeling_bloom
 
+from runner.data.batches import send
 from runner.packing import Layout
 
 PACKED = "packed"
@@ -96,10 +97,13 @@ def alibi_bias(heads: int, length: int, dtype: torch.dtype, device: torch.device
 
     Softmax does not tell it from transformers' slope * key. Rounded to bf16, it is exact where it counts: for near keys.
     """
+    # transformers would make the slopes on the GPU, and wait for it
+    slopes = send(modeling_bloom.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, :, 1:], device)  # (heads, 1, 1)
     width = length + -length % 16  # CUDA's kernel for masks would copy rows that do not begin at a multiple of 16
-    rising = modeling_bloom.build_alibi_tensor(torch.ones(1, width, device=device), heads, torch.float32)  # (heads, 1, width)
-    bias = rising - rising[:, :, :length].transpose(1, 2)
-    return bias.masked_fill(bias > 0, -torch.inf).to(dtype)[None, :, :, :length]
+    distance = torch.arange(width, device=device) - torch.arange(length, device=device).unsqueeze(1)
+    bias = torch.empty(heads, length, width, dtype=dtype, device=device)
+    torch.mul(slopes, distance, out=bias).masked_fill_(distance > 0, -torch.inf)
+    return bias[None, :, :, :length]
 
 
 class BloomAttention(modeling_bloom.BloomAttention):

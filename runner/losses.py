@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Logits that exist in fp32 at one time: 128 MB
+FP32_LOGITS = 2**25
+
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum()
@@ -95,8 +98,8 @@ class _ChosenLogprobs(torch.autograd.Function):
 
 
 def _blocks(logits: Tensor) -> list[slice]:
-    """Rows whose logits fill 128 MB in fp32."""
-    step = max(1, 2**25 // logits.size(-1))
+    """Groups of rows that fit into the memory for fp32 logits."""
+    step = max(1, FP32_LOGITS // logits.size(-1))
     return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 

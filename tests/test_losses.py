@@ -96,6 +96,35 @@ def test_entropy():
     close(losses.entropy(logits), [math.log(4), math.log(2), 0.0, 1.279854])
 
 
+@pytest.mark.parametrize("room", [1, 2 * 11, 2**25])
+def test_chosen_logprobs_equal_the_plain_formula_in_value_and_gradient(room, monkeypatch):
+    """However few rows are in fp32 at one time."""
+    monkeypatch.setattr(losses, "FP32_LOGITS", room)
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(7, 11, generator=generator)).requires_grad_()
+    tokens, weights = torch.arange(7), torch.randn(7, generator=generator)
+    plain = losses.token_logprobs(logits, tokens)
+    (expected,) = torch.autograd.grad((plain * weights).sum(), logits)
+    found, entropies = losses.chosen_logprobs(logits, tokens, True)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), logits)
+    torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(entropies, losses.entropy(logits.detach()), rtol=1e-6, atol=1e-6)
+    assert not entropies.requires_grad and losses.chosen_logprobs(logits, tokens, False)[1].eq(0).all()
+
+
+def test_chosen_logprobs_of_half_precision_are_computed_in_fp32():
+    logits = (5 * torch.randn(7, 11, generator=torch.Generator().manual_seed(0))).bfloat16().requires_grad_()
+    tokens, whole = torch.arange(7), logits.detach().float().requires_grad_()
+    found, _ = losses.chosen_logprobs(logits, tokens, False)
+    expected = losses.token_logprobs(whole, tokens)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    (gradient,), (exact,) = torch.autograd.grad(found.sum(), logits), torch.autograd.grad(expected.sum(), whole)
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(gradient.float(), exact, rtol=2**-8, atol=1e-6)
+
+
 # --- supervised and reward losses -------------------------------------------------------------------------------------
 
 

@@ -364,6 +364,19 @@ def test_activation_checkpointing_changes_no_gradient(name, with_lora):
     assert all(g.abs().sum() > 0 for g in found[1].values()) or not with_lora
 
 
+@every_family
+def test_a_layer_that_runs_again_knows_its_own_rows(name):
+    """Two batches go forward before the first goes backward: each is recomputed with its own layout."""
+    from runner.stages.build import _finish
+
+    found = []
+    for checkpointing in (False, True):
+        model = Actor(_finish(causal(name), None, checkpointing), family(name), 0).train()
+        parts = [logprobs(model, part, left=False).square().sum() for part in (ROWS[:2], ROWS[1:])]
+        found.append(gradients(model, sum(parts)))
+    assert largest(*found) < 1e-5
+
+
 # --- saved folders ----------------------------------------------------------------------------------------------------
 
 

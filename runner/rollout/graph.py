@@ -22,8 +22,8 @@ from runner.rollout import kernels
 from runner.rollout.network import Network
 from runner.rollout.record import Rollout
 
-# Steps between two looks at which rows have ended
-STRIDE = 8
+# Steps between two looks at which rows have ended: a look waits for the GPU, and costs a CPU nothing
+STRIDE = {"cuda": 8, "cpu": 1}
 # New prompts are read when at least this share of the batch rests: one at a time, they would not fill the device
 REFILL = 1 / 8
 # Tokens of prompts that are read in one forward
@@ -126,15 +126,15 @@ class Decoder:
     def run(self) -> Rollout:
         """Sample all responses."""
         queue, batch = list(enumerate(self.prompts))[::-1], self.size
-        resting = list(range(batch))
+        resting, stride = list(range(batch)), STRIDE[self.device.type]
         while True:
             if queue and len(resting) >= max(1, REFILL * batch):
                 self._admit(queue, resting)
             start = time.monotonic()
-            for _ in range(STRIDE):
+            for _ in range(stride):
                 self._replay(batch)
             awake = (self.lanes.positions[:batch] >= 0).tolist()
-            self.stats.steps += STRIDE
+            self.stats.steps += stride
             self.stats.decode_seconds += time.monotonic() - start
             resting = [lane for lane in range(batch) if not awake[lane]]
             if queue:

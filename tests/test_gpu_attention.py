@@ -1,0 +1,71 @@
+"""Attention without padding on one CUDA device, in bf16, against padded rows and fp32. In one process, in seconds."""
+
+import pytest
+import torch
+from tiny import NAMES, PAD, causal, classifier, family, predictions, rows
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from runner import attention
+from runner.data.batches import pad
+from runner.models import Actor, Scalar
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+DEVICE = "cuda"
+ROWS = rows([70, 33, 101, 5])
+WEIGHTS = torch.randn(sum(len(r) - 1 for r in ROWS), generator=torch.Generator().manual_seed(1))
+every_family = pytest.mark.parametrize("name", NAMES)
+
+
+def results(name: str, implementation: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of all next tokens, and the gradient of their weighted sum, in one vector."""
+    model = Actor(causal(name, scale=0.05, attention=implementation), family(name), 64).to(DEVICE, dtype)
+    ids, mask = pad(ROWS, PAD, left=True)
+    logprobs, _ = model(ids, mask, *predictions(ROWS, ids.size(1), left=True))
+    (logprobs * WEIGHTS.to(DEVICE)).sum().backward()
+    return logprobs.detach(), torch.cat([p.grad.float().flatten() for p in model.parameters()])
+
+
+def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+@every_family
+def test_packed_rows_in_bf16_are_as_near_to_fp32_as_padded_ones(name, monkeypatch):
+    """Forward and backward, through varlen_attn; BLOOM through the kernel that takes a bias and keeps no matrix of scores."""
+    calls = []
+    varlen = attention.varlen_attn
+    monkeypatch.setattr(attention, "varlen_attn", lambda *a, **k: calls.append(1) or varlen(*a, **k))
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        packed = results(name, "packed", torch.bfloat16)
+    assert len(calls) == (0 if name == "bloom" else 2)
+    exact, padded = results(name, "eager", torch.float32), results(name, "eager", torch.bfloat16)
+    for found, other, reference in zip(packed, padded, exact, strict=True):
+        assert distance(found, reference) < max(2 * distance(other, reference), 1e-3)
+        assert distance(found, reference) < 0.1
+
+
+@every_family
+def test_packed_rows_in_fp32_equal_padded_ones(name):
+    for found, expected in zip(results(name, "packed", torch.float32), results(name, "eager", torch.float32), strict=True):
+        assert distance(found, expected) < 1e-3
+
+
+@every_family
+def test_nothing_waits_for_the_gpu(name):
+    """Batches are laid out on the CPU: not one length is read back, forward or backward."""
+    actor = Actor(causal(name), family(name), 64).to(DEVICE, torch.bfloat16)
+    critic = Scalar(classifier(name), family(name)).to(DEVICE, torch.bfloat16)
+    ids, mask = pad(ROWS, PAD, left=True)
+    where = predictions(ROWS, ids.size(1), left=True)
+
+    def step() -> None:
+        logprobs, entropies = actor(ids, mask, *where, with_entropy=True)
+        (logprobs.sum() + critic(ids, mask).float().sum() + entropies.sum()).backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
