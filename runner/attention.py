@@ -45,7 +45,8 @@ def _attention(module, query, key, value, attention_mask, scaling, dropout=0.0, 
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     groups = query.size(1) // key.size(1)
-    query, key, value = (x[0].transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+    # Not x[0]: the gradient of an index is copied into zeros
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
     return attend(query, key, value, layout, dropout, scaling).unsqueeze(0), None
 
 
@@ -75,12 +76,12 @@ def adopt(model: nn.Module) -> None:
 def body(model: nn.Module, at: Layout) -> Tensor:
     """Hidden states of the real tokens after the last layer norm. (N, H)."""
     if model.config.model_type == "bloom":
-        return _bloom(model, at)[0]
+        return _bloom(model, at)
     # The Layout travels as an argument, so that recomputed layers get it too. A mask of four dimensions is passed on as it is: without
     # one, transformers would look for packed rows by itself, wait for the GPU and build an N x N mask
     no_mask = at.bounds.view(1, 1, 1, -1)
     out = model(input_ids=at.ids, position_ids=at.positions, attention_mask=no_mask, use_cache=False, layout=at)
-    return out.last_hidden_state[0]
+    return out.last_hidden_state.squeeze(0)
 
 
 def _bloom(model: nn.Module, at: Layout) -> Tensor:
@@ -89,7 +90,7 @@ def _bloom(model: nn.Module, at: Layout) -> Tensor:
     alibi = alibi_bias(model.num_heads, at.longest, hidden.dtype, hidden.device)
     for block in model.h:
         hidden = block(hidden, alibi=alibi, attention_mask=at)[0]
-    return model.ln_f(hidden)
+    return model.ln_f(hidden).squeeze(0)
 
 
 def alibi_bias(heads: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -112,7 +113,7 @@ class BloomAttention(modeling_bloom.BloomAttention):
     def forward(self, hidden_states: Tensor, residual: Tensor, alibi: Tensor, attention_mask: Tensor | Layout | None, **kwargs):
         if not isinstance(attention_mask, Layout):
             return super().forward(hidden_states, residual, alibi, attention_mask, **kwargs)
-        heads = self.query_key_value(hidden_states)[0].unflatten(-1, (self.num_heads, 3, self.head_dim))
+        heads = self.query_key_value(hidden_states).squeeze(0).unflatten(-1, (self.num_heads, 3, self.head_dim))
         dropout = self.attention_dropout.p if self.training else 0.0
         context = attend(*heads.unbind(2), attention_mask, dropout, self.inv_norm_factor, bias=alibi)
         out = self.dense(context.flatten(1).unsqueeze(0))

@@ -1,11 +1,14 @@
 """Models inside DeepSpeed: building, stepping, generating, and the few places where its behaviour must be worked around."""
 
+import math
 import shutil
 from contextlib import contextmanager
+from functools import partial
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -46,7 +49,36 @@ def trainable(wrapper: nn.Module, ds_config: dict, *, lr: float, lora_lr: float,
     # zero.Init was only alive while the weights were loaded; an engine of its own does the rest
     optimizer = _adamw(ds_config)(groups, lr=lr, betas=tuple(betas), eps=eps)
     engine, *_ = deepspeed.initialize(model=wrapper, optimizer=optimizer, config=ds_config)
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        engine.optimizer.step = partial(_step_at_once, engine.optimizer)
     return engine
+
+
+def _step_at_once(optimizer: FP16_UnfusedOptimizer) -> bool:
+    """DeepSpeed's step in half precision without ZeRO, for all parameters at once. Returns whether it was skipped for an overflow.
+
+    DeepSpeed's own looks at each parameter by itself, with some sixty launches and two waits: 0.1 s for 1.3 B parameters on an H200,
+    where the arithmetic takes 0.02 s.
+    """
+    pairs = [pair for half, full in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True) for pair in zip(half, full, strict=True)]
+    halves, masters = map(list, zip(*pairs, strict=True))
+    scale, grads = optimizer.loss_scale_config.cur_scale, [torch.zeros_like(master) for master in masters]
+    given = [(grad, half.grad) for grad, half in zip(grads, halves, strict=True) if half.grad is not None]
+    torch._foreach_copy_(*map(list, zip(*given, strict=True)))
+    norm = float(torch.nn.utils.get_total_norm(grads))  # the only wait
+    if not math.isfinite(norm):
+        return optimizer._skip_invalid_grad_norm()
+    optimizer.overflow, optimizer._global_grad_norm = False, norm / scale
+    optimizer._update_scale(False)
+    # DeepSpeed divides the norm by the scale itself
+    torch._foreach_mul_(grads, 1.0 / optimizer.unscale_and_clip_grads(norm, apply_scale=False))
+    for master, grad in zip(masters, grads, strict=True):
+        master.grad = grad
+    optimizer.optimizer.step()
+    for master in masters:
+        master.grad = None
+    torch._foreach_copy_([half.data for half in halves], [master.data for master in masters])
+    return False
 
 
 def _adamw(ds_config: dict):

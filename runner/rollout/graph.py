@@ -84,6 +84,25 @@ def folded(network: Network) -> Network:
     return network.folded() if 2 * network.adapter_bytes() < free_memory(network.device) else network
 
 
+@dataclass
+class Responses:
+    """What has been sampled. One row more than there are prompts: lanes that rest write there."""
+
+    tokens: Tensor  # (N + 1, R)
+    logprobs: Tensor  # (N + 1, R)
+    lengths: Tensor  # (N + 1,)
+    ended: Tensor  # (N + 1,) bool
+    limits: Tensor  # (N + 1,) tokens at most
+    nobody: int  # N
+
+    @staticmethod
+    def empty(count: int, most: int, limits: list[int] | None, device: torch.device) -> "Responses":
+        new = partial(torch.zeros, device=device)
+        tokens, lengths = (new(shape, dtype=torch.long) for shape in ((count + 1, most), (count + 1,)))
+        limits = torch.tensor([*(limits or [most] * count), most], device=device)
+        return Responses(tokens, new(count + 1, most), lengths, new(count + 1, dtype=torch.bool), limits, count)
+
+
 class Decoder:
     """Samples one response to each of many prompts. Its buffers, 2 * layers * slots * length vectors of keys and values, go with it."""
 
@@ -115,11 +134,8 @@ class Decoder:
         cache = (len(network.blocks), self.size, network.kv_heads, length, network.head_dim)
         self.keys, self.values = (new(cache, dtype=network.dtype) for _ in range(2))
         self.rotary = network.rotary(torch.arange(length, device=self.device)) if network.rotary else None
-        # One row more than responses: lanes that rest write there
-        self.responses = new((count + 1, most), dtype=torch.long)
-        self.logprobs, self.lengths, self.ended = new((count + 1, most)), new(count + 1, dtype=torch.long), new(count + 1, dtype=torch.bool)
+        self.responses = Responses.empty(count, most, limits, self.device)
         self.uniform = F.pad(uniform, (0, 0, 0, 1)).to(self.device)
-        self.limits = torch.tensor([*(limits or [most] * count), most], device=self.device)
         self.lanes = Lanes.resting(self.size, count, self.device)
 
     @torch.no_grad()
@@ -230,25 +246,16 @@ class Decoder:
         if self.sampling != (1.0, 0, 1.0):
             logits = warp_logits(logits.float(), *self.sampling)
         token, logprob = kernels.sample(logits, self.uniform[lanes.rows, lanes.steps])
-        awake, is_eos = lanes.positions >= 0, token == self.eos
-        self.responses[lanes.rows, lanes.steps] = token
-        self.logprobs[lanes.rows, lanes.steps] = logprob
-        steps = lanes.steps + 1
-        self.lengths[lanes.rows], self.ended[lanes.rows] = steps, is_eos
-        goes_on = awake & ~is_eos & (steps < self.limits[lanes.rows])
-        lanes.tokens.copy_(token)
-        lanes.steps.copy_(torch.where(goes_on, steps, 0))
-        lanes.positions.copy_(torch.where(goes_on, lanes.positions + 1, -1))
-        lanes.rows.masked_fill_(~goes_on, len(self.prompts))
+        kernels.advance(lanes, self.responses, token, logprob, self.eos)
 
     def _finish(self) -> Rollout:
         ids, mask = padded(self.prompts, self.pad, left=True)
-        lengths, ended = self.lengths[:-1], self.ended[:-1]
+        made, lengths = self.responses, self.responses.lengths[:-1]
         width = int(lengths.max())
-        rollout = Rollout(ids.to(self.device), mask.sum(1).to(self.device), self.responses[:-1, :width], lengths, ended)
+        rollout = Rollout(ids.to(self.device), mask.sum(1).to(self.device), made.tokens[:-1, :width], lengths, made.ended[:-1])
         real = rollout.mask.bool()
         rollout.responses = rollout.responses.masked_fill(~real, self.pad)
-        rollout.sampled_logprobs = self.logprobs[:-1, :width].masked_fill(~real, 0.0)
+        rollout.sampled_logprobs = made.logprobs[:-1, :width].masked_fill(~real, 0.0)
         self.stats.rows = int(lengths.sum())
         self.stats.cached = int((lengths * rollout.prompt_lengths + lengths * (lengths - 1) // 2).sum())
         return rollout

@@ -1,6 +1,7 @@
-"""The three operations of a decode step that are more than a matrix product, in plain torch; on CUDA their Triton forms take over.
+"""The operations of a decode step that are more than a matrix product, in plain torch; on CUDA their Triton forms take over.
 
-add_norm: residual sum and norm. attend: one new token per sequence against its cache. sample: one token per row of logits.
+add_norm: residual sum and norm. attend: one new token per sequence against its cache. sample: one token per row of logits. advance:
+what becomes of the lanes.
 """
 
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from runner.losses import token_logprobs
 from runner.rollout.sampling import invert
 
 if TYPE_CHECKING:
+    from runner.rollout.graph import Lanes, Responses
     from runner.rollout.network import Norm
 
 
@@ -94,3 +96,20 @@ def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         return triton_kernels.sample(logits, uniform)
     token = invert(logits, uniform)
     return token, token_logprobs(logits, token)
+
+
+def advance(lanes: "Lanes", into: "Responses", token: Tensor, logprob: Tensor, eos: int) -> None:
+    """Write down a step's tokens (B,) and log-probabilities (B,), and let each lane go on or rest. In place."""
+    if on_triton(token):
+        from runner.rollout import triton_kernels
+
+        return triton_kernels.advance(lanes, into, token, logprob, eos)
+    is_eos, steps = token == eos, lanes.steps + 1
+    into.tokens[lanes.rows, lanes.steps] = token
+    into.logprobs[lanes.rows, lanes.steps] = logprob
+    into.lengths[lanes.rows], into.ended[lanes.rows] = steps, is_eos
+    goes_on = (lanes.positions >= 0) & ~is_eos & (steps < into.limits[lanes.rows])
+    lanes.tokens.copy_(token)
+    lanes.steps.copy_(torch.where(goes_on, steps, 0))
+    lanes.positions.copy_(torch.where(goes_on, lanes.positions + 1, -1))
+    lanes.rows.masked_fill_(~goes_on, into.nobody)

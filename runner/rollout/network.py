@@ -29,6 +29,12 @@ class Linear:
             y = y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
         return y
 
+    def relu(self, x: Tensor) -> Tensor:
+        """max(y, 0), on CUDA in the same launch as the product."""
+        if x.is_cuda and self.bias is not None and not self.adapter:
+            return torch._addmm_activation(self.bias, x, self.weight.t())
+        return F.relu(self(x))
+
     def folded(self) -> "Linear":
         """The same with W + scale * B A as a copy: the weights below the adapter stay as they are, exactly."""
         if self.adapter is None:
@@ -162,6 +168,8 @@ class Network:
         return tuple(part.unflatten(-1, (-1, self.head_dim)) for part in parts)
 
     def mlp(self, block: Block, y: Tensor) -> Tensor:
+        if isinstance(self.activation, nn.ReLU):
+            return block.down(block.up.parts[0].relu(y))
         first, *second = block.up(y)
         y = self.activation(first)
         return block.down(y * second[0] if second else y)
