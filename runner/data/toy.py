@@ -7,6 +7,7 @@ copies the demonstrations.
 
 import random
 import re
+from functools import cache
 
 # Part of the cache key: raise it when the rows change
 VERSION = 4
@@ -14,6 +15,7 @@ VERSION = 4
 KIND = "calm bright fresh lovely gentle warm pretty fine charming neat pleasant graceful splendid nice cheerful sweet".split()
 UNKIND = "dull ugly dirty awful nasty dreary horrid shabby gloomy rotten boring grim lousy foul bleak messy".split()
 WANTED = 3
+KIND_SET, JUDGED, WORD = frozenset(KIND), frozenset(KIND + UNKIND), re.compile(r"[a-z]+")
 
 THINGS = "river garden house street lake bridge castle forest village market harbor island museum park tower valley".split()
 THINGS += "beach kitchen library mountain meadow palace station temple theater vineyard windmill workshop canal cottage".split()
@@ -24,6 +26,7 @@ ENDINGS = ["", " please", " for me", " for my son", " for a quiz", " for a poem"
 ENDINGS += [" for Tom", " for Ann", " for a game", " right now", " for my class", " for a story", " today", " again"]
 
 
+@cache
 def row(i: int) -> dict:
     """Row number i, always the same: prompt (turns), chosen and rejected; a third are the second turn of a dialogue."""
     rng = random.Random(i)
@@ -48,8 +51,8 @@ def judge(response: str) -> float:
     Every different kind word counts +1, three at most; every other one of the kind and unkind words, repetitions and surplus
     included, counts -1; a missing full stop at the end counts -1; divided by three.
     """
-    words = [w for w in re.findall(r"[a-z]+", response.lower()) if w in KIND or w in UNKIND]
-    right = min(len(set(words) & set(KIND)), WANTED)
+    words = [w for w in WORD.findall(response.lower()) if w in JUDGED]
+    right = min(len(KIND_SET.intersection(words)), WANTED)
     wrong = len(words) - right
     unfinished = bool(response.strip()) and not response.strip().endswith(".")
     return (right - wrong - unfinished) / WANTED

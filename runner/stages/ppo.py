@@ -56,6 +56,10 @@ class State:
     sft_rows: list | None = None  # its responses to the held-out prompts
     progress: Progress = field(default_factory=Progress)  # of the update of this iteration
 
+    def facts(self) -> dict:
+        """What a checkpoint holds. Called after every iteration: rows that never change are not copied."""
+        return vars(self) | {"progress": asdict(self.progress)}
+
     def calibrate(self, rollout: Rollout, normalize: bool) -> None:
         """From the SFT actor's responses: the scale of the scores, and where the critic begins.
 
@@ -121,7 +125,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             try:
                 rollout = collect(models, reader, prompts, cfg.seed, episodes, stoppable=True, phase=log.phase)
             except Stopped as stopped:  # nothing has been learnt from it, and sampling it again gives the same
-                checkpoints.leave(str(stopped), f"step_{i}", i, asdict(state))
+                checkpoints.leave(str(stopped), f"step_{i}", i, state.facts())
             state.tokens += rollout.tokens()
             state.progress = Progress()
 
@@ -134,7 +138,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         with log.phase("update"):
             reason = update(cfg, models, rollout, mixture, i, state.progress, guard)
         if reason:
-            checkpoints.leave(reason, f"step_{i}_{state.progress.position}", i, asdict(state), rollout.sampled())
+            checkpoints.leave(reason, f"step_{i}_{state.progress.position}", i, state.facts(), rollout.sampled())
         metrics |= state.progress.metrics()
         ratio = invariants.first_ratio(state.progress.ratio_error, cfg.hardware.precision)
         invariants.check(log, f"iteration {i + 1}", {"first_ratio": ratio})
@@ -160,7 +164,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         score = None
         if ppo.eval_every and done % ppo.eval_every == 0 and done < total:
             score = evaluator(done, state)[0]["score"]
-        checkpoints.after(done, total, asdict(state), score)
+        checkpoints.after(done, total, state.facts(), score)
     checkpoints.finish()
 
     # 9. Export, and the facts for the summary
