@@ -1,11 +1,12 @@
 """One PPO iteration of OPT-1.3B with OPT-350M reward model and critic, phase by phase, against its floor and against HF generate.
 
-    python benchmarks/ppo_step.py --out rows.jsonl        # 16, 64, 128 prompts x (256 + 256), fixed and varied lengths, both engines
+    python benchmarks/ppo_step.py --out rows.jsonl        # 16 to 256 prompts x (256 + 256), fixed and varied lengths
     python benchmarks/ppo_step.py --tiny                  # seconds on a CPU
 
-Random weights, EOS disabled, one optimizer step of actor and critic. Varied: each response is cut at a length drawn from 16 to 256,
-mean 100. The floor is the least time for the same tokens on this card, from its copy and matmul rates as measured in this run: weights
-and cache read once per decoded token, and every forward and backward at the matmul rate.
+Random weights, EOS disabled, one optimizer step of actor and critic. 256 prompts go through 64 slots, refilled as rows end. Varied:
+each response is cut at a length drawn from 16 to 256, mean 100. The floor is the least time for the same tokens on this card, from its
+copy and matmul rates as measured in this run: weights and cache read once per decode step, and every forward and backward at the
+matmul rate.
 """
 
 from functools import partial
@@ -30,29 +31,29 @@ SHORTEST, MEAN = 16, 100  # of the varied responses, at most 256
 
 def main() -> None:
     args = options(__doc__, lambda p: p.add_argument("--rounds", type=int, default=3, help="measured after one to warm up"))
-    sizes, length = ((4,), 12) if args.tiny else ((64, 16, 128), 256)
+    sizes, length = (((4, 4), (6, 4)), 12) if args.tiny else (((64, 64), (16, 16), (128, 128), (256, 64)), 256)
     print(f"copy {rates()['copy'] / 1e12:.3g} TB/s, matmul {rates()['matmul'] / 1e12:.4g} TFLOP/s, measured", flush=True)
-    for size in sizes:
-        for engine in ("graph", "hf") if size == sizes[0] else ("graph",):
-            measure(size, length, engine, args)
+    for size, slots in sizes:
+        measure(size, slots, length, "graph", args)
+    measure(*sizes[0], length, "hf", args)
 
 
-def measure(size: int, length: int, engine: str, args) -> None:
+def measure(size: int, slots: int, length: int, engine: str, args) -> None:
     """The rows of one batch size: fixed lengths, then varied ones, which HF generate gains nothing from."""
-    micro, most = min(size, 32), length
+    micro, most = next(n for n in (32, 16, 2) if size % n == 0), length
     words = [f"model.max_prompt_tokens={length}", f"model.max_response_tokens={length}", f"ppo.rollout_batch={size}", "ppo.minibatches=1"]
-    words += [f"hardware.micro_batch.{name}={n}" for name, n in (("ppo", micro), ("rollout", size), ("score", min(size, 64)))]
+    words += [f"hardware.micro_batch.{name}={n}" for name, n in (("ppo", micro), ("rollout", slots), ("score", min(size, 64)))]
     cfg = configure(args.tiny, *words, f"rollout.engine={engine}")
     device = start()
     with inputs(cfg, device) as step:
         models = ppo.build(cfg, step, Tokenizer(), device)
-    reader = Reader(Tokenizer.pad_token_id, NEVER, most, size, min(size, 64), device, engine, cfg.rollout.max_mismatch)
+    reader = Reader(Tokenizer.pad_token_id, NEVER, most, slots, min(size, 64), device, engine, cfg.rollout.max_mismatch)
     work = {name: flops.count(getattr(m, "module", m).hf) for name, m in vars(models).items() if m is not None}
     prompts = tokens([length] * size, 0, cfg.model.actor.shape["vocab_size"])
     for kind, limits in (("fixed", [most] * size), ("varied", varied(size, most))):
         if engine == "hf" and kind == "varied":
             continue
-        row = {"benchmark": "ppo_step", "prompts": size, "tokens": f"{length}+{most}", "lengths": kind, "engine": engine}
+        row = {"benchmark": "ppo_step", "prompts": size, "slots": slots, "tokens": f"{length}+{most}", "lengths": kind, "engine": engine}
         clock, stats = Clock(), graph.Stats()
         for number in range(args.rounds + 1):
             clock.rounds.append({})
@@ -90,15 +91,15 @@ def respond(models: Models, reader: Reader, prompts, limits: list[int], number: 
     models.actor.eval()
     actor, uniform = models.actor.module, uniforms(0, episodes, reader.max_response)
     make = partial(graph.Decoder, graph.folded(network_of(actor.hf)), actor.sampling, prompts, uniform)
-    decoder = make(slots=len(prompts), pad=reader.pad, eos=reader.eos, limits=limits)
+    decoder = make(slots=reader.rollout_micro, pad=reader.pad, eos=reader.eos, limits=limits)
     return decoder.run().to(CPU), decoder.stats
 
 
 def figures(clock: Clock, stats: graph.Stats, rollout: Rollout, work: dict, cfg: Config) -> dict[str, float]:
     """Phases and utilisation of the median round, beside the floor."""
     phases = clock.median()
-    seconds, least = sum(phases.values()), floor(rollout, work, DTYPES[cfg.hardware.precision].itemsize)
-    steps, count = int(rollout.lengths.max()), len(rollout)
+    seconds, least = sum(phases.values()), floor(rollout, work, DTYPES[cfg.hardware.precision].itemsize, cfg.hardware.micro_batch.rollout)
+    steps, count = stats.steps or int(rollout.lengths.max()), len(rollout)
     decode = stats.decode_seconds if stats.steps else phases["rollout"]
     found = {"seconds": seconds, "seq_per_s": count / seconds, **phases, "decode_ms_per_token": 1e3 * decode / steps}
     found |= {"floor": sum(least.values()), "times_floor": seconds / sum(least.values()), **{f"floor_{k}": v for k, v in least.items()}}
@@ -109,11 +110,12 @@ def figures(clock: Clock, stats: graph.Stats, rollout: Rollout, work: dict, cfg:
     return found | {"peak_gb": peak_gb(), "copy_tb_s": rates()["copy"] / 1e12, "matmul_tflops": rates()["matmul"] / 1e12}
 
 
-def floor(rollout: Rollout, work: dict[str, flops.Work], itemsize: int) -> dict[str, float]:
+def floor(rollout: Rollout, work: dict[str, flops.Work], itemsize: int, slots: int) -> dict[str, float]:
     """The least seconds of each phase for the tokens of this rollout."""
     prompts, responses = rollout.prompt_lengths.numpy(), rollout.lengths.numpy()
     whole, rate = prompts + responses, rates()
-    steps, cached = float(responses.max()), float((responses * prompts + responses * (responses - 1) / 2).sum())
+    steps = max(float(responses.max()), responses.sum() / slots)
+    cached = float((responses * prompts + responses * (responses - 1) / 2).sum())
     reading = flops.forward(work["ref"], whole, float(responses.sum())) + sum(flops.forward(work[n], whole) for n in ("critic", "reward"))
     return {
         "decode": flops.decode_bytes(work["actor"], steps, cached, itemsize) / rate["copy"],
