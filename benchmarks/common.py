@@ -47,7 +47,7 @@ SHAPES = {
                 "intermediate_size": 5632,
                 "num_hidden_layers": 24,
                 "num_attention_heads": 16,
-                "num_key_value_heads": 4,
+                "num_key_value_heads": 16,
             }.items()
         ),
     ],
@@ -93,11 +93,16 @@ def card() -> str:
     return torch.cuda.get_device_name() if start().type == "cuda" else "CPU"
 
 
-def configure(tiny: bool, *words: str, family: str = "opt") -> Config:
-    """The configuration of a real shape on this card, or of a tiny one. Gradient checkpointing is off."""
+def configure(tiny: bool, *words: str, family: str = "opt", model: str | None = None) -> Config:
+    """The configuration of a real shape on this card, or of a tiny one; model: of a preset. Gradient checkpointing is off."""
     hardware = next((preset for name, preset in PRESETS.items() if name in card()), "cpu")
-    shape = [f"model={TINY[family]}"] if tiny else SHAPES[family]
-    fixed = [f"hardware={hardware}", "hardware.gradient_checkpointing={actor: false, critic: false}", "wandb.mode=disabled"]
+    shape = [f"model={model or TINY[family]}"] if tiny or model else SHAPES[family]
+    fixed = [
+        f"hardware={hardware}",
+        "hardware.gradient_checkpointing.actor=false",
+        "hardware.gradient_checkpointing.critic=false",
+        "wandb.mode=disabled",
+    ]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return load(compose("config", [*shape, *fixed, *words]))
 

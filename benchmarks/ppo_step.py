@@ -2,6 +2,7 @@
 
     python benchmarks/ppo_step.py --out rows.jsonl        # 16 to 256 prompts x (256 + 256), fixed and varied lengths
     python benchmarks/ppo_step.py --tiny                  # seconds on a CPU
+    python benchmarks/ppo_step.py --model opt13b model.actor.lora.dim=64 hardware.gradient_checkpointing.actor=true
 
 Random weights, EOS disabled, one optimizer step of actor and critic. 256 prompts go through 64 slots, refilled as rows end. Varied:
 each response is cut at a length drawn from 16 to 256, mean 100. The floor is the least time for the same tokens on this card, from its
@@ -30,12 +31,20 @@ SHORTEST, MEAN = 16, 100  # of the varied responses, at most 256
 
 
 def main() -> None:
-    args = options(__doc__, lambda p: p.add_argument("--rounds", type=int, default=3, help="measured after one to warm up"))
+    args = options(
+        __doc__,
+        lambda p: p.add_argument("--rounds", type=int, default=3, help="measured after one to warm up"),
+        lambda p: p.add_argument("--model", help="another preset of conf/model: one row, of 64 prompts"),
+        lambda p: p.add_argument(
+            "words", nargs="*", help="overrides, as model.actor.lora.dim=64 hardware.gradient_checkpointing.actor=true"
+        ),
+    )
     sizes, length = (((4, 4), (6, 4)), 12) if args.tiny else (((64, 64), (16, 16), (128, 128), (256, 64)), 256)
     print(f"copy {rates()['copy'] / 1e12:.3g} TB/s, matmul {rates()['matmul'] / 1e12:.4g} TFLOP/s, measured", flush=True)
-    for size, slots in sizes:
+    for size, slots in sizes[:1] if args.model else sizes:
         measure(size, slots, length, "graph", args)
-    measure(*sizes[0], length, "hf", args)
+    if not args.model:
+        measure(*sizes[0], length, "hf", args)
 
 
 def measure(size: int, slots: int, length: int, engine: str, args) -> None:
@@ -43,7 +52,7 @@ def measure(size: int, slots: int, length: int, engine: str, args) -> None:
     micro, most = next(n for n in (32, 16, 2) if size % n == 0), length
     words = [f"model.max_prompt_tokens={length}", f"model.max_response_tokens={length}", f"ppo.rollout_batch={size}", "ppo.minibatches=1"]
     words += [f"hardware.micro_batch.{name}={n}" for name, n in (("ppo", micro), ("rollout", slots), ("score", min(size, 64)))]
-    cfg = configure(args.tiny, *words, f"rollout.engine={engine}")
+    cfg = configure(args.tiny, *words, f"rollout.engine={engine}", *args.words, model=args.model)
     device = start()
     with inputs(cfg, device) as step:
         models = ppo.build(cfg, step, Tokenizer(), device)
@@ -51,9 +60,17 @@ def measure(size: int, slots: int, length: int, engine: str, args) -> None:
     work = {name: flops.count(getattr(m, "module", m).hf) for name, m in vars(models).items() if m is not None}
     prompts = tokens([length] * size, 0, cfg.model.actor.shape["vocab_size"])
     for kind, limits in (("fixed", [most] * size), ("varied", varied(size, most))):
-        if engine == "hf" and kind == "varied":
+        if kind == "varied" and (engine == "hf" or args.model):
             continue
-        row = {"benchmark": "ppo_step", "prompts": size, "slots": slots, "tokens": f"{length}+{most}", "lengths": kind, "engine": engine}
+        row = {
+            "benchmark": "ppo_step",
+            **({"model": cfg.model.name} if args.model else {}),
+            "prompts": size,
+            "slots": slots,
+            "tokens": f"{length}+{most}",
+            "lengths": kind,
+            "engine": engine,
+        }
         clock, stats = Clock(), graph.Stats()
         for number in range(args.rounds + 1):
             clock.rounds.append({})
