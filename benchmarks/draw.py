@@ -11,7 +11,9 @@ WIDTH, HEIGHT, LEFT = 380, 220, 60  # of one panel and its margin, pixels
 # benchmark -> (column, key of the row, format)
 COLUMNS = {
     "ppo_step": [
+        ("model", "model", "{}"),
         ("prompts", "prompts", "{}"),
+        ("slots", "slots", "{}"),
         ("tokens", "tokens", "{}"),
         ("lengths", "lengths", "{}"),
         ("engine", "engine", "{}"),
@@ -89,6 +91,7 @@ def order(row: dict) -> tuple:
     """Families and batch sizes in order, whatever was measured first."""
     return (
         [*FAMILIES].index(row.get("family", "opt")),
+        row.get("model", ""),
         row.get("engine", ""),
         row.get("prompts", 0),
         row.get("batch", 0),

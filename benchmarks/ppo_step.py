@@ -35,9 +35,7 @@ def main() -> None:
         __doc__,
         lambda p: p.add_argument("--rounds", type=int, default=3, help="measured after one to warm up"),
         lambda p: p.add_argument("--model", help="another preset of conf/model: one row, of 64 prompts"),
-        lambda p: p.add_argument(
-            "words", nargs="*", help="overrides, as model.actor.lora.dim=64 hardware.gradient_checkpointing.actor=true"
-        ),
+        lambda p: p.add_argument("words", nargs="*", help="overrides, as model.actor.lora.dim=64"),
     )
     sizes, length = (((4, 4), (6, 4)), 12) if args.tiny else (((64, 64), (16, 16), (128, 128), (256, 64)), 256)
     print(f"copy {rates()['copy'] / 1e12:.3g} TB/s, matmul {rates()['matmul'] / 1e12:.4g} TFLOP/s, measured", flush=True)
@@ -62,15 +60,8 @@ def measure(size: int, slots: int, length: int, engine: str, args) -> None:
     for kind, limits in (("fixed", [most] * size), ("varied", varied(size, most))):
         if kind == "varied" and (engine == "hf" or args.model):
             continue
-        row = {
-            "benchmark": "ppo_step",
-            **({"model": cfg.model.name} if args.model else {}),
-            "prompts": size,
-            "slots": slots,
-            "tokens": f"{length}+{most}",
-            "lengths": kind,
-            "engine": engine,
-        }
+        row = {"benchmark": "ppo_step", "model": cfg.model.name, "prompts": size, "slots": slots}
+        row |= {"tokens": f"{length}+{most}", "lengths": kind, "engine": engine}
         clock, stats = Clock(), graph.Stats()
         for number in range(args.rounds + 1):
             clock.rounds.append({})
@@ -133,7 +124,8 @@ def floor(rollout: Rollout, work: dict[str, flops.Work], itemsize: int, slots: i
     whole, rate = prompts + responses, rates()
     steps = max(float(responses.max()), responses.sum() / slots)
     cached = float((responses * prompts + responses * (responses - 1) / 2).sum())
-    reading = flops.forward(work["ref"], whole, float(responses.sum())) + sum(flops.forward(work[n], whole) for n in ("critic", "reward"))
+    ref = work.get("ref", work["actor"])  # under adapters the actor without them
+    reading = flops.forward(ref, whole, float(responses.sum())) + sum(flops.forward(work[n], whole) for n in ("critic", "reward"))
     return {
         "decode": flops.decode_bytes(work["actor"], steps, cached, itemsize) / rate["copy"],
         "prefill": flops.forward(work["actor"], prompts) / rate["matmul"],

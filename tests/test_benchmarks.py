@@ -26,12 +26,14 @@ def rows_of(name: str, folder: Path, monkeypatch, *words: str) -> list[dict]:
 
 def test_a_step_of_ppo_is_measured_by_phases_with_both_engines(alone, tmp_path, monkeypatch):
     rows = rows_of("ppo_step", tmp_path, monkeypatch, "--rounds", "1")
-    assert [(r["engine"], r["lengths"]) for r in rows] == [("graph", "fixed"), ("graph", "varied"), ("hf", "fixed")]
+    both = [("graph", "fixed"), ("graph", "varied")]
+    assert [(r["engine"], r["lengths"]) for r in rows] == [*both, *both, ("hf", "fixed")]
+    assert [(r["prompts"], r["slots"]) for r in rows] == [(4, 4)] * 2 + [(6, 4)] * 2 + [(4, 4)]
     for row in rows:
         assert sum(row[phase] for phase in ("rollout", "scoring", "update", "other")) == pytest.approx(row["seconds"])
         assert row["floor"] == pytest.approx(sum(value for name, value in row.items() if name.startswith("floor_")))
         assert row["times_floor"] == pytest.approx(row["seconds"] / row["floor"])
-    assert rows[1]["floor"] < rows[0]["floor"] == pytest.approx(rows[2]["floor"], rel=0.5)
+    assert rows[1]["floor"] < rows[0]["floor"] == pytest.approx(rows[4]["floor"], rel=0.5)
 
 
 def test_varied_responses_have_16_to_256_tokens_and_a_mean_of_100():
@@ -56,7 +58,9 @@ def test_training_is_measured_on_real_tokens(name, kinds, alone, tmp_path, monke
 
 PPO = FACTS | {
     "benchmark": "ppo_step",
+    "model": "opt1.3b",
     "prompts": 64,
+    "slots": 64,
     "tokens": "256+256",
     "lengths": "fixed",
     "engine": "graph",

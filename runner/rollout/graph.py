@@ -23,7 +23,7 @@ from runner.rollout.network import Network
 from runner.rollout.record import Rollout
 
 # Steps between two looks at which rows have ended: a look waits for the GPU, and costs a CPU nothing
-STRIDE = {"cuda": 4, "cpu": 1}
+STRIDE = {"cuda": 8, "cpu": 1}
 # New prompts are read when at least this share of the batch rests: one at a time, they would not fill the device
 REFILL = 1 / 8
 # Tokens of prompts that are read in one forward
