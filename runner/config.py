@@ -349,6 +349,8 @@ class Ppo(Training):
     temperature: float
     top_p: float
     top_k: int
+    min_response_tokens: int
+    stop: List[str]
     kl_coef: float
     kl_estimator: str
     kl_target: Optional[float]
@@ -374,7 +376,8 @@ class Ppo(Training):
         check_choice("ppo.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         check_least(self, 1, "rollout_batch", "minibatches", "ppo_epochs", "kl_horizon", "eval_prompts")
         check_least(self, 0, "actor_lr", "critic_lr", "actor_weight_decay", "critic_weight_decay", "critic_warmup")
-        check_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "ptx_coef")
+        check_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "ptx_coef", "min_response_tokens")
+        check(all(self.stop), f"ppo.stop={self.stop} holds an empty string, which every response begins with: leave it out")
         check_above(self, 0, "kl_target", "cliprange", "cliprange_value", "log_ratio_clamp", "early_stop_kl")
         check_share(self, "ema_decay")
         check(self.temperature > 0, f"ppo.temperature={self.temperature} must be above 0: PPO needs samples, not the greedy answer")
@@ -453,6 +456,11 @@ class Config:
         check_choice("resume", self.resume, ("auto", "force", "new"))
         check_choice("invariants", self.invariants, ("stop", "warn"))
         check(self.seed >= 0, f"seed={self.seed} must be 0 or more")
+        most = self.model.max_response_tokens
+        check(
+            self.ppo is None or self.ppo.min_response_tokens <= most,
+            f"ppo.min_response_tokens={self.ppo and self.ppo.min_response_tokens} is more than model.max_response_tokens={most}",
+        )
         check(self.max_restarts >= 0, f"max_restarts={self.max_restarts} must be 0 or more")
         limit = self.time_limit_seconds
         check(limit is None or 0 < limit < 1e9, f"time_limit={self.time_limit} must be above 0, or null for none")

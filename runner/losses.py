@@ -57,6 +57,13 @@ def warp_logits(logits: Tensor, temperature: float, top_k: int, top_p: float, ke
     return logits.masked_fill(dropped, -torch.inf)
 
 
+def without_token(logits: Tensor, token: int, rows: Tensor) -> Tensor:
+    """logits (N, V) with minus infinity at `token`, in the rows (N,) bool that may not have it."""
+    barred = torch.zeros_like(logits, dtype=torch.bool)
+    barred[:, token] = rows
+    return logits.masked_fill(barred, -torch.inf)
+
+
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability of each token. logits (N, V) in any precision, tokens (N,) -> (N,) fp32."""
     logits = logits.float()

@@ -22,7 +22,7 @@ from runner.data.batches import send
 from runner.errors import UserError
 from runner.families import FAMILIES, Family
 from runner.files import whole_folder
-from runner.losses import chosen_logprobs, entropy, token_logprobs, warp_logits
+from runner.losses import chosen_logprobs, entropy, token_logprobs, warp_logits, without_token
 
 # --- the two wrappers -------------------------------------------------------------------------------------------------
 
@@ -68,39 +68,53 @@ class Actor(Wrapper):
     """A causal language model that returns log-probabilities of chosen tokens, never the logits of a whole batch.
 
     sampling: temperature, top_k, top_p of the distribution whose log-probabilities are meant.
+    least: tokens of a response, before which EOS is impossible.
     chunk: tokens whose logits exist at one time; 0 for all at once, which ZeRO-3 needs: every rank must gather the head
     equally often.
     """
 
-    def __init__(self, model: nn.Module, family: str, chunk: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+    def __init__(
+        self, model: nn.Module, family: str, chunk: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, least: int = 0
+    ):
         super().__init__(model, family)
-        self.chunk = chunk
+        self.chunk, self.least = chunk, least
         self.sampling = (temperature, top_k, top_p)
 
-    def forward(self, ids: Tensor, mask: Tensor, index: Tensor, targets: Tensor, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, ids: Tensor, mask: Tensor, index: Tensor, targets: Tensor, with_entropy: bool = False, steps: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of given next tokens.
 
-        Args: ids, mask (B, T); index (N,) positions in the flattened (B * T) whose next token is meant; targets (N,) these tokens.
+        Args:
+            ids, mask (B, T).
+            index (N,): positions in the flattened (B * T) whose next token is meant; targets (N,): these tokens.
+            steps (N,): their numbers in a response, from 0, which tell where EOS is impossible; None where it never is.
         Returns: logprobs (N,), entropies (N,) without gradient, zeros unless asked for.
         """
         hidden = self.hidden_states(ids, mask)
         index, targets = send(packing.among_real(mask, index), hidden.device), send(targets, hidden.device)
         hidden = hidden.index_select(0, index)
-        head = self.hf.get_output_embeddings()
+        head, eos = self.hf.get_output_embeddings(), self.hf.config.eos_token_id
+        early = torch.zeros_like(targets, dtype=torch.bool)
+        if barred := self.least > 1 and steps is not None:
+            early = send(steps + 1 < self.least, hidden.device)
 
-        def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            if self.sampling == (1.0, 0, 1.0):
+        def score(hidden: Tensor, targets: Tensor, early: Tensor) -> tuple[Tensor, Tensor]:
+            if self.sampling == (1.0, 0, 1.0) and not barred:
                 return chosen_logprobs(head(hidden), targets, with_entropy)
-            logits = warp_logits(head(hidden).float(), *self.sampling, keep=targets)
+            logits = head(hidden).float()
+            if barred:
+                logits = without_token(logits, eos, early)
+            logits = warp_logits(logits, *self.sampling, keep=targets)
             with torch.no_grad():
                 entropies = entropy(logits) if with_entropy else torch.zeros_like(targets, dtype=torch.float32)
             return token_logprobs(logits, targets), entropies
 
         if not self.chunk or len(index) <= self.chunk:
-            return score(hidden, targets)
+            return score(hidden, targets, early)
         # Recomputing the logits of a chunk in the backward pass keeps one chunk in memory instead of N x V
         run = (lambda *a: checkpoint(score, *a, use_reentrant=False)) if torch.is_grad_enabled() else score
-        parts = [run(h, t) for h, t in zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True)]
+        parts = [run(*chunk) for chunk in zip(*(x.split(self.chunk) for x in (hidden, targets, early)), strict=True)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 

@@ -23,7 +23,7 @@ from runner.errors import UserError
 from runner.losses import pairwise_loss, policy_loss, sft_loss, value_loss
 from runner.models import Actor, Scalar, add_lora, full_state_dict, load_causal, load_scalar, parameter_groups
 from runner.plan import engine_configs
-from runner.rollout.collect import Reader, collect, response_logprobs, response_values
+from runner.rollout.collect import Reader, collect, response_logprobs, response_values, sample
 from runner.stages import ppo, ppo_update
 from runner.stages.invariants import first_ratio
 from runner.stages.reward import last_scores
@@ -208,6 +208,19 @@ def test_ppo_minibatch_is_plain_gradient_descent_on_the_whole_minibatch(folder, 
     order = ("policy", "value", "ptx", "ratio", None, "clipfrac", "approxkl", "value_clipfrac")
     for name, value in zip(order, found["ppo/sums"].tolist(), strict=False):
         assert name is None or value == pytest.approx(facts[name], rel=1e-5), name
+
+
+def test_sampling_gathers_layer_by_layer_where_zero3_weights_do_not_fit(alone, monkeypatch):
+    models = ppo.Models(trainable(actor("llama"), 3, lr=0.1), None, None, None)
+    prompts = rows([4, 9, 1], seed=2)
+
+    def sampled() -> tuple[list, int]:
+        reader = Reader(PAD, EOS, 8, 2, 2, alone)
+        return sample(models, reader, prompts, 5, [0, 1, 2]).responses.tolist(), reader.stats.rows
+
+    whole, counted = sampled()
+    monkeypatch.setattr(engine, "_fits_whole", lambda engine: False)
+    assert sampled() == (whole, 0) and counted > 0
 
 
 # --- the passes over a rollout ----------------------------------------------------------------------------------------

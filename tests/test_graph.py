@@ -4,13 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import EOS, NAMES, PAD, VOCAB, actor, causal, generate, rows
-from transformers import GenerationConfig
+from tiny import EOS, NAMES, PAD, SHAPES, VOCAB, actor, causal, family, generate, no_dropout, rows, sharpen
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from runner.config import Lora
 from runner.losses import warp_logits
 from runner.models import Actor, add_lora
 from runner.rollout import graph
+from runner.rollout.collect import response_logprobs
 from runner.rollout.graph import Decoder
 from runner.rollout.network import network_of, side_by_side
 from runner.rollout.sampling import uniforms
@@ -47,17 +48,13 @@ def test_samples_what_generate_samples(name, slots):
 
 @every_family
 def test_greedy_is_transformers_greedy(name):
-    model = Actor(causal(name), network_family(name), 0, temperature=1e-5).eval()
+    model = Actor(causal(name), family(name), 0, temperature=1e-5).eval()
     found = decoder(model).run()
     for n, prompt in enumerate(PROMPTS):
         config = GenerationConfig(max_new_tokens=20, do_sample=False, pad_token_id=PAD, eos_token_id=EOS)
         ids = torch.tensor([prompt])
         whole = model.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
         assert found.responses[n, : found.lengths[n]].tolist() == whole[0, len(prompt) :].tolist()
-
-
-def network_family(name: str) -> str:
-    return "opt" if name.startswith("opt") else name
 
 
 @every_family
@@ -96,9 +93,6 @@ def test_log_probabilities_are_those_of_a_full_forward(name, sampling):
     ids=["linear rope", "llama3 rope", "sequential neox", "bloom of 24 dims", "opt of 24 dims"],
 )
 def test_forms_of_a_family(name, more):
-    from tiny import SHAPES, family, no_dropout, sharpen
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     ids = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}
     config = AutoConfig.for_model(family(name), vocab_size=VOCAB, **(SHAPES[name] | ids | no_dropout(name) | more))
     torch.manual_seed(0)
@@ -150,6 +144,21 @@ def test_samples_follow_the_softmax(sampling):
     assert torch.special.gammaincc(torch.tensor(freedom / 2.0, dtype=torch.float64), statistic / 2) > 1e-4
 
 
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 20}], ids=["plain", "top_k"])
+def test_eos_is_impossible_before_the_least_length(sampling):
+    """In both engines alike, and the trainer reads the same log-probabilities; without `least` some responses are shorter."""
+    prompts = PROMPTS * 6
+    free, model = actor("llama", **sampling).eval(), actor("llama", least=10, **sampling).eval()
+    assert decoder(free, prompts, slots=16).run().lengths.min() < 10
+    found = decoder(model, prompts, slots=16, least=10).run()
+    assert_same(found, generate(model, prompts, list(range(len(prompts))), length=20))
+    assert found.lengths.min() >= 10 and found.ended.any()
+    with torch.no_grad():
+        logprobs, entropies = response_logprobs(model, found, with_entropy=True)
+    torch.testing.assert_close(logprobs, found.sampled_logprobs, rtol=1e-4, atol=1e-5)
+    assert entropies.isfinite().all()
+
+
 def test_limits_end_a_row_early():
     model = actor("opt").eval()
     limits = [3, 1, 20, 7, 2, 5, 9]
@@ -184,7 +193,7 @@ def test_the_next_rollout_sees_an_update(name):
 def adapted(name: str) -> Actor:
     torch.manual_seed(0)
     lora = Lora(dim=4, alpha=16.0, dropout=0.0, lr=1e-3, targets=[], train_rest=False)
-    made = Actor(add_lora(causal(name), lora), network_family(name), 0).eval()
+    made = Actor(add_lora(causal(name), lora), family(name), 0).eval()
     for key, parameter in made.named_parameters():
         if "lora_B" in key:
             torch.nn.init.normal_(parameter, std=0.3)

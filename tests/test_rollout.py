@@ -14,6 +14,8 @@ from runner.data.batches import pad
 from runner.rollout.collect import Models, Reader, final_scores, join, response_logprobs, response_values, sample, score
 from runner.rollout.record import Rollout
 from runner.rollout.sampling import invert, uniforms
+from runner.rollout.stops import stop_at_strings
+from runner.stages.invariants import eos_and_pad
 from runner.stages.ppo import State, fill_rewards
 
 every_family = pytest.mark.parametrize("name", NAMES)
@@ -366,6 +368,23 @@ def test_old_log_probabilities_are_the_samplers_where_the_trainer_agrees(offset,
     torch.testing.assert_close(rollout.logprobs, exact if read == 6 else rollout.sampled_logprobs, rtol=1e-5, atol=1e-5)
     seen = rollout.mismatch[rollout.reread][rollout.mask[rollout.reread].bool()]
     torch.testing.assert_close(seen, torch.full_like(seen, offset), rtol=1e-3, atol=1e-5)
+
+
+def test_stop_strings_end_a_response_with_the_token_that_completes_them(tokenizer):
+    """Before EOS or at the limit; the earliest counts; a response without one keeps its own end."""
+    texts = ["one two\n\nthree", "one STOP two\n\nthree", "one two three", "one two\n\n"]
+    answers = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    answers[2].append(EOS)
+    rollout = record([[5, 6]] * 4, answers)
+    stop_at_strings(rollout, tokenizer, ["\n\n", "STOP"], PAD)
+    kept = [tokenizer.decode(ids[:n]) for ids, n in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)]
+    assert kept[:2] == ["one two\n\n", "one STOP"] and kept[3] == "one two\n\n"
+    assert rollout.stopped.tolist() == [True, True, False, True] and rollout.ended.tolist() == [False, False, True, False]
+    assert rollout.finished.all()
+    assert rollout.lengths[2] == len(answers[2])
+    behind = rollout.mask == 0
+    assert (rollout.responses[behind] == PAD).all() and (rollout.sampled_logprobs[behind] == 0).all()
+    assert eos_and_pad(rollout, PAD, EOS, max(map(len, answers))) is None
 
 
 def test_gather_on_one_rank_is_the_rollout_itself(alone):

@@ -1,6 +1,7 @@
 """From prompts to a scored rollout: sampling responses, then reading them with actor, reference, critic and reward model."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -50,6 +51,7 @@ class Reader:
     device: torch.device
     engine: str = "auto"
     max_mismatch: float = 0.0  # nats per token; see `read_actor`
+    cut: Callable[[Rollout], None] = lambda rollout: None  # ends responses at stop strings
     stats: graph.Stats = field(default_factory=graph.Stats)  # of the newest rollout, on this rank
 
 
@@ -76,6 +78,7 @@ def collect(
     mine = slice(ranks.rank(), None, ranks.world())
     with phase("rollout"):
         rollout = sample(models, reader, prompts[mine], seed, episodes[mine], stoppable).to(CPU)
+        reader.cut(rollout)
     with phase("scoring"):
         score(models, reader, rollout, with_values)
     return rollout.gather(reader.pad, reader.device)
@@ -99,7 +102,8 @@ def sample(models: Models, reader: Reader, prompts: list[list[int]], seed: int, 
                 ids, mask = (x.to(reader.device) for x in pad(rows, reader.pad, left=True))
                 parts.append(hf.generate(actor, ids, mask.sum(dim=1), uniform, pad=reader.pad, eos=reader.eos, together=not whole))
                 continue
-            decoder = graph.Decoder(network, actor.sampling, rows, uniform, slots=reader.rollout_micro, pad=reader.pad, eos=reader.eos)
+            options = {"slots": reader.rollout_micro, "least": actor.least, "pad": reader.pad, "eos": reader.eos}
+            decoder = graph.Decoder(network, actor.sampling, rows, uniform, **options)
             parts.append(decoder.run())
             reader.stats.add(decoder.stats)
             del decoder  # its cache, before the next one asks for as much
@@ -174,8 +178,7 @@ def micro_batches(rollout: Rollout, size: int, start: int = 0, stop: int | None 
 def response_logprobs(actor, part: Rollout, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
     """Log-probabilities (and entropies) of the response tokens. part on the CPU -> (B, R) on the actor's device, 0 on padding."""
     ids, mask = part.sequences()
-    index, targets = part.response_index()
-    logprobs, entropies = actor(ids, mask, index, targets, with_entropy)
+    logprobs, entropies = actor(ids, mask, *part.response_index(), with_entropy, part.response_steps())
     return part.spread(logprobs), part.spread(entropies)
 
 

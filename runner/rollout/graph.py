@@ -16,7 +16,7 @@ from torch import Tensor
 from runner import attention
 from runner.data.batches import pad as padded
 from runner.engine import free_memory
-from runner.losses import warp_logits
+from runner.losses import warp_logits, without_token
 from runner.packing import lay_out
 from runner.rollout import kernels
 from runner.rollout.network import Network
@@ -117,6 +117,7 @@ class Decoder:
         slots: int,
         pad: int,
         eos: int,
+        least: int = 0,
         limits: list[int] | None = None,
     ):
         """
@@ -124,9 +125,11 @@ class Decoder:
             sampling: temperature, top_k, top_p.
             uniform (N, R): a random number for each response and token (see sampling.py); R tokens at most, EOS included.
             slots: responses that are sampled at the same time.
+            least: tokens before which EOS is impossible.
             limits: fewer tokens for some responses.
         """
-        self.network, self.sampling, self.prompts, self.pad, self.eos = network, sampling, prompts, pad, eos
+        self.network, self.sampling, self.prompts = network, sampling, prompts
+        self.pad, self.eos, self.least = pad, eos, least
         self.device, self.stats, self.graphs = network.device, Stats(), {}
         (count, most), self.size = uniform.shape, min(slots, len(prompts))
         new = partial(torch.zeros, device=self.device)
@@ -243,6 +246,8 @@ class Decoder:
             return kernels.attend(q, k, v, *cache, self.rotary, self.network.alibi)
 
         logits = self.network.head(self.network.hidden(lanes.tokens, lanes.positions.clamp(min=0), attend))
+        if self.least > 1:
+            logits = without_token(logits, self.eos, lanes.steps + 1 < self.least)
         if self.sampling != (1.0, 0, 1.0):
             logits = warp_logits(logits.float(), *self.sampling)
         token, logprob = kernels.sample(logits, self.uniform[lanes.rows, lanes.steps])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from runner.losses import token_logprobs, warp_logits
+from runner.losses import token_logprobs, warp_logits, without_token
 from runner.models import Actor
 from runner.rollout.record import Rollout
 from runner.rollout.sampling import invert
@@ -16,13 +16,15 @@ class InverseSampling(LogitsProcessor):
     logprobs: (B, R) fp32, of the picked tokens under the distribution that they were picked from; past a row's EOS, noise.
     """
 
-    def __init__(self, uniform: Tensor, sampling: tuple[float, int, float], prompt_width: int):
-        self.uniform, self.sampling, self.prompt_width = uniform, sampling, prompt_width
+    def __init__(self, uniform: Tensor, actor: Actor, prompt_width: int, eos: int):
+        self.uniform, self.actor, self.prompt_width, self.eos = uniform, actor, prompt_width, eos
         self.logprobs = torch.zeros_like(uniform, dtype=torch.float32)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits = warp_logits(scores.float(), *self.sampling)
-        step = input_ids.size(1) - self.prompt_width
+        step, logits = input_ids.size(1) - self.prompt_width, scores.float()
+        if step + 1 < self.actor.least:
+            logits = without_token(logits, self.eos, torch.ones(len(logits), dtype=torch.bool, device=logits.device))
+        logits = warp_logits(logits, *self.actor.sampling)
         token = invert(logits, self.uniform[:, step])
         self.logprobs[:, step] = token_logprobs(logits, token)
         return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
@@ -40,7 +42,7 @@ def generate(
     """
     width, length = prompts.size(1), uniform.size(1)
     mask = (torch.arange(width, device=prompts.device) >= (width - prompt_lengths).unsqueeze(1)).long()
-    pick = InverseSampling(uniform.to(prompts.device), actor.sampling, width)
+    pick = InverseSampling(uniform.to(prompts.device), actor, width, eos)
     # A config of our own: generate would otherwise mix in the checkpoint's (and top_k=50)
     config = GenerationConfig(max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=eos)
     options = {"generation_config": config, "logits_processor": LogitsProcessorList([pick]), "synced_gpus": together}

@@ -24,6 +24,7 @@ class Rollout:
     responses: Tensor  # (B, R) token ids, EOS included, PAD after it
     lengths: Tensor  # (B,) real tokens of each response, EOS included
     ended: Tensor  # (B,) bool: the response ends with EOS
+    stopped: Tensor | None = None  # (B,) bool: it was cut at a stop string instead (stops.py); None without stop strings
     sampled_logprobs: Tensor | None = None  # (B, R) of the distribution that was sampled from, as the sampler saw it
     logprobs: Tensor | None = None  # (B, R) of the actor that sampled: PPO's old log-probabilities
     mismatch: Tensor | None = None  # (B, R) how far the sampler is from the trainer, nats; 0 on rows that only the sampler read
@@ -60,6 +61,11 @@ class Rollout:
         positions = torch.arange(self.responses.size(1), device=self.lengths.device)
         return (positions < self.lengths.unsqueeze(1)).float()
 
+    @property
+    def finished(self) -> Tensor:
+        """(B,) bool: the response came to an end, and not to the limit."""
+        return self.ended if self.stopped is None else self.ended | self.stopped
+
     def sequences(self) -> tuple[Tensor, Tensor]:
         """Prompt and response in one row, and its attention mask. (B, P + R) each."""
         ids = torch.cat([self.prompts, self.responses], dim=1)
@@ -72,6 +78,10 @@ class Rollout:
         width = self.prompts.size(1) + self.responses.size(1)
         row, column = self.mask.nonzero(as_tuple=True)
         return row * width + self.prompts.size(1) + column - 1, self.responses[row, column]
+
+    def response_steps(self) -> Tensor:
+        """Number of each of these tokens in its response, from 0. (N,)."""
+        return self.mask.nonzero(as_tuple=True)[1]
 
     def spread(self, flat: Tensor) -> Tensor:
         """Per-token results (N,) in the order of `response_index` -> (B, R), 0 on padding. On the results' device."""

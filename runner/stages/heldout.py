@@ -49,7 +49,7 @@ class Evaluator:
             "score_se": float(scores.std()) / len(scores) ** 0.5,
             "kl": float(((rollout.logprobs - rollout.ref_logprobs) * rollout.mask).sum(1).mean()),
             "length": float(rollout.lengths.float().mean()),
-            "truncated_rate": 1 - float(rollout.ended.float().mean()),
+            "truncated_rate": 1 - float(rollout.finished.float().mean()),
             "judge": float(np.mean(judged)) if self.judged else None,
         }
         judge = f"  judge {facts['judge']:+.3f}" if self.judged else ""

@@ -101,7 +101,7 @@ def eos_and_pad(rollout: Rollout, pad: int, eos: int, limit: int) -> str | None:
         "ended, but their last token is no EOS": ended & ~last,
         "ended, but hold more than one EOS": ended & (is_eos.sum(1) > 1),
         "did not end, but hold an EOS": ~ended & is_eos.any(1),
-        f"did not end, but are shorter than the limit of {limit} tokens": ~ended & (lengths < limit),
+        f"did not end, but are shorter than the limit of {limit} tokens": ~rollout.finished & (lengths < limit),
         "hold a PAD that was never sampled": (is_pad & real & (rollout.sampled_logprobs == 0)).any(1),
         "hold something other than PAD behind their end": (~is_pad & ~real).any(1),
         "have a prompt without tokens, or longer than the row": (start >= width).squeeze(1) | (start < 0).squeeze(1),

@@ -34,6 +34,7 @@ from runner.plan import engine_configs, shares_reference
 from runner.rollout.collect import Models, Reader, collect
 from runner.rollout.network import network_of, side_by_side
 from runner.rollout.record import CPU, Rollout
+from runner.rollout.stops import stop_at_strings
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reward, tokenizer_for
 from runner.stages.heldout import Evaluator, paired
@@ -93,6 +94,8 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     micro = cfg.hardware.micro_batch
     sizes = (cfg.model.max_response_tokens, micro.rollout, micro.score)
     reader = Reader(tokenizer.pad_token_id, tokenizer.eos_token_id, *sizes, device, cfg.rollout.engine, cfg.rollout.max_mismatch)
+    if ppo.stop:
+        reader.cut = partial(stop_at_strings, tokenizer=tokenizer, strings=ppo.stop, pad=tokenizer.pad_token_id)
     if cfg.rollout.engine != "hf" and network_of(models.actor.module.hf) is None:
         log.say("the decode engine does not know this form of network: transformers' generate samples instead, slowly")
     evaluator = Evaluator(cfg, held, tokenizer, models, reader, log)
@@ -184,7 +187,7 @@ def build(cfg: Config, step: Inputs, tokenizer, device: torch.device) -> Models:
     """The four models of PPO. Dropout is off everywhere: the ratio of the first minibatch must be 1."""
     ppo, configs = cfg.ppo, engine_configs(cfg, "ppo")
     actor_part, reward_part = cfg.model.actor, cfg.model.reward
-    sampling = {"temperature": ppo.temperature, "top_k": ppo.top_k, "top_p": ppo.top_p}
+    sampling = {"temperature": ppo.temperature, "top_k": ppo.top_k, "top_p": ppo.top_p, "least": ppo.min_response_tokens}
     checkpointing = cfg.hardware.gradient_checkpointing
     options = {"betas": ppo.betas, "eps": ppo.eps}
 
@@ -212,18 +215,18 @@ def build(cfg: Config, step: Inputs, tokenizer, device: torch.device) -> Models:
 # --- one iteration ----------------------------------------------------------------------------------------------------
 
 
-def normalised(cfg: Config, state: State, scores: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
-    """Scores as the actor is paid: in standard deviations above the SFT actor's, clipped, less the penalty for no EOS."""
+def normalised(cfg: Config, state: State, scores: torch.Tensor, finished: torch.Tensor) -> torch.Tensor:
+    """Scores as the actor is paid: in standard deviations above the SFT actor's, clipped, less the penalty for no end."""
     scores = (scores - state.score_mean) / state.score_std
     if cfg.ppo.score_clip:
         scores = scores.clamp(-cfg.ppo.score_clip, cfg.ppo.score_clip)
-    return scores - cfg.ppo.missing_eos_penalty * (~ended).float()
+    return scores - cfg.ppo.missing_eos_penalty * (~finished).float()
 
 
 def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float]:
     """Fill in rewards, advantages and returns. Returns the metrics of the rollout."""
     ppo, mask = cfg.ppo, rollout.mask
-    scores = normalised(cfg, state, rollout.scores, rollout.ended)
+    scores = normalised(cfg, state, rollout.scores, rollout.finished)
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, ppo.kl_estimator) * mask
     rollout.rewards = token_rewards(scores, kl, rollout.lengths, mask, state.kl_coef)
     advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, ppo.gamma, ppo.lam)
@@ -238,7 +241,7 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
         "objective/entropy": masked_mean(-rollout.logprobs, mask),
         "objective/kl_coef": state.kl_coef,
         "rollout/response_length_mean": rollout.lengths.float().mean(),
-        "rollout/truncated_rate": 1 - rollout.ended.float().mean(),
+        "rollout/truncated_rate": 1 - rollout.finished.float().mean(),
         "rollout/score_mean": rollout.scores.mean(),
         "rollout/score_std": rollout.scores.std(),
         "rollout/logprob_mismatch": masked_mean(rollout.mismatch, mask * rollout.reread.unsqueeze(1)),
