@@ -47,7 +47,7 @@ SHAPES = {
                 "intermediate_size": 5632,
                 "num_hidden_layers": 24,
                 "num_attention_heads": 16,
-                "num_key_value_heads": 16,
+                "num_key_value_heads": 4,
             }.items()
         ),
     ],
