@@ -264,7 +264,15 @@ def test_a_row_that_ends_is_replaced_and_the_batch_shrinks(monkeypatch):
 # --- forms that it does not know --------------------------------------------------------------------------------------
 
 
-def test_a_form_of_network_that_it_does_not_know_is_refused():
-    assert network_of(causal("bloom", apply_residual_connection_post_layernorm=True)) is None
+def test_it_says_why_it_cannot_sample(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert graph.why_not(causal("llama"), cpu) is None
+    assert "this form of bloom" in graph.why_not(causal("bloom", apply_residual_connection_post_layernorm=True), cpu)
     lora = Lora(dim=4, alpha=16.0, dropout=0.0, lr=1e-3, targets=["embed_tokens"], train_rest=False)
-    assert network_of(add_lora(causal("llama"), lora).get_base_model()) is None
+    assert "this form of llama" in graph.why_not(add_lora(causal("llama"), lora).get_base_model(), cpu)
+    monkeypatch.setattr(graph, "find_spec", lambda name: None)
+    assert "Triton is missing" in graph.why_not(causal("llama"), cuda)
+    monkeypatch.setattr(graph, "find_spec", lambda name: name)
+    monkeypatch.setattr(graph.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert "install gcc" in graph.why_not(causal("llama"), cuda)

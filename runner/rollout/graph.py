@@ -5,9 +5,12 @@ at once (its attention costs nothing), its place goes to the next prompt of the 
 shrinks. Prompts are read without padding. On a CPU the same code runs without graphs.
 """
 
+import os
+import shutil
 import time
 from dataclasses import dataclass, fields
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,7 @@ from runner.engine import free_memory
 from runner.losses import warp_logits, without_token
 from runner.packing import lay_out
 from runner.rollout import kernels
-from runner.rollout.network import Network
+from runner.rollout.network import Network, network_of
 from runner.rollout.record import Rollout
 
 # Steps between two looks at which rows have ended: a look waits for the GPU, and costs a CPU nothing
@@ -76,6 +79,17 @@ class Lanes:
         order = (self.positions < 0).int().argsort(stable=True)
         for f in fields(self):
             getattr(self, f.name).copy_(getattr(self, f.name)[order])
+
+
+def why_not(hf, device: torch.device) -> str | None:
+    """What keeps this engine from sampling with a transformers model, in words; None if nothing does."""
+    if network_of(hf) is None:
+        return f"this form of {hf.config.model_type} is unknown to it"
+    if device.type == "cuda" and find_spec("triton") is None:
+        return "Triton is missing, which comes with PyTorch's CUDA builds"
+    if device.type == "cuda" and not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+        return "Triton finds no C compiler: install gcc"
+    return None
 
 
 def folded(network: Network) -> Network:

@@ -31,8 +31,9 @@ from runner.losses import (
 from runner.metrics import RunLog
 from runner.models import save_adapter, save_model
 from runner.plan import engine_configs, shares_reference
+from runner.rollout import graph
 from runner.rollout.collect import Models, Reader, collect
-from runner.rollout.network import network_of, side_by_side
+from runner.rollout.network import side_by_side
 from runner.rollout.record import CPU, Rollout
 from runner.rollout.stops import stop_at_strings
 from runner.stages import invariants
@@ -91,13 +92,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     models = build(cfg, step, tokenizer, device)
     work = {name: flops.count(e.module.hf) for name, e in (("actor", models.actor), ("critic", models.critic))}
     ema = Ema(models.actor.module, ppo.ema_decay) if ppo.ema_decay else None
-    micro = cfg.hardware.micro_batch
-    sizes = (cfg.model.max_response_tokens, micro.rollout, micro.score)
-    reader = Reader(tokenizer.pad_token_id, tokenizer.eos_token_id, *sizes, device, cfg.rollout.engine, cfg.rollout.max_mismatch)
-    if ppo.stop:
-        reader.cut = partial(stop_at_strings, tokenizer=tokenizer, strings=ppo.stop, pad=tokenizer.pad_token_id)
-    if cfg.rollout.engine != "hf" and network_of(models.actor.module.hf) is None:
-        log.say("the decode engine does not know this form of network: transformers' generate samples instead, slowly")
+    reader = build_reader(cfg, models, tokenizer, log)
     evaluator = Evaluator(cfg, held, tokenizer, models, reader, log)
 
     # 3. Go on from the newest checkpoint, if there is one; otherwise see what the SFT actor can do
@@ -210,6 +205,19 @@ def build(cfg: Config, step: Inputs, tokenizer, device: torch.device) -> Models:
     ds_config = configs.get("reward", {})
     reward = load_reward(cfg, step.parents["reward"], tokenizer, ds_config, dropout=0.0, lora=None, fresh_head=False)
     return Models(actor, critic, ref, engine.frozen(reward, ds_config, device))
+
+
+def build_reader(cfg: Config, models: Models, tokenizer, log: RunLog) -> Reader:
+    """How rollouts are sampled and scored."""
+    ppo, rollout, micro = cfg.ppo, cfg.rollout, cfg.hardware.micro_batch
+    sizes = (cfg.model.max_response_tokens, micro.rollout, micro.score)
+    reader = Reader(tokenizer.pad_token_id, tokenizer.eos_token_id, *sizes, log.device, rollout.engine, rollout.max_mismatch)
+    if ppo.stop:
+        reader.cut = partial(stop_at_strings, tokenizer=tokenizer, strings=ppo.stop, pad=tokenizer.pad_token_id)
+    if rollout.engine != "hf" and (reason := graph.why_not(models.actor.module.hf, log.device)):
+        log.say(f"the decode engine cannot sample here ({reason}): transformers' generate does instead, slowly")
+        reader.engine = "hf"
+    return reader
 
 
 # --- one iteration ----------------------------------------------------------------------------------------------------
