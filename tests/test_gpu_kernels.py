@@ -6,8 +6,9 @@ from tiny import EOS, NAMES, PAD, actor, rows
 
 from runner.data.batches import pad
 from runner.rollout import hf, kernels
+from runner.rollout.forms import network_of
 from runner.rollout.graph import Decoder
-from runner.rollout.network import Norm, network_of
+from runner.rollout.kernels import Norm
 from runner.rollout.sampling import uniforms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

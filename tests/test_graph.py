@@ -12,8 +12,8 @@ from runner.losses import warp_logits
 from runner.models import Actor, add_lora
 from runner.rollout import graph
 from runner.rollout.collect import response_logprobs
+from runner.rollout.forms import network_of, side_by_side
 from runner.rollout.graph import Decoder
-from runner.rollout.network import network_of, side_by_side
 from runner.rollout.sampling import uniforms
 
 every_family = pytest.mark.parametrize("name", NAMES)

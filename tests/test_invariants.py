@@ -20,7 +20,7 @@ from runner.metrics import RunLog
 from runner.models import Actor, add_lora, parameter_groups
 from runner.rollout import collect, graph
 from runner.rollout.collect import response_logprobs
-from runner.rollout.network import network_of
+from runner.rollout.forms import network_of
 from runner.rollout.sampling import invert
 from runner.stages import invariants, ppo
 

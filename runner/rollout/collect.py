@@ -12,7 +12,7 @@ from runner import engine, ranks
 from runner.data.batches import pad, send
 from runner.losses import masked_sum
 from runner.rollout import graph, hf
-from runner.rollout.network import network_of
+from runner.rollout.forms import network_of
 from runner.rollout.record import CPU, Rollout, widen
 from runner.rollout.sampling import uniforms
 from runner.watch import stop

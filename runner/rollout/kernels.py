@@ -4,25 +4,30 @@ add_norm: residual sum and norm. attend: one new token per sequence against its 
 what becomes of the lanes.
 """
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from runner.losses import token_logprobs
+from runner.rollout.lanes import Lanes, Responses
 from runner.rollout.sampling import invert
 
-if TYPE_CHECKING:
-    from runner.rollout.graph import Lanes, Responses
-    from runner.rollout.network import Norm
+
+@dataclass
+class Norm:
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    rms: bool = False
 
 
 def on_triton(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def add_norm(x: Tensor, deltas: tuple[Tensor, ...], norms: "tuple[Norm, ...]") -> tuple[Tensor, ...]:
+def add_norm(x: Tensor, deltas: tuple[Tensor, ...], norms: tuple[Norm, ...]) -> tuple[Tensor, ...]:
     """The sum of a residual stream and what layers add to it, and that sum under each norm. All (N, H)."""
     if on_triton(x) and norms:
         from runner.rollout import triton_kernels
@@ -33,7 +38,7 @@ def add_norm(x: Tensor, deltas: tuple[Tensor, ...], norms: "tuple[Norm, ...]") -
     return x, *(apply_norm(x, norm) for norm in norms)
 
 
-def apply_norm(x: Tensor, norm: "Norm") -> Tensor:
+def apply_norm(x: Tensor, norm: Norm) -> Tensor:
     if norm.rms:
         wide = x.float()
         return norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
@@ -98,7 +103,7 @@ def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return token, token_logprobs(logits, token)
 
 
-def advance(lanes: "Lanes", into: "Responses", token: Tensor, logprob: Tensor, eos: int) -> None:
+def advance(lanes: Lanes, into: Responses, token: Tensor, logprob: Tensor, eos: int) -> None:
     """Write down a step's tokens (B,) and log-probabilities (B,), and let each lane go on or rest. In place."""
     if on_triton(token):
         from runner.rollout import triton_kernels

@@ -33,7 +33,7 @@ from runner.models import save_adapter, save_model
 from runner.plan import engine_configs, shares_reference
 from runner.rollout import graph
 from runner.rollout.collect import Models, Reader, collect
-from runner.rollout.network import side_by_side
+from runner.rollout.forms import side_by_side
 from runner.rollout.record import CPU, Rollout
 from runner.rollout.stops import stop_at_strings
 from runner.stages import invariants

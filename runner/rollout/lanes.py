@@ -1,0 +1,57 @@
+"""The state of a batch that is being decoded, on the device: what each lane is at, and what has been sampled."""
+
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Lanes:
+    """The rows of a batch. A lane that rests has position -1, a row that is thrown away, and keeps its slot."""
+
+    tokens: Tensor  # (B,) the newest token, not in the cache yet
+    positions: Tensor  # (B,) its position
+    steps: Tensor  # (B,) response tokens so far
+    rows: Tensor  # (B,) which response it is
+    slots: Tensor  # (B,) its place in the cache
+
+    @staticmethod
+    def resting(size: int, nobody: int, device: torch.device) -> "Lanes":
+        """nobody: the row that is thrown away."""
+        zeros, slots = (make(size, device=device) for make in (partial(torch.zeros, dtype=torch.long), torch.arange))
+        return Lanes(zeros, zeros - 1, zeros.clone(), zeros + nobody, slots)
+
+    def first(self, size: int) -> "Lanes":
+        return Lanes(*(getattr(self, f.name)[:size] for f in fields(self)))
+
+    def put(self, lanes: list[int], **values: list[int]) -> None:
+        where = torch.tensor(lanes, device=self.tokens.device)
+        for name, value in values.items():
+            getattr(self, name)[where] = torch.tensor(value, device=where.device)
+
+    def wake_first(self) -> None:
+        """Move lanes that rest to the end, in place: graphs hold these addresses."""
+        order = (self.positions < 0).int().argsort(stable=True)
+        for f in fields(self):
+            getattr(self, f.name).copy_(getattr(self, f.name)[order])
+
+
+@dataclass
+class Responses:
+    """What has been sampled. One row more than there are prompts: lanes that rest write there."""
+
+    tokens: Tensor  # (N + 1, R)
+    logprobs: Tensor  # (N + 1, R)
+    lengths: Tensor  # (N + 1,)
+    ended: Tensor  # (N + 1,) bool
+    limits: Tensor  # (N + 1,) tokens at most
+    nobody: int  # N
+
+    @staticmethod
+    def empty(count: int, most: int, limits: list[int] | None, device: torch.device) -> "Responses":
+        new = partial(torch.zeros, device=device)
+        tokens, lengths = (new(shape, dtype=torch.long) for shape in ((count + 1, most), (count + 1,)))
+        limits = torch.tensor([*(limits or [most] * count), most], device=device)
+        return Responses(tokens, new(count + 1, most), lengths, new(count + 1, dtype=torch.bool), limits, count)
