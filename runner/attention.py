@@ -98,13 +98,20 @@ def alibi_bias(heads: int, length: int, dtype: torch.dtype, device: torch.device
 
     Softmax does not tell it from transformers' slope * key. Rounded to bf16, it is exact where it counts: for near keys.
     """
-    # transformers would make the slopes on the GPU, and wait for it
-    slopes = send(modeling_bloom.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, :, 1:], device)  # (heads, 1, 1)
+    slopes = send(alibi_slopes(heads), device).view(-1, 1, 1)
     width = length + -length % 16  # CUDA's kernel for masks would copy rows that do not begin at a multiple of 16
     distance = torch.arange(width, device=device) - torch.arange(length, device=device).unsqueeze(1)
     bias = torch.empty(heads, length, width, dtype=dtype, device=device)
     torch.mul(slopes, distance, out=bias).masked_fill_(distance > 0, -torch.inf)
     return bias[None, :, :, :length]
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """Slopes of arXiv 2108.12409: a geometric series for a power of two; for other numbers of heads, every second one of the next."""
+    power = 2 ** (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (n + 1) / power) for n in range(power)]
+    more = [2.0 ** (-4.0 * (2 * n + 1) / power) for n in range(heads - power)]
+    return torch.tensor(slopes + more)
 
 
 class BloomAttention(modeling_bloom.BloomAttention):

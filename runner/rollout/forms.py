@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runner.attention import alibi_slopes
 from runner.rollout import kernels
 from runner.rollout.kernels import Norm
 from runner.rollout.network import Block, Linear, Network, Together
@@ -187,11 +188,3 @@ def _rotary(module: nn.Module, like: Tensor) -> Callable:
         return cos[0], sin[0]
 
     return tables
-
-
-def alibi_slopes(heads: int) -> Tensor:
-    """Slopes of arXiv 2108.12409: a geometric series for a power of two; for other numbers of heads, every second one of the next."""
-    power = 2 ** (heads.bit_length() - 1)
-    slopes = [2.0 ** (-8.0 * (n + 1) / power) for n in range(power)]
-    more = [2.0 ** (-4.0 * (2 * n + 1) / power) for n in range(heads - power)]
-    return torch.tensor(slopes + more)
