@@ -250,8 +250,8 @@ class Hardware:
         check_choice("hardware.accelerator", self.accelerator, ("cpu", "cuda"))
         check_choice("hardware.precision", self.precision, ("fp32", "bf16", "fp16"))
         check(self.accelerator == "cuda" or self.precision != "fp16", "hardware.precision=fp16 does not run on a CPU: use fp32 or bf16")
-        check_above(self, 0, "timeout_minutes", "tflops", "memory_gb")
-        check_least(self, 0, "bandwidth_gb_s")
+        check_above(self, 0, "timeout_minutes", "memory_gb")
+        check_least(self, 0, "tflops", "bandwidth_gb_s")
         check(self.nodes >= 1 and self.gpus >= 1, f"hardware.nodes={self.nodes} and hardware.gpus={self.gpus} must be at least 1")
         check(
             not self.offload.optimizer or min(self.zero.actor, self.zero.critic) > 0,

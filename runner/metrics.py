@@ -106,7 +106,7 @@ class RunLog:
         row |= {f"time/{name}": value for name, value in self.step_phases.items()} | {"time/step": seconds}
         if tokens:
             row["perf/tokens_per_sec"] = tokens / seconds
-        if work:
+        if work and self.cfg.hardware.tflops:
             row["perf/mfu"] = flops.mfu(work, busy, self.cfg.hardware.tflops, ranks.world())
         if self.device.type == "cuda":
             row["perf/gpu_mem_peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
