@@ -7,10 +7,11 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Dict, List, Optional
 
+from runner.families import FAMILIES
+
 STAGES = ("sft", "reward", "ppo")
 # Stages whose models a stage starts from
 PARENTS = {"sft": (), "reward": (), "ppo": ("sft", "reward")}
-FAMILIES = ("opt", "bloom", "llama", "gpt_neox")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -116,8 +117,8 @@ class Model:
     recipe: SizeRecipe
 
     def __post_init__(self):
-        check_choice("model.family", self.family, FAMILIES)
-        check_choice("model.attention", self.attention, ("auto", "packed", "sdpa", "eager", "flash_attention_2"))
+        check_choice("model.family", self.family, tuple(FAMILIES))
+        check_choice("model.attention", self.attention, ("auto", *FAMILIES[self.family].attention))
         check(self.max_prompt_tokens >= 1, f"model.max_prompt_tokens={self.max_prompt_tokens} must be at least 1")
         check(self.max_response_tokens >= 2, f"model.max_response_tokens={self.max_response_tokens} must be at least 2: a token and EOS")
         context = self.actor.shape.get("max_position_embeddings")

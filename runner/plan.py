@@ -133,7 +133,8 @@ def _check_share(cfg: Config, stage: str) -> None:
 def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dict:
     """Everything that shapes the result of a stage, under the names that the configuration has for it."""
     model = cfg.model
-    shapes = {"family": model.family, "chat_template": model.chat_template, "end_token": model.end_token}
+    # Dropout falls on other places in rows that are laid out in another way
+    shapes = {"family": model.family, "attention": model.attention, "chat_template": model.chat_template, "end_token": model.end_token}
     shapes |= {"max_prompt_tokens": model.max_prompt_tokens, "max_response_tokens": model.max_response_tokens}
     if stage == "ppo":  # it takes its weights from its parents; of the model block it reads the adapters only
         shapes |= {"actor": {"lora": asdict(model.actor.lora)}, "reward": {"lora": asdict(model.reward.lora)}}
@@ -144,6 +145,8 @@ def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dic
         shapes["tokenizer_vocab"] = model.tokenizer_vocab
     block = {k: v for k, v in asdict(getattr(cfg, stage)).items() if k not in NOT_HASHED}
     facts = {"version": VERSION, "seed": cfg.seed, "model": shapes, "dataset": data, stage: block}
+    if stage == "ppo":
+        facts["rollout"] = asdict(cfg.rollout)
     return facts | {"parents": {name: step.key for name, step in parents.items()}}
 
 

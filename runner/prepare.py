@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -72,6 +73,11 @@ def _check_devices(cfg: Config) -> None:
     h = cfg.hardware
     if problem := missing_hostfile(cfg):
         raise UserError(problem)
+    if cfg.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise UserError(
+            "model.attention=flash_attention_2 needs the package flash-attn, which is not installed: type model.attention=auto, "
+            "which needs no package, or pip install flash-attn --no-build-isolation"
+        )
     if h.accelerator != "cuda" or h.nodes > 1:
         return
     import torch

@@ -179,6 +179,8 @@ WRONG = {
     "sweep without -m": ("ppo.kl_coef=0.1,0.2", "names several values: type -m for a sweep"),
     "wrong type": ("ppo.kl_coef=abc", "ppo.kl_coef=abc must be a number"),
     "out of range": ("ppo.kl_coef=-1", "ppo.kl_coef=-1.0 must be 0 or more"),
+    "attention of another family": ("model=tiny_bloom model.attention=sdpa", "model.attention=sdpa is not one of auto, packed, eager"),
+    "attention that is not installed": ("model.attention=flash_attention_2", "needs the package flash-attn"),
     "rollout engine": ("rollout.engine=grpah", "rollout.engine=grpah is not one of auto, graph, hf"),
     "mismatch": ("rollout.max_mismatch=-1", "rollout.max_mismatch=-1.0 must be 0 or more"),
     "least longer than most": ("ppo.min_response_tokens=900", "ppo.min_response_tokens=900 is more than model.max_response_tokens="),

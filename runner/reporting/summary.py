@@ -182,7 +182,8 @@ def time_sections(trained: Sequence[Trained]) -> list[Section]:
 def usage(curves: dict[str, list[float]]) -> str:
     """Medians of what the steps say about the machine; the first step warms up."""
     shares = {"perf/mfu": "MFU {}", "perf/mbu": "decoding at {} of the memory bandwidth", "perf/padding_fraction": "{} padding"}
-    found = [words.format(pct(median(curves[name][1:]), digits=0)) for name, words in shares.items() if len(curves.get(name, ())) > 1]
+    seen = {name: median(curves[name][1:]) for name in shares if len(curves.get(name, ())) > 1}
+    found = [shares[name].format(pct(share, digits=0)) for name, share in seen.items() if share >= 0.005]
     if peak := max(curves.get("perf/gpu_mem_peak_gb", ()), default=0.0):
         found.append(f"{num(peak)} GB at most")
     return ", ".join(found)
