@@ -60,12 +60,9 @@ COLUMNS = {
         ("GB", "peak_gb", "{:.0f}"),
     ],
 }
-TITLES = {
-    "ppo_step": "One PPO iteration, OPT-1.3B with OPT-350M",
-    "decode": "Decoding, 1.3 B",
-    "sft": "SFT, OPT-1.3B",
-    "reward": "Reward model",
-}
+TITLES = {"ppo_step": "One PPO iteration", "decode": "Decoding", "sft": "SFT", "reward": "Reward model"}
+# What is measured without --tiny; a CPU measures tiny models alone
+SHAPES = {"ppo_step": ", OPT-1.3B with OPT-350M", "decode": ", 1.3 B", "sft": ", OPT-1.3B", "reward": ""}
 
 
 def tables(rows: Sequence[dict]) -> str:
@@ -80,7 +77,8 @@ def tables(rows: Sequence[dict]) -> str:
         lines = [
             f"| {' | '.join(cells)} |" for cells in ([c[0] for c in columns], ["---"] * len(columns), *(cells_of(r, columns) for r in mine))
         ]
-        parts.append(f"### {TITLES[name]}\n\n{'; '.join(machines)}. Measured in the same run: {', '.join(rates)}.\n\n" + "\n".join(lines))
+        title = TITLES[name] + (SHAPES[name] if mine[0]["card"] != "CPU" else ", tiny")
+        parts.append(f"### {title}\n\n{'; '.join(machines)}. Measured in the same run: {', '.join(rates)}.\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 
