@@ -69,9 +69,10 @@ def _step_at_once(optimizer: FP16_UnfusedOptimizer) -> bool:
     if not math.isfinite(norm):
         return optimizer._skip_invalid_grad_norm()
     optimizer.overflow, optimizer._global_grad_norm = False, norm / scale
-    optimizer._update_scale(False)
-    # DeepSpeed divides the norm by the scale itself
+    # DeepSpeed divides the norm by the scale itself. Before the scale grows: the gradients were made with the old one, which DeepSpeed's
+    # own step forgets, so that every step that doubles the scale halves its gradients
     torch._foreach_mul_(grads, 1.0 / optimizer.unscale_and_clip_grads(norm, apply_scale=False))
+    optimizer._update_scale(False)
     for master, grad in zip(masters, grads, strict=True):
         master.grad = grad
     optimizer.optimizer.step()

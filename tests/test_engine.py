@@ -6,9 +6,11 @@ from functools import cache as cached
 from functools import partial
 from pathlib import Path
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from safetensors.torch import load_file
 from tiny import EOS, NAMES, PAD, actor, causal, config, family, predictions, rows
 from trained import bits, run_worker, train, trainable
@@ -31,6 +33,29 @@ from runner.tokenizer import load_tokenizer
 from runner.watch.finite import check_finite
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+# --- the step in half precision without ZeRO --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_a_loss_scale_that_grows_changes_no_step(clip, alone):
+    """Plain descent on a constant gradient of 0.01 (of norm 0.02): every step is the same, before, at and after a growth of the scale."""
+    deepspeed.init_distributed("gloo")
+    half = torch.nn.Parameter(torch.ones(4, dtype=torch.float16))
+    scaling = {"init_scale": 1024.0, "scale_window": 2, "min_scale": 1.0, "delayed_shift": 1, "consecutive_hysteresis": False}
+    inner = torch.optim.SGD([half], lr=1.0)
+    optimizer = FP16_UnfusedOptimizer(inner, deepspeed=None, dynamic_loss_scale=True, dynamic_loss_args=scaling, clip_grad=clip)
+    (master,), counts, scales, moves = optimizer.fp32_groups[0], optimizer.loss_scale_config, [], []
+    for _ in range(5):
+        before = master.detach().clone()
+        scales.append(counts.cur_scale)
+        half.grad = torch.full_like(half, 0.01 * counts.cur_scale)
+        assert not engine._step_at_once(optimizer)
+        assert optimizer._global_grad_norm == pytest.approx(0.02, rel=1e-3)
+        moves.append(float((before - master.detach())[0]))
+    assert scales[-1] > scales[0]
+    assert moves == pytest.approx([0.005 if clip else 0.01] * 5, rel=1e-3)
 
 
 # --- one update, whatever the machine ---------------------------------------------------------------------------------
@@ -298,6 +323,15 @@ def test_the_critic_begins_at_the_mean_score(normalize, folder, alone):
     scores = (rollout.scores - state.score_mean) / state.score_std
     torch.testing.assert_close(read.mean(), scores.mean(), atol=1e-5, rtol=0)
     assert not normalize or (read.std() <= 1 + 1e-5 and abs(scores.std() - 1) < 1e-5)
+
+
+def test_a_single_held_out_prompt_gives_no_scale(folder, alone):
+    """Its deviation is NaN, which would reach every reward; the critic begins at the mean score all the same."""
+    _, _, rollout = ppo_models(folder, alone)
+    state = ppo.State(kl_coef=0.0)
+    state.calibrate(rollout.rows(torch.tensor([0])), normalize=True)
+    assert (state.score_mean, state.score_std, state.value_std) == (0.0, 1.0, 1.0)
+    assert np.isfinite(state.value_mean)
 
 
 def test_the_critic_is_read_in_the_units_of_the_rewards(folder, alone):

@@ -86,11 +86,12 @@ def test_log_probabilities_are_those_of_a_full_forward(name, sampling):
                 }
             },
         ),
+        ("llama", {"hidden_act": "relu"}),
         ("gpt_neox", {"use_parallel_residual": False}),
         ("bloom", {"n_head": 2, "hidden_size": 48}),
         ("opt", {"num_attention_heads": 2, "hidden_size": 48, "word_embed_proj_dim": 48}),
     ],
-    ids=["linear rope", "llama3 rope", "sequential neox", "bloom of 24 dims", "opt of 24 dims"],
+    ids=["linear rope", "llama3 rope", "gated relu", "sequential neox", "bloom of 24 dims", "opt of 24 dims"],
 )
 def test_forms_of_a_family(name, more):
     ids = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}
@@ -268,6 +269,7 @@ def test_it_says_why_it_cannot_sample(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert graph.why_not(causal("llama"), cpu) is None
     assert "this form of bloom" in graph.why_not(causal("bloom", apply_residual_connection_post_layernorm=True), cpu)
+    assert "this form of opt" in graph.why_not(causal("opt", layer_norm_elementwise_affine=False), cpu)
     lora = Lora(dim=4, alpha=16.0, dropout=0.0, lr=1e-3, targets=["embed_tokens"], train_rest=False)
     assert "this form of llama" in graph.why_not(add_lora(causal("llama"), lora).get_base_model(), cpu)
     monkeypatch.setattr(graph, "find_spec", lambda name: None)

@@ -78,7 +78,7 @@ def padding(stage: str, seen: Seen) -> Iterator[Suggestion]:
     empty = seen.median("perf/padding_fraction") or 0.0
     busy = seen.step("scoring", "update") if stage == "ppo" else seen.step("train")
     text = f"{pct(empty, digits=0)} of the positions were padding"
-    yield empty * busy, f"{text}: a smaller hardware.micro_batch.{stage} groups rows of one length"
+    yield empty * busy, f"{text}: model.attention=packed computes none"
 
 
 def memory(cfg: Config, stage: str, seen: Seen) -> Iterator[Suggestion]:

@@ -57,8 +57,10 @@ def _embedding(module: nn.Module) -> Tensor:
 # --- the four families ------------------------------------------------------------------------------------------------
 
 
-def _opt(hf) -> Network:
+def _opt(hf) -> Network | None:
     config, body = hf.config, hf.model.decoder
+    if not config.layer_norm_elementwise_affine:
+        return None
     places = body.embed_positions
 
     def embed(ids: Tensor, positions: Tensor) -> Tensor:

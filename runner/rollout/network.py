@@ -161,7 +161,7 @@ class Network:
         return tuple(part.unflatten(-1, (-1, self.head_dim)) for part in parts)
 
     def mlp(self, block: Block, y: Tensor) -> Tensor:
-        if isinstance(self.activation, nn.ReLU):
+        if isinstance(self.activation, nn.ReLU) and len(block.up.parts) == 1:
             return block.down(block.up.parts[0].relu(y))
         first, *second = block.up(y)
         y = self.activation(first)

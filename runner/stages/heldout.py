@@ -46,7 +46,7 @@ class Evaluator:
         judged = [toy.judge(r) for r in responses] if self.judged else [None] * len(responses)
         facts = {
             "score": float(scores.mean()),
-            "score_se": float(scores.std()) / len(scores) ** 0.5,
+            "score_se": float(scores.std()) / len(scores) ** 0.5 if len(scores) > 1 else 0.0,
             "kl": float(((rollout.logprobs - rollout.ref_logprobs) * rollout.mask).sum(1).mean()),
             "length": float(rollout.lengths.float().mean()),
             "truncated_rate": 1 - float(rollout.finished.float().mean()),

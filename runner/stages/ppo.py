@@ -69,7 +69,7 @@ class State:
         several standard deviations; then ending looks like a gain, or a loss, and the first updates teach nothing but length.
         """
         scores, values = rollout.scores, rollout.values[rollout.mask.bool()]
-        if normalize:
+        if normalize and len(scores) > 1:  # of a single score torch gives NaN as the deviation
             self.score_mean, self.score_std = float(scores.mean()), max(float(scores.std()), 1e-3)
             # Never enlarged: every step of the optimizer would be enlarged with it
             self.value_mean, self.value_std = float(values.mean()), max(1.0, float(values.std()), self.score_std)
