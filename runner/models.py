@@ -218,11 +218,6 @@ def _fit_tokenizer(model: PreTrainedModel, tokenizer) -> None:
         setattr(model.config, name, getattr(tokenizer, name))
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of the whole model, also where ZeRO-3 has left a piece."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-
-
 def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
     """Adapters through peft. A scalar head stays trainable, in full."""
     from peft import LoraConfig, get_peft_model

@@ -82,7 +82,7 @@ def test_the_largest_win_is_the_one_that_is_named(cfg):
 
 
 def test_a_rollout_that_is_always_read_again_is_named(cfg):
-    rows = steps(time_rollout=1.0, time_scoring=4.5, time_update=4.5, rollout_reread=1.0)
+    rows = steps(time_rollout=1.0, time_scoring=4.5, time_update=4.5, rollout_reread=1.0, rollout_logprob_mismatch=0.2)
     phases = {"rollout": 10.0, "scoring": 45.0, "update": 45.0}
     assert "rollout/logprob_mismatch" in advise(cfg, "ppo", rows, phases)
     forced = replace(cfg, rollout=replace(cfg.rollout, max_mismatch=0.0))

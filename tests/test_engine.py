@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # --- the step in half precision without ZeRO --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.01])
+@pytest.mark.parametrize("clip", [0.0, 0.015])
 def test_a_loss_scale_that_grows_changes_no_step(clip, alone):
     """Plain descent on a constant gradient of 0.01 (of norm 0.02): every step is the same, before, at and after a growth of the scale."""
     deepspeed.init_distributed("gloo")
@@ -55,7 +55,7 @@ def test_a_loss_scale_that_grows_changes_no_step(clip, alone):
         assert optimizer._global_grad_norm == pytest.approx(0.02, rel=1e-3)
         moves.append(float((before - master.detach())[0]))
     assert scales[-1] > scales[0]
-    assert moves == pytest.approx([0.005 if clip else 0.01] * 5, rel=1e-3)
+    assert moves == pytest.approx([0.0075 if clip else 0.01] * 5, rel=1e-3)
 
 
 # --- one update, whatever the machine ---------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_the_critic_begins_at_the_mean_score(normalize, folder, alone):
 
 def test_a_single_held_out_prompt_gives_no_scale(folder, alone):
     """Its deviation is NaN, which would reach every reward; the critic begins at the mean score all the same."""
-    _, _, rollout = ppo_models(folder, alone)
+    *_, rollout = ppo_models(folder, alone)
     state = ppo.State(kl_coef=0.0)
     state.calibrate(rollout.rows(torch.tensor([0])), normalize=True)
     assert (state.score_mean, state.score_std, state.value_std) == (0.0, 1.0, 1.0)

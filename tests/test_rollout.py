@@ -370,6 +370,19 @@ def test_old_log_probabilities_are_the_samplers_where_the_trainer_agrees(offset,
     torch.testing.assert_close(seen, torch.full_like(seen, offset), rtol=1e-3, atol=1e-5)
 
 
+def test_the_trainer_looks_at_rows_from_all_over_the_rollout():
+    """A sampler that is wrong only in rows which came late, in the place of others, must not teach."""
+    model = actor("opt").eval()
+    rollout = generate(model, 2 * PROMPTS, list(range(12)))
+    exact = rollout.sampled_logprobs.clone()
+    rollout.sampled_logprobs[6:] += rollout.mask[6:]
+    models = Models(model, scalar("opt"), actor("opt", seed=1), scalar("opt", seed=2))
+    with torch.no_grad():
+        score(models, Reader(PAD, EOS, LENGTH, 2, 2, torch.device("cpu"), max_mismatch=0.02), rollout, with_values=False)
+    assert rollout.reread.all()
+    torch.testing.assert_close(rollout.logprobs, exact, rtol=1e-5, atol=1e-5)
+
+
 def test_stop_strings_end_a_response_with_the_token_that_completes_them(tokenizer):
     """Before EOS or at the limit; the earliest counts; a response without one keeps its own end."""
     texts = ["one two\n\nthree", "one STOP two\n\nthree", "one two three", "one two\n\n"]

@@ -120,7 +120,8 @@ def rollouts(cfg: Config, seen: Seen) -> Iterator[Suggestion]:
 def scoring(cfg: Config, seen: Seen) -> Iterator[Suggestion]:
     """Reading the rollout with actor, reference, critic and reward model."""
     share = seen.step("scoring")
-    if (seen.median("rollout/reread") or 0.0) == 1.0 and cfg.rollout.max_mismatch:
+    apart = (seen.median("rollout/logprob_mismatch") or 0.0) > cfg.rollout.max_mismatch
+    if apart and cfg.rollout.max_mismatch:
         text = "sampler and trainer differ by more than rollout.max_mismatch, so that the actor reads every rollout again"
         yield share / 4, f"scoring took {pct(share, digits=0)} of a PPO step, and {text}: see rollout/logprob_mismatch"
     mine, micro = cfg.ppo.rollout_batch // cfg.hardware.world_size, cfg.hardware.micro_batch.score

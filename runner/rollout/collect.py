@@ -1,7 +1,6 @@
 """From prompts to a scored rollout: sampling responses, then reading them with actor, reference, critic and reward model."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -19,8 +18,8 @@ from runner.watch import stop
 
 # Batches that the decode engine samples in a row: between two rows of them a run can be stopped
 WAVE = 4
-# Share of a rollout that the trainer reads again, to see whether it agrees with the sampler
-PROBE = 1 / 8
+# The trainer reads every so manyth row of a rollout again, to see whether it agrees with the sampler
+PROBE = 8
 
 
 @dataclass
@@ -130,8 +129,8 @@ def score(models: Models, reader: Reader, rollout: Rollout, with_values: bool) -
     read_actor(models, reader, rollout)
     tables, scores = torch.zeros(2, *rollout.responses.shape, device=reader.device), torch.zeros(len(rollout), device=reader.device)
     ref_logprobs, values = tables
-    for rows, part in micro_batches(rollout, reader.score_micro):
-        width = part.responses.size(1)
+    for rows, part in micro_batches(rollout, torch.arange(len(rollout)), reader.score_micro):
+        rows, width = send(rows, reader.device), part.responses.size(1)
         ref, context = models.reference()
         with context:
             ref_logprobs[rows, :width] = response_logprobs(ref, part)[0]
@@ -149,30 +148,31 @@ def read_actor(models: Models, reader: Reader, rollout: Rollout) -> None:
     far from the trainer (another model, lost digits) must not teach. All ranks decide alike. Collective.
     """
     read = torch.zeros(rollout.responses.shape, device=reader.device)
+    rollout.reread = torch.zeros(len(rollout), dtype=torch.bool)
 
-    def look(start: int, stop: int) -> Tensor:
-        for rows, part in micro_batches(rollout, reader.score_micro, start, stop):
-            read[rows, : part.responses.size(1)] = response_logprobs(models.actor, part)[0]
-        rollout.reread = torch.arange(len(rollout)) < stop
+    def look(numbers: Tensor) -> Tensor:
+        for rows, part in micro_batches(rollout, numbers, reader.score_micro):
+            read[send(rows, reader.device), : part.responses.size(1)] = response_logprobs(models.actor, part)[0]
+        rollout.reread[numbers] = True
         rollout.mismatch = (rollout.sampled_logprobs - read.to(CPU)).abs() * rollout.mask * rollout.reread.unsqueeze(1)
         return rollout.mismatch.sum()
 
-    probe = math.ceil(PROBE * len(rollout)) if reader.max_mismatch else len(rollout)
-    seen = {"mismatch": look(0, probe), "tokens": masked_sum(rollout.mask, rollout.reread.float().unsqueeze(1))}
+    # From all over the rollout: rows that came late, in the place of others, may be wrong where the first are not
+    probe = torch.arange(0, len(rollout), PROBE if reader.max_mismatch else 1)
+    seen = {"mismatch": look(probe), "tokens": masked_sum(rollout.mask, rollout.reread.float().unsqueeze(1))}
     seen = ranks.total(seen, reader.device)
     if seen["mismatch"] <= reader.max_mismatch * seen["tokens"]:
         rollout.logprobs = rollout.sampled_logprobs.clone()
     else:
-        look(probe, len(rollout))
+        look((~rollout.reread).nonzero().squeeze(1))
         rollout.logprobs = read.to(CPU)
 
 
-def micro_batches(rollout: Rollout, size: int, start: int = 0, stop: int | None = None):
-    """(slice, its rows) after one another."""
-    stop = len(rollout) if stop is None else stop
-    for first in range(start, stop, size):
-        rows = slice(first, min(first + size, stop))
-        yield rows, rollout.rows(torch.arange(len(rollout))[rows])
+def micro_batches(rollout: Rollout, numbers: Tensor, size: int) -> Iterator[tuple[Tensor, Rollout]]:
+    """(numbers of some rows, these rows), `size` at a time."""
+    for rows in numbers.split(size):
+        if len(rows):
+            yield rows, rollout.rows(rows)
 
 
 def response_logprobs(actor, part: Rollout, with_entropy: bool = False) -> tuple[Tensor, Tensor]:

@@ -193,8 +193,8 @@ class Decoder:
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         if not self.graphs:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
-            # Kernels are compiled when they first run, which a capture does not allow. Lanes that rest change nothing
-            self._step(Lanes.resting(batch, len(self.prompts), self.device))
+        # Kernels are compiled when they first run at this size, which a capture does not allow. Lanes that rest change nothing
+        self._step(Lanes.resting(batch, len(self.prompts), self.device))
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
             # Not torch.cuda.graph(): it would empty the allocator's cache, which the update fills again. Other threads may go on

@@ -119,10 +119,6 @@ class Network:
     def device(self) -> torch.device:
         return self.head.weight.device
 
-    def parameters_read(self) -> int:
-        """Numbers that one decode step reads: every matrix of every layer, and the head."""
-        return sum(linear.weight.numel() for block in self.blocks for linear in block.linears()) + self.head.weight.numel()
-
     def hidden(self, ids: Tensor, positions: Tensor, attend: Callable, last_layer: bool = True) -> Tensor | None:
         """(N,) token ids and positions -> (N, H), ready for the head.
 

@@ -17,6 +17,7 @@ from runner.data import cache
 from runner.data.batches import Batches
 from runner.durable.checkpoint import Checkpoints
 from runner.ema import Ema
+from runner.errors import UserError
 from runner.losses import (
     adapt_kl_coef,
     explained_variance,
@@ -215,6 +216,8 @@ def build_reader(cfg: Config, models: Models, tokenizer, log: RunLog) -> Reader:
     if ppo.stop:
         reader.cut = partial(stop_at_strings, tokenizer=tokenizer, strings=ppo.stop, pad=tokenizer.pad_token_id)
     if rollout.engine != "hf" and (reason := graph.why_not(models.actor.module.hf, log.device)):
+        if rollout.engine == "graph":
+            raise UserError(f"rollout.engine=graph cannot sample here ({reason}): type rollout.engine=auto")
         log.say(f"the decode engine cannot sample here ({reason}): transformers' generate does instead, slowly")
         reader.engine = "hf"
     return reader
