@@ -50,8 +50,11 @@ def _norm(module: nn.Module) -> Norm:
     return Norm(module.weight, module.bias, module.eps)
 
 
-def _embedding(module: nn.Module) -> Tensor:
-    return module.base_layer.weight if hasattr(module, "base_layer") else module.weight
+def _interleaved_block(layer, attention) -> Block:
+    """A layer of BLOOM or GPT-NeoX, which name all but their attention alike."""
+    norms = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+    up, down = Together(_linear(layer.mlp.dense_h_to_4h)), _linear(layer.mlp.dense_4h_to_h)
+    return Block(norms[0], Together(_linear(attention.query_key_value)), _linear(attention.dense), norms[1], up, down)
 
 
 # --- the four families ------------------------------------------------------------------------------------------------
@@ -100,14 +103,8 @@ def _bloom(hf) -> Network | None:
         x = F.embedding(ids, body.word_embeddings.weight)
         return kernels.add_norm(x, (), (_norm(body.word_embeddings_layernorm),))[1]
 
-    def block(layer) -> Block:
-        attention, mlp = layer.self_attention, layer.mlp
-        norms = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
-        up, down = Together(_linear(mlp.dense_h_to_4h)), _linear(mlp.dense_4h_to_h)
-        return Block(norms[0], Together(_linear(attention.query_key_value)), _linear(attention.dense), norms[1], up, down)
-
     return Network(
-        blocks=[block(layer) for layer in body.h],
+        blocks=[_interleaved_block(layer, layer.self_attention) for layer in body.h],
         embed=embed,
         final=lambda x: x,
         final_norm=_norm(body.ln_f),
@@ -138,7 +135,7 @@ def _llama(hf) -> Network:
 
     return Network(
         blocks=[block(layer) for layer in body.layers],
-        embed=lambda ids, positions: F.embedding(ids, _embedding(body.embed_tokens)),
+        embed=lambda ids, positions: F.embedding(ids, body.embed_tokens.weight),
         final=lambda x: x,
         final_norm=norm(body.norm),
         head=_linear(hf.lm_head),
@@ -156,15 +153,9 @@ def _llama(hf) -> Network:
 def _neox(hf) -> Network:
     config, body = hf.config, hf.gpt_neox
 
-    def block(layer) -> Block:
-        attention, mlp = layer.attention, layer.mlp
-        norms = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
-        up, down = Together(_linear(mlp.dense_h_to_4h)), _linear(mlp.dense_4h_to_h)
-        return Block(norms[0], Together(_linear(attention.query_key_value)), _linear(attention.dense), norms[1], up, down)
-
     return Network(
-        blocks=[block(layer) for layer in body.layers],
-        embed=lambda ids, positions: F.embedding(ids, _embedding(body.embed_in)),
+        blocks=[_interleaved_block(layer, layer.attention) for layer in body.layers],
+        embed=lambda ids, positions: F.embedding(ids, body.embed_in.weight),
         final=lambda x: x,
         final_norm=_norm(body.final_layer_norm),
         head=_linear(hf.get_output_embeddings()),
