@@ -28,12 +28,29 @@ VARIANTS = {
     "fp16-lora": ["hardware.precision=fp16", "model.actor.lora.dim=4", "model.reward.lora.dim=4"],
     "bf16-bloom-ptx-ema": ["model=tiny_bloom", "ppo.ptx_coef=1.0", "ppo.ema_decay=0.9", "hardware.gradient_checkpointing.critic=true"],
 }
+ZERO = "hardware.zero={{actor: {0}, critic: {0}, ref: {1}, reward: {1}}}"
+VARIANTS_OF_TWO = {
+    "zero0": ["hardware.gpus=2", ZERO.format(0, 0)],
+    "zero2-llama": ["hardware.gpus=2", ZERO.format(2, 0), "model=tiny_llama"],
+    "zero3-neox-lora": ["hardware.gpus=2", ZERO.format(3, 3), "model=tiny_neox", "model.actor.lora.dim=4", "model.reward.lora.dim=4"],
+}
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_all_stages_on_the_gpu(name, tmp_path):
+@pytest.mark.parametrize("words", [pytest.param(words, id=name) for name, words in VARIANTS.items()])
+def test_all_stages_on_the_gpu(words, tmp_path):
+    train_all(words, tmp_path)
+
+
+@two_gpus
+@pytest.mark.parametrize("words", [pytest.param(words, id=name) for name, words in VARIANTS_OF_TWO.items()])
+def test_all_stages_on_two_gpus(words, tmp_path):
+    train_all(words, tmp_path)
+
+
+def train_all(words: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "run.py"), *SHORT, "checkpoint.every=0", f"store={tmp_path}"]
-    done = subprocess.run([*command, *VARIANTS[name]], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = next(tmp_path.glob("ppo-*"))
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -41,6 +58,25 @@ def test_all_stages_on_the_gpu(name, tmp_path):
     assert first["val/first_ratio_error"] < 0.1
     assert all(s["grad_norm/critic"] > 0 for s in steps if "grad_norm/critic" in s)
     assert json.loads((folder / "result.json").read_text())["after"]["kl"] is not None
+
+
+@two_gpus
+@pytest.mark.parametrize(("stage", "zero"), [("sft", 0), ("reward", 2)])
+def test_two_gpus_take_the_steps_of_one(stage, zero, tmp_path):
+    """In fp32: losses and gradient norms of every step, to rounding. (ZeRO-3 makes other random weights up.)"""
+    curves = []
+    for gpus, sharded in ((1, 0), (2, zero)):
+        words = [w for w in SHORT if not w.startswith(("sft.", "reward.", "ppo."))]
+        words = [w for w in words if w != "experiment=debug"] + [f"stage={stage}", f"{stage}.max_steps=4", f"store={tmp_path}/{gpus}"]
+        words += ["hardware.precision=fp32", f"hardware.gpus={gpus}", ZERO.format(sharded, 0)]
+        done = subprocess.run([sys.executable, str(ROOT / "run.py"), *words], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (log,) = (tmp_path / str(gpus)).glob("*/metrics.jsonl")
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        curves.append([line[name] for line in lines for name in ("train/loss", "grad_norm", "eval/loss") if name in line])
+    one, two = curves
+    assert len(one) >= 8
+    assert two == pytest.approx(one, rel=2e-3)
 
 
 def test_an_overflow_of_one_engine_stops_both(tmp_path):
