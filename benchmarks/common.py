@@ -47,13 +47,15 @@ SHAPES = {
                 "intermediate_size": 5632,
                 "num_hidden_layers": 24,
                 "num_attention_heads": 16,
-                "num_key_value_heads": 4,
+                "num_key_value_heads": 16,
             }.items()
         ),
     ],
     "gpt_neox": ["model=pythia1.4b"],
 }
-TINY = {"opt": "tiny", "bloom": "tiny_bloom", "llama": "tiny_llama", "gpt_neox": "tiny_neox"}
+# Four queries share a key
+SHAPES["llama_gqa"] = [*SHAPES["llama"], *(f"model.{part}.shape.num_key_value_heads=4" for part in ("actor", "reward"))]
+TINY = {"opt": "tiny", "bloom": "tiny_bloom", "llama": "tiny_llama", "gpt_neox": "tiny_neox", "llama_gqa": "tiny_llama"}
 # No token is this one: nothing ends
 NEVER = -1
 
@@ -76,7 +78,11 @@ def options(doc: str, *more: Callable) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON lines: each row is appended when it is known")
     for add in more:
         add(parser)
-    return parser.parse_args()
+    parser.add_argument("words", nargs="*", help="overrides of the configuration, as model.actor.lora.dim=64")
+    args = parser.parse_intermixed_args()
+    if odd := [word for word in args.words if "=" not in word]:
+        parser.error(f"{odd[0]}: an override has the form key=value")
+    return args
 
 
 @cache

@@ -33,7 +33,7 @@ def main() -> None:
     length, batches = (16, args.batch[:1] if args.batch != list(BATCHES) else [2]) if args.tiny else (256, args.batch)
     print(f"copy {rates()['copy'] / 1e12:.3g} TB/s, measured", flush=True)
     for family in args.family:
-        cfg = configure(args.tiny, family=family)
+        cfg = configure(args.tiny, *args.words, family=family)
         device = start()
         with inputs(cfg, device) as step:
             options_of_the_part = build._options(cfg, cfg.model.actor, step.base, 0.0)

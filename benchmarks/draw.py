@@ -5,7 +5,7 @@ from pathlib import Path
 
 BEGIN, END = "<!-- speed: written by benchmarks/run_all.py -->", "<!-- speed: end -->"
 PHASES = {"rollout": "#4c78a8", "scoring": "#72b7b2", "update": "#f58518", "other": "#9d9d9d"}
-FAMILIES = {"opt": "#4c78a8", "bloom": "#f58518", "llama": "#54a24b", "gpt_neox": "#b279a2"}
+FAMILIES = {"opt": "#4c78a8", "bloom": "#f58518", "llama": "#54a24b", "gpt_neox": "#b279a2", "llama_gqa": "#9ecae9"}
 WIDTH, HEIGHT, LEFT = 380, 220, 60  # of one panel and its margin, pixels
 
 # benchmark -> (column, key of the row, format)

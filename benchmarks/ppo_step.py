@@ -35,7 +35,6 @@ def main() -> None:
         __doc__,
         lambda p: p.add_argument("--rounds", type=int, default=3, help="measured after one to warm up"),
         lambda p: p.add_argument("--model", help="another preset of conf/model: one row, of 64 prompts"),
-        lambda p: p.add_argument("words", nargs="*", help="overrides, as model.actor.lora.dim=64"),
     )
     sizes, length = (((4, 4), (6, 4)), 12) if args.tiny else (((64, 64), (16, 16), (128, 128), (256, 64)), 256)
     print(f"copy {rates()['copy'] / 1e12:.3g} TB/s, matmul {rates()['matmul'] / 1e12:.4g} TFLOP/s, measured", flush=True)

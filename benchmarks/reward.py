@@ -26,7 +26,7 @@ def main() -> None:
 def measure(part: str, args) -> None:
     """part: the shape of the actor (1.3B) or of the reward model (350M)."""
     pairs, longest = (4, 32) if args.tiny else (32, 1024)
-    cfg = configure(args.tiny, f"hardware.micro_batch.reward={pairs}", f"reward.global_batch={pairs}")
+    cfg = configure(args.tiny, f"hardware.micro_batch.reward={pairs}", f"reward.global_batch={pairs}", *args.words)
     device, config = start(), engine_configs(cfg, "reward")["reward"]
     with inputs(cfg, device) as step:
         path = step.parents["sft" if part == "actor" else "reward"]

@@ -35,7 +35,7 @@ def dialogues(total: int, row: int) -> list[int]:
 
 def measure(kind: str, lengths: list[int], total: int, args) -> None:
     micro = len(lengths)
-    cfg = configure(args.tiny, f"hardware.micro_batch.sft={micro}", f"sft.global_batch={micro}")
+    cfg = configure(args.tiny, f"hardware.micro_batch.sft={micro}", f"sft.global_batch={micro}", *args.words)
     device, config = start(), engine_configs(cfg, "sft")["actor"]
     with inputs(cfg, device) as step:
         wrapper = load_actor(cfg, step.base, Tokenizer(), config, dropout=0.0, lora=None)

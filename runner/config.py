@@ -242,6 +242,7 @@ class Hardware:
     offload: Offload
     micro_batch: MicroBatch
     gradient_checkpointing: GradientCheckpointing
+    compile: bool
     logits_chunk: int
     deterministic: bool
     timeout_minutes: float

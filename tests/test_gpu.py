@@ -24,6 +24,7 @@ VARIANTS = {
         "hardware.zero={actor: 3, critic: 3, ref: 3, reward: 3}",
         "hardware.offload={optimizer: true, params: true, ref: true, reward: true}",
     ],
+    "bf16-compiled-zero2": ["hardware.compile=true", "hardware.zero.actor=2", "hardware.zero.critic=2"],
     "fp16-zero2": ["hardware.precision=fp16", "hardware.zero.actor=2", "hardware.zero.critic=2"],
     "fp16-lora": ["hardware.precision=fp16", "model.actor.lora.dim=4", "model.reward.lora.dim=4"],
     "bf16-bloom-ptx-ema": ["model=tiny_bloom", "ppo.ptx_coef=1.0", "ppo.ema_decay=0.9", "hardware.gradient_checkpointing.critic=true"],

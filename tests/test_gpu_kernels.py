@@ -53,6 +53,7 @@ def test_add_norm(dtype, tolerance, rms, deltas, monkeypatch):
         (8, 2, 32, 32, False),
         (4, 4, 16, 0, True),
         (32, 8, 128, 128, False),
+        (600, 300, 64, 0, False),
     ],
 )
 def test_attention(dtype, tolerance, heads, kv_heads, dim, turned, alibi, monkeypatch):
@@ -78,6 +79,12 @@ def test_attention(dtype, tolerance, heads, kv_heads, dim, turned, alibi, monkey
     assert_near(found[awake], plain[awake], tolerance)
     assert_near(written[1], written[0], tolerance)
     assert torch.equal((written[1] != caches).flatten(3).any(-1), (written[0] != caches).flatten(3).any(-1))
+
+
+def test_silu_product(monkeypatch):
+    gate, up = torch.randn(70, 2600, dtype=torch.bfloat16, device="cuda").split(1300, dim=1)
+    plain, found = both_forms(monkeypatch, lambda: kernels.silu_product(gate, up))
+    assert_near(found, plain, 1e-2)
 
 
 @pytest.mark.parametrize("vocabulary", [96, 5000, 50272, 250880])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from runner.attention import alibi_slopes
 from runner.rollout import kernels
@@ -122,6 +123,7 @@ def _bloom(hf) -> Network | None:
 
 def _llama(hf) -> Network:
     config, body = hf.config, hf.model
+    act = body.layers[0].mlp.act_fn
 
     def norm(module) -> Norm:
         return Norm(module.weight, None, module.variance_epsilon, rms=True)
@@ -139,7 +141,7 @@ def _llama(hf) -> Network:
         final=lambda x: x,
         final_norm=norm(body.norm),
         head=_linear(hf.lm_head),
-        activation=body.layers[0].mlp.act_fn,
+        activation=kernels.silu_product if isinstance(act, SiLUActivation) else lambda gate, up: act(gate) * up,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=body.layers[0].self_attn.head_dim,

@@ -1,7 +1,7 @@
 """The operations of a decode step that are more than a matrix product, in plain torch; on CUDA their Triton forms take over.
 
-add_norm: residual sum and norm. attend: one new token per sequence against its cache. sample: one token per row of logits. advance:
-what becomes of the lanes.
+add_norm: residual sum and norm. attend: one new token per sequence against its cache. silu_product: the gate of LLaMA's MLP. sample: one
+token per row of logits. advance: what becomes of the lanes.
 """
 
 from dataclasses import dataclass
@@ -91,6 +91,15 @@ def attend(
     past = keys[slots, :, :width], values[slots, :, :width]
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q.unsqueeze(2), *past, attn_mask=bias, enable_gqa=grouped).flatten(1)
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up. (N, I) each, rows as far apart as they like."""
+    if on_triton(gate):
+        from runner.rollout import triton_kernels
+
+        return triton_kernels.silu_product(gate, up)
+    return F.silu(gate) * up
 
 
 def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

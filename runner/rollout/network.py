@@ -102,7 +102,7 @@ class Network:
     final: Callable[[Tensor], Tensor]  # from the last norm to what the head reads
     final_norm: Norm | None
     head: Linear
-    activation: Callable[[Tensor], Tensor]
+    activation: Callable[..., Tensor]  # of what `up` gives: one matrix, or gate and up
     heads: int
     kv_heads: int
     head_dim: int
@@ -159,9 +159,7 @@ class Network:
     def mlp(self, block: Block, y: Tensor) -> Tensor:
         if isinstance(self.activation, nn.ReLU) and len(block.up.parts) == 1:
             return block.down(block.up.parts[0].relu(y))
-        first, *second = block.up(y)
-        y = self.activation(first)
-        return block.down(y * second[0] if second else y)
+        return block.down(self.activation(*block.up(y)))
 
     def folded(self) -> "Network":
         """The same with every adapter folded into a copy of its matrix."""

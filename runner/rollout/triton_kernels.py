@@ -80,27 +80,44 @@ def attend(q, k, v, keys, values, slots, positions, rotary, alibi) -> Tensor:
     """As kernels.attend: one program per row and key head, which also rotates, and writes the new key and value."""
     batch, heads, dim = q.shape
     kv_heads, length = keys.shape[1:3]
-    group, wide = heads // kv_heads, max(16, triton.next_power_of_2(dim))
-    # A matrix product, which shared keys are read with, takes four
-    warps = 1 if batch * kv_heads >= MANY_PROGRAMS and group == 1 else 4
     out = torch.empty(batch, heads * dim, dtype=q.dtype, device=q.device)
     cos, sin = rotary if rotary is not None else (q, q)
-    _attend[(batch, kv_heads)](
-        q, k, v, keys, values, out, slots, positions, cos, sin, alibi if alibi is not None else q,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), length, dim**-0.5,
-        KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, WIDE=wide,
-        TURNED=cos.size(-1) if rotary is not None else 0, ALIBI=alibi is not None,
-        BLOCK=max(16, CACHE_TILE // wide) * (2 if warps == 4 else 1), num_warps=warps,
+    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
+    wide = max(16, triton.next_power_of_2(dim))
+    shape = {"KV_HEADS": kv_heads, "DIM": dim, "WIDE": wide, "TURNED": cos.size(-1) if rotary is not None else 0}
+    if heads == kv_heads:
+        warps = 1 if batch * kv_heads >= MANY_PROGRAMS else 4
+        _attend[(batch, kv_heads)](
+            q, k, v, keys, values, out, slots, positions, cos, sin, alibi if alibi is not None else q, *strides, length, dim**-0.5,
+            **shape, ALIBI=alibi is not None, BLOCK=max(16, CACHE_TILE // wide) * (2 if warps == 4 else 1), num_warps=warps,
+        )  # fmt: skip
+        return out
+    group, (splits, block, warps) = heads // kv_heads, shared_layout(batch * kv_heads, wide)
+    rows = max(16, triton.next_power_of_2(group))
+    sums = torch.empty(batch, kv_heads, splits, rows, wide, dtype=torch.float32, device=q.device) if splits > 1 else q
+    mosts, weights = torch.empty(2, batch, kv_heads, splits, rows, dtype=torch.float32, device=q.device) if splits > 1 else (q, q)
+    _attend_shared[(batch, kv_heads, splits)](
+        q, k, v, keys, values, out, sums, mosts, weights, slots, positions, cos, sin, *strides, length, dim**-0.5,
+        **shape, GROUP=group, ROWS=rows, SPLITS=splits, BLOCK=block, num_warps=warps,
     )  # fmt: skip
+    if splits > 1:
+        _add_up[(batch, kv_heads)](
+            out, sums, mosts, weights, positions,
+            KV_HEADS=kv_heads, GROUP=group, ROWS=rows, DIM=dim, WIDE=wide, SPLITS=splits, num_warps=4,
+        )  # fmt: skip
     return out
+
+
+def shared_layout(programs: int, wide: int) -> tuple[int, int, int]:
+    """For keys that several queries share: parts that a row's cache is split into, tokens read at once, warps."""
+    return max(1, min(8, MANY_PROGRAMS // programs)), max(16, 2 * CACHE_TILE // wide), 4
 
 
 @triton.jit
 def _attend(
     q, k, v, keys, values, out, slots, positions, cos, sin, slopes,
     q_row, q_head, k_row, k_head, v_row, v_head, length, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
-    TURNED: tl.constexpr, ALIBI: tl.constexpr, BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TURNED: tl.constexpr, ALIBI: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + row)
@@ -109,66 +126,117 @@ def _attend(
     d = tl.arange(0, WIDE)
     real = d < DIM
     base = (tl.load(slots + row) * KV_HEADS + head) * length * DIM
-
-    # The new key and value, into the cache
-    new_k = _turned(k + row * k_row + head * k_head, cos, sin, position, d, real, TURNED)
+    new_k = _turned(k + row * k_row + head * k_head, cos, sin, position, d, real, TURNED).to(keys.dtype.element_ty)
     new_v = tl.load(v + row * v_row + head * v_head + d, mask=real, other=0.0)
-    tl.store(keys + base + position * DIM + d, new_k.to(keys.dtype.element_ty), mask=real)
+    tl.store(keys + base + position * DIM + d, new_k, mask=real)
     tl.store(values + base + position * DIM + d, new_v, mask=real)
-    new_k = new_k.to(keys.dtype.element_ty).to(tl.float32)
-    new_v = new_v.to(tl.float32)
 
-    if GROUP == 1:
-        query = _turned(q + row * q_row + head * q_head, cos, sin, position, d, real, TURNED)
-        most = tl.sum(query * new_k, axis=0) * scale
-        weight = 1.0
-        total = new_v
+    query = _turned(q + row * q_row + head * q_head, cos, sin, position, d, real, TURNED)
+    most = tl.sum(query * new_k.to(tl.float32), axis=0) * scale
+    weight = 1.0
+    total = new_v.to(tl.float32)
+    if ALIBI:
+        slope = tl.load(slopes + head)
+    for start in range(0, position, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        past = t < position
+        cell = base + t[:, None] * DIM + d[None, :]
+        both = past[:, None] & real[None, :]
+        key = tl.load(keys + cell, mask=both, other=0.0).to(tl.float32)
+        value = tl.load(values + cell, mask=both, other=0.0).to(tl.float32)
+        score = tl.sum(key * query[None, :], axis=1) * scale
         if ALIBI:
-            slope = tl.load(slopes + head)
-        for start in range(0, position, BLOCK):
-            t = start + tl.arange(0, BLOCK)
-            past = t < position
-            cell = base + t[:, None] * DIM + d[None, :]
-            both = past[:, None] & real[None, :]
-            key = tl.load(keys + cell, mask=both, other=0.0).to(tl.float32)
-            value = tl.load(values + cell, mask=both, other=0.0).to(tl.float32)
-            score = tl.sum(key * query[None, :], axis=1) * scale
-            if ALIBI:
-                score += slope * (t - position)
-            score = tl.where(past, score, float("-inf"))
-            higher = tl.maximum(most, tl.max(score, axis=0))
-            share = tl.exp(score - higher)
-            fade = tl.exp(most - higher)
-            total = total * fade + tl.sum(share[:, None] * value, axis=0)
-            weight = weight * fade + tl.sum(share, axis=0)
-            most = higher
-        tl.store(out + (row * KV_HEADS + head) * DIM + d, (total / weight).to(out.dtype.element_ty), mask=real)
+            score += slope * (t - position)
+        score = tl.where(past, score, float("-inf"))
+        higher = tl.maximum(most, tl.max(score, axis=0))
+        share = tl.exp(score - higher)
+        fade = tl.exp(most - higher)
+        total = total * fade + tl.sum(share[:, None] * value, axis=0)
+        weight = weight * fade + tl.sum(share, axis=0)
+        most = higher
+    tl.store(out + (row * KV_HEADS + head) * DIM + d, (total / weight).to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _attend_shared(
+    q, k, v, keys, values, out, sums, mosts, weights, slots, positions, cos, sin,
+    q_row, q_head, k_row, k_head, v_row, v_head, length, scale,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TURNED: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The queries that share a key head are the rows of a matrix product. Each program reads one part of the cache."""
+    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    position = tl.load(positions + row)
+    if position < 0:
+        return
+    d = tl.arange(0, WIDE)
+    real = d < DIM
+    g = tl.arange(0, ROWS)
+    mine = g < GROUP
+    base = (tl.load(slots + row) * KV_HEADS + head) * length * DIM
+    queries = _turned_rows(q + row * q_row + (head * GROUP + g) * q_head, cos, sin, position, d, mine, real, TURNED)
+    queries = queries.to(keys.dtype.element_ty)
+    most = tl.full((ROWS,), float("-inf"), tl.float32)
+    weight = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, WIDE), tl.float32)
+    if part == 0:
+        new_k = _turned(k + row * k_row + head * k_head, cos, sin, position, d, real, TURNED).to(keys.dtype.element_ty)
+        new_v = tl.load(v + row * v_row + head * v_head + d, mask=real, other=0.0)
+        tl.store(keys + base + position * DIM + d, new_k, mask=real)
+        tl.store(values + base + position * DIM + d, new_v, mask=real)
+        most = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[None, :], axis=1) * scale
+        weight = tl.full((ROWS,), 1.0, tl.float32)
+        total = tl.zeros((ROWS, WIDE), tl.float32) + new_v.to(tl.float32)[None, :]
+    share_of_row = tl.cdiv(tl.cdiv(position, SPLITS), BLOCK) * BLOCK
+    for start in range(part * share_of_row, tl.minimum((part + 1) * share_of_row, position), BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        past = t < position
+        cell = base + t[:, None] * DIM + d[None, :]
+        both = past[:, None] & real[None, :]
+        key = tl.load(keys + cell, mask=both, other=0.0)
+        value = tl.load(values + cell, mask=both, other=0.0)
+        score = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
+        score = tl.where(past[None, :], score, float("-inf"))
+        higher = tl.maximum(most, tl.max(score, axis=1))
+        share = tl.exp(score - higher[:, None])
+        fade = tl.exp(most - higher)
+        total = total * fade[:, None] + tl.dot(share.to(value.dtype), value, input_precision="ieee")
+        weight = weight * fade + tl.sum(share, axis=1)
+        most = higher
+    if SPLITS == 1:
+        cell = ((row * KV_HEADS + head) * GROUP + g)[:, None] * DIM + d[None, :]
+        tl.store(out + cell, (total / weight[:, None]).to(out.dtype.element_ty), mask=mine[:, None] & real[None, :])
     else:
-        # The queries that share this key head are the rows of a matrix product
-        g = tl.arange(0, ROWS)
-        mine = g < GROUP
-        queries = _turned_rows(q + row * q_row + (head * GROUP + g) * q_head, cos, sin, position, d, mine, real, TURNED)
-        queries = queries.to(keys.dtype.element_ty)
-        mosts = tl.sum(queries.to(tl.float32) * new_k[None, :], axis=1) * scale
-        weights = tl.full((ROWS,), 1.0, tl.float32)
-        totals = tl.zeros((ROWS, WIDE), tl.float32) + new_v[None, :]
-        for start in range(0, position, BLOCK):
-            t = start + tl.arange(0, BLOCK)
-            past = t < position
-            cell = base + t[:, None] * DIM + d[None, :]
-            both = past[:, None] & real[None, :]
-            key = tl.load(keys + cell, mask=both, other=0.0)
-            value = tl.load(values + cell, mask=both, other=0.0)
-            scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
-            scores = tl.where(past[None, :], scores, float("-inf"))
-            highers = tl.maximum(mosts, tl.max(scores, axis=1))
-            shares = tl.exp(scores - highers[:, None])
-            fades = tl.exp(mosts - highers)
-            totals = totals * fades[:, None] + tl.dot(shares.to(value.dtype), value, input_precision="ieee")
-            weights = weights * fades + tl.sum(shares, axis=1)
-            mosts = highers
-        cell = (row * KV_HEADS * GROUP + head * GROUP + g)[:, None] * DIM + d[None, :]
-        tl.store(out + cell, (totals / weights[:, None]).to(out.dtype.element_ty), mask=mine[:, None] & real[None, :])
+        line = ((row * KV_HEADS + head) * SPLITS + part) * ROWS + g
+        tl.store(sums + line[:, None] * WIDE + d[None, :], total)
+        tl.store(mosts + line, most)
+        tl.store(weights + line, weight)
+
+
+@triton.jit
+def _add_up(
+    out, sums, mosts, weights, positions,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One softmax from those of the parts; a part that had no tokens weighs nothing."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    if tl.load(positions + row) < 0:
+        return
+    d = tl.arange(0, WIDE)
+    g = tl.arange(0, ROWS)
+    first = (row * KV_HEADS + head) * SPLITS * ROWS + g
+    most = tl.load(mosts + first)
+    for part in tl.static_range(1, SPLITS):
+        most = tl.maximum(most, tl.load(mosts + first + part * ROWS))
+    weight = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, WIDE), tl.float32)
+    for part in tl.static_range(SPLITS):
+        line = first + part * ROWS
+        fade = tl.exp(tl.load(mosts + line) - most)
+        weight += fade * tl.load(weights + line)
+        total += fade[:, None] * tl.load(sums + line[:, None] * WIDE + d[None, :])
+    cell = ((row * KV_HEADS + head) * GROUP + g)[:, None] * DIM + d[None, :]
+    tl.store(out + cell, (total / weight[:, None]).to(out.dtype.element_ty), mask=(g < GROUP)[:, None] & (d < DIM)[None, :])
 
 
 @triton.jit
@@ -199,6 +267,28 @@ def _turned_rows(x, cos, sin, position, d, mine, real, TURNED: tl.constexpr):
         s = tl.load(sin + position * TURNED + d, mask=turns, other=0.0).to(tl.float32)
         out = out * c[None, :] + tl.where(d < half, -1.0, 1.0)[None, :] * partner * s[None, :]
     return out
+
+
+# --- the gate of LLaMA's MLP ------------------------------------------------------------------------------------------
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """As kernels.silu_product, of halves of one matrix where they are that."""
+    count, width = gate.shape
+    out = torch.empty(count, width, dtype=gate.dtype, device=gate.device)
+    _silu_product[(count, triton.cdiv(width, 1024))](gate, up, out, gate.stride(0), up.stride(0), width, BLOCK=1024, num_warps=4)
+    return out
+
+
+@triton.jit
+def _silu_product(gate, up, out, gate_row, up_row, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
+    # Rounded where plain torch rounds
+    gated = (x * tl.sigmoid(x)).to(out.dtype.element_ty)
+    tl.store(out + row * width + column, gated * tl.load(up + row * up_row + column, mask=inside, other=0.0), mask=inside)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
