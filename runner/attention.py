@@ -5,6 +5,8 @@ alone hides the padding: neither needs a mask. transformers knows it as the impl
 in generation, is its "sdpa" ("eager" for BLOOM).
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, at: Layout, dropout: float
     return at.pack(F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=scale))
 
 
-@torch.compiler.assume_constant_result
+@cache
 def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether flash attention over packed rows exists: in half precision, from Ampere on. It has neither dropout nor a bias."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -242,7 +242,6 @@ class Hardware:
     offload: Offload
     micro_batch: MicroBatch
     gradient_checkpointing: GradientCheckpointing
-    compile: bool
     logits_chunk: int
     deterministic: bool
     timeout_minutes: float

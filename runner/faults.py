@@ -241,13 +241,6 @@ def _missing_module(end: End) -> tuple[str, str]:
     return f"{end.who} lacks the Python module {name}", f"Type {install}, or `make run`, which installs what pyproject.toml names."
 
 
-def _not_compiled(end: End) -> tuple[str, str]:
-    return (
-        f"{end.who} could not compile the model's layers",
-        "It needs gcc and Triton; hardware.compile=false goes without.",
-    )
-
-
 def _disk_full(end: End) -> tuple[str, str]:
     return f"{end.who} could not write: {disk_full(end.step.folder)}", MORE_SPACE
 
@@ -309,7 +302,6 @@ FAULTS = (
     (_died(7), _bus_error, True),
     (_says(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|OutOfMemoryError"), _gpu_full, True),
     (_says(r"ModuleNotFoundError|No module named "), _missing_module, True),
-    (_says(r"InductorError|BackendCompilerFailed|TritonMissing|torch\._(dynamo|inductor)\.exc"), _not_compiled, True),
     (_is_disk_full, _disk_full, True),
     (_says(r"loss scale already at minimum"), _loss_scale, True),
     (_says(r"LocalEntryNotFoundError|OfflineModeIsEnabled|Max retries exceeded|couldn't connect to 'http|Couldn't reach"), _hub, False),

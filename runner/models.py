@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from runner import attention, packing
 from runner.checks.trust import has_weights, refuse_code, refused_pickle
@@ -232,17 +231,6 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
             # The matrices below the adapters stay; so does the original that peft keeps beside a fully trained head
             parameter.requires_grad_(not name.endswith(".base_layer.weight") and "original_module" not in name)
     return peft_model
-
-
-def fuse_layers(model: nn.Module) -> None:
-    """Compile the decoder layers, in place: norms, activations, rotations and sums are fused, forward and backward.
-
-    The layers of a model share one graph. Another makes one of its own, and so do the passes with and without gradients.
-    """
-    torch._dynamo.config.recompile_limit = 64
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.compile(dynamic=True)
 
 
 def parameter_groups(model: nn.Module, lr: float, lora_lr: float, weight_decay: float) -> list[dict]:

@@ -72,11 +72,6 @@ SAID = {
         ["could not reach the Hugging Face hub"],
         False,
     ),
-    "no compiler": (
-        ("backend='inductor' raised: RuntimeError: Failed to find C compiler.", "BackendCompilerFailed"),
-        ["could not compile the model's layers", "hardware.compile=false"],
-        True,
-    ),
     "disk full": (("[Errno 28] No space left on device: '/x'", "OSError"), ["the disk is full", " are free at ", "store="], True),
     "anything": (("boo\nhoo", "ValueError"), ["in phase train after step 7, failed: ValueError: boo. ", "ValueError: boo\n  hoo"], False),
 }

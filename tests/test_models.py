@@ -1,12 +1,10 @@
 """The wrappers, LoRA, loading and saving, for tiny models of every family, in fp32 on the CPU."""
 
 import json
-from functools import partialmethod
 
 import pytest
 import torch
-from tiny import BOS, EOS, NAMES, PAD, actor, causal, classifier, config, family, generate, no_dropout, predictions, rows, scalar, sharpen
-from torch._dynamo.utils import counters
+from tiny import BOS, EOS, NAMES, PAD, actor, causal, classifier, config, family, no_dropout, predictions, rows, scalar, sharpen
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
 from runner.config import Lora
@@ -19,7 +17,6 @@ from runner.models import (
     Scalar,
     add_lora,
     full_state_dict,
-    fuse_layers,
     load_causal,
     load_scalar,
     parameter_groups,
@@ -378,36 +375,6 @@ def test_a_layer_that_runs_again_knows_its_own_rows(name):
         parts = [logprobs(model, part, left=False).square().sum() for part in (ROWS[:2], ROWS[1:])]
         found.append(gradients(model, sum(parts)))
     assert largest(*found) < 1e-5
-
-
-# --- fused layers -----------------------------------------------------------------------------------------------------
-
-
-@every_family
-def test_fused_layers_change_no_gradient_and_share_one_graph(name, monkeypatch):
-    """Whatever the lengths of a batch. The compiler's last part, which needs a C compiler, is left out."""
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
-    torch._dynamo.reset()
-    batches = [rows([7, 3, 9, 5]), rows([4, 4, 30], seed=1), rows([18, 2], seed=2)]
-    found, graphs = [], []
-    for fused in (False, True):
-        model = Actor(causal(name), family(name), 0)
-        if fused:
-            fuse_layers(model)
-        graphs.append(counters["stats"]["unique_graphs"])
-        sums = [logprobs(model, batch, left=False).square().sum() for batch in batches]
-        found.append(gradients(model, sum(sums)))
-    assert largest(*found) < 1e-5
-    # BLOOM's bias is of another memory layout where its rows are whole multiples of 16
-    assert 1 <= counters["stats"]["unique_graphs"] - graphs[1] <= (2 if name == "bloom" else 1)
-
-
-def test_generation_does_not_compile(monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
-    model, before = actor("opt").eval(), counters["stats"]["unique_graphs"]
-    fuse_layers(model)
-    generate(model, rows([3, 5]), [0, 1])
-    assert counters["stats"]["unique_graphs"] == before
 
 
 # --- saved folders ----------------------------------------------------------------------------------------------------

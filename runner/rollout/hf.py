@@ -46,9 +46,7 @@ def generate(
     # A config of our own: generate would otherwise mix in the checkpoint's (and top_k=50)
     config = GenerationConfig(max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=eos)
     options = {"generation_config": config, "logits_processor": LogitsProcessorList([pick]), "synced_gpus": together}
-    # Not compiled (hardware.compile): a cache that grows would make a graph for each layer
-    with torch.compiler.set_stance("force_eager"):
-        rows = actor.hf.generate(input_ids=prompts, attention_mask=mask, **options)
+    rows = actor.hf.generate(input_ids=prompts, attention_mask=mask, **options)
     responses = rows[:, width:]
     is_eos = responses == eos
     ended = is_eos.any(dim=1)

@@ -11,7 +11,8 @@ from torch import Tensor
 # Tokens of the vocabulary in one program of the sampler
 VOCABULARY_BLOCK = 4096
 # Numbers of the cache that one warp of the attention reads at once: 64 tokens of 64 dims. One warp per program came to 92 % of an
-# H200's copy rate where four came to 68 %; a batch that has fewer programs than this needs more warps for each
+# H200's copy rate where four came to 68 %; a batch that has fewer programs than this needs more warps for each. Shared keys are read
+# at the copy rate with two warps, and parts of a row in programs of their own gain nothing from 64 rows on (H100)
 CACHE_TILE = 4096
 MANY_PROGRAMS = 1024
 
@@ -92,25 +93,12 @@ def attend(q, k, v, keys, values, slots, positions, rotary, alibi) -> Tensor:
             **shape, ALIBI=alibi is not None, BLOCK=max(16, CACHE_TILE // wide) * (2 if warps == 4 else 1), num_warps=warps,
         )  # fmt: skip
         return out
-    group, (splits, block, warps) = heads // kv_heads, shared_layout(batch * kv_heads, wide)
-    rows = max(16, triton.next_power_of_2(group))
-    sums = torch.empty(batch, kv_heads, splits, rows, wide, dtype=torch.float32, device=q.device) if splits > 1 else q
-    mosts, weights = torch.empty(2, batch, kv_heads, splits, rows, dtype=torch.float32, device=q.device) if splits > 1 else (q, q)
-    _attend_shared[(batch, kv_heads, splits)](
-        q, k, v, keys, values, out, sums, mosts, weights, slots, positions, cos, sin, *strides, length, dim**-0.5,
-        **shape, GROUP=group, ROWS=rows, SPLITS=splits, BLOCK=block, num_warps=warps,
+    group = heads // kv_heads
+    _attend_shared[(batch, kv_heads)](
+        q, k, v, keys, values, out, slots, positions, cos, sin, *strides, length, dim**-0.5,
+        **shape, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), BLOCK=max(16, CACHE_TILE // wide), num_warps=2,
     )  # fmt: skip
-    if splits > 1:
-        _add_up[(batch, kv_heads)](
-            out, sums, mosts, weights, positions,
-            KV_HEADS=kv_heads, GROUP=group, ROWS=rows, DIM=dim, WIDE=wide, SPLITS=splits, num_warps=4,
-        )  # fmt: skip
     return out
-
-
-def shared_layout(programs: int, wide: int) -> tuple[int, int, int]:
-    """For keys that several queries share: parts that a row's cache is split into, tokens read at once, warps."""
-    return max(1, min(8, MANY_PROGRAMS // programs)), max(16, 2 * CACHE_TILE // wide), 4
 
 
 @triton.jit
@@ -159,36 +147,32 @@ def _attend(
 
 @triton.jit
 def _attend_shared(
-    q, k, v, keys, values, out, sums, mosts, weights, slots, positions, cos, sin,
+    q, k, v, keys, values, out, slots, positions, cos, sin,
     q_row, q_head, k_row, k_head, v_row, v_head, length, scale,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TURNED: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The queries that share a key head are the rows of a matrix product. Each program reads one part of the cache."""
-    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """The queries that share a key head are the rows of a matrix product."""
+    row, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + row)
     if position < 0:
         return
     d = tl.arange(0, WIDE)
     real = d < DIM
+    base = (tl.load(slots + row) * KV_HEADS + head) * length * DIM
+    new_k = _turned(k + row * k_row + head * k_head, cos, sin, position, d, real, TURNED).to(keys.dtype.element_ty)
+    new_v = tl.load(v + row * v_row + head * v_head + d, mask=real, other=0.0)
+    tl.store(keys + base + position * DIM + d, new_k, mask=real)
+    tl.store(values + base + position * DIM + d, new_v, mask=real)
+
     g = tl.arange(0, ROWS)
     mine = g < GROUP
-    base = (tl.load(slots + row) * KV_HEADS + head) * length * DIM
     queries = _turned_rows(q + row * q_row + (head * GROUP + g) * q_head, cos, sin, position, d, mine, real, TURNED)
     queries = queries.to(keys.dtype.element_ty)
-    most = tl.full((ROWS,), float("-inf"), tl.float32)
-    weight = tl.zeros((ROWS,), tl.float32)
-    total = tl.zeros((ROWS, WIDE), tl.float32)
-    if part == 0:
-        new_k = _turned(k + row * k_row + head * k_head, cos, sin, position, d, real, TURNED).to(keys.dtype.element_ty)
-        new_v = tl.load(v + row * v_row + head * v_head + d, mask=real, other=0.0)
-        tl.store(keys + base + position * DIM + d, new_k, mask=real)
-        tl.store(values + base + position * DIM + d, new_v, mask=real)
-        most = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[None, :], axis=1) * scale
-        weight = tl.full((ROWS,), 1.0, tl.float32)
-        total = tl.zeros((ROWS, WIDE), tl.float32) + new_v.to(tl.float32)[None, :]
-    share_of_row = tl.cdiv(tl.cdiv(position, SPLITS), BLOCK) * BLOCK
-    for start in range(part * share_of_row, tl.minimum((part + 1) * share_of_row, position), BLOCK):
+    most = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[None, :], axis=1) * scale
+    weight = tl.full((ROWS,), 1.0, tl.float32)
+    total = tl.zeros((ROWS, WIDE), tl.float32) + new_v.to(tl.float32)[None, :]
+    for start in range(0, position, BLOCK):
         t = start + tl.arange(0, BLOCK)
         past = t < position
         cell = base + t[:, None] * DIM + d[None, :]
@@ -203,40 +187,8 @@ def _attend_shared(
         total = total * fade[:, None] + tl.dot(share.to(value.dtype), value, input_precision="ieee")
         weight = weight * fade + tl.sum(share, axis=1)
         most = higher
-    if SPLITS == 1:
-        cell = ((row * KV_HEADS + head) * GROUP + g)[:, None] * DIM + d[None, :]
-        tl.store(out + cell, (total / weight[:, None]).to(out.dtype.element_ty), mask=mine[:, None] & real[None, :])
-    else:
-        line = ((row * KV_HEADS + head) * SPLITS + part) * ROWS + g
-        tl.store(sums + line[:, None] * WIDE + d[None, :], total)
-        tl.store(mosts + line, most)
-        tl.store(weights + line, weight)
-
-
-@triton.jit
-def _add_up(
-    out, sums, mosts, weights, positions,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """One softmax from those of the parts; a part that had no tokens weighs nothing."""
-    row, head = tl.program_id(0), tl.program_id(1)
-    if tl.load(positions + row) < 0:
-        return
-    d = tl.arange(0, WIDE)
-    g = tl.arange(0, ROWS)
-    first = (row * KV_HEADS + head) * SPLITS * ROWS + g
-    most = tl.load(mosts + first)
-    for part in tl.static_range(1, SPLITS):
-        most = tl.maximum(most, tl.load(mosts + first + part * ROWS))
-    weight = tl.zeros((ROWS,), tl.float32)
-    total = tl.zeros((ROWS, WIDE), tl.float32)
-    for part in tl.static_range(SPLITS):
-        line = first + part * ROWS
-        fade = tl.exp(tl.load(mosts + line) - most)
-        weight += fade * tl.load(weights + line)
-        total += fade[:, None] * tl.load(sums + line[:, None] * WIDE + d[None, :])
     cell = ((row * KV_HEADS + head) * GROUP + g)[:, None] * DIM + d[None, :]
-    tl.store(out + cell, (total / weight[:, None]).to(out.dtype.element_ty), mask=(g < GROUP)[:, None] & (d < DIM)[None, :])
+    tl.store(out + cell, (total / weight[:, None]).to(out.dtype.element_ty), mask=mine[:, None] & real[None, :])
 
 
 @triton.jit

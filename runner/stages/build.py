@@ -9,7 +9,7 @@ import torch.distributed as dist
 from runner import engine as engines
 from runner.checks.paths import is_local
 from runner.config import Config, Lora, ModelPart
-from runner.models import Actor, Scalar, add_lora, fuse_layers, load_causal, load_scalar
+from runner.models import Actor, Scalar, add_lora, load_causal, load_scalar
 from runner.tokenizer import load_tokenizer
 
 
@@ -52,8 +52,8 @@ def load_actor(
     with engines.building(ds_config):
         model = load_causal(path, tokenizer, **_options(cfg, cfg.model.actor, path, dropout))
     # Every rank must call the head equally often under ZeRO-3
-    chunk = 0 if _is_partitioned(ds_config) else cfg.hardware.logits_chunk
-    return Actor(_finish(model, lora, checkpointing, _fused(cfg, ds_config)), cfg.model.family, chunk, **(sampling or {}))
+    chunk = 0 if ds_config.get("zero_optimization", {}).get("stage") == 3 else cfg.hardware.logits_chunk
+    return Actor(_finish(model, lora, checkpointing), cfg.model.family, chunk, **(sampling or {}))
 
 
 def load_reward(
@@ -70,7 +70,7 @@ def load_reward(
     """A one-label classifier in its wrapper: reward model or critic."""
     with engines.building(ds_config):
         model = load_scalar(path, tokenizer, fresh_head=fresh_head, **_options(cfg, cfg.model.reward, path, dropout))
-    return Scalar(_finish(model, lora, checkpointing, _fused(cfg, ds_config)), cfg.model.family)
+    return Scalar(_finish(model, lora, checkpointing), cfg.model.family)
 
 
 def _options(cfg: Config, part: ModelPart, path: str, dropout: float | None) -> dict:
@@ -98,20 +98,9 @@ def _download_once(path: str, revision: str | None) -> None:
     dist.barrier()
 
 
-def _finish(model, lora: Lora | None, checkpointing: bool, fused: bool = False):
+def _finish(model, lora: Lora | None, checkpointing: bool):
     if lora and lora.dim:
         model = add_lora(model, lora)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if fused:
-        fuse_layers(model)
     return model
-
-
-def _fused(cfg: Config, ds_config: dict) -> bool:
-    """ZeRO-3 gathers weights inside of a layer; and which of its kernels the compiler takes, it finds out by timing them."""
-    return cfg.hardware.compile and not cfg.hardware.deterministic and not _is_partitioned(ds_config)
-
-
-def _is_partitioned(ds_config: dict) -> bool:
-    return ds_config.get("zero_optimization", {}).get("stage") == 3
