@@ -59,6 +59,7 @@ class Progress:
         """Averages over the tokens of all passes."""
         mean = {name: value / self.totals["tokens"] for name, value in self.totals.items()}
         facts = {"loss/value_avg": mean["value_loss"], "val/clipfrac_avg": mean["value_clipfrac"], "policy/updates": self.position}
+        facts["perf/padding_fraction"] = 1 - self.totals["real"] / self.totals["slots"]
         if self.norms["grad_norm/actor"]:  # not in the warm-up of the critic
             facts |= {
                 "policy/approxkl_avg": mean["approxkl"],
@@ -102,7 +103,10 @@ def update(
 
 
 def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray, text, train_actor: bool) -> tuple[dict, dict]:
-    """One optimizer step of critic and actor. Returns sums over this rank's tokens, and the gradient norms."""
+    """One optimizer step of critic and actor. Returns sums over this rank's tokens, and the gradient norms.
+
+    Of the sums, "real" are tokens of prompts and responses, and "slots" the positions that the models compute, padding included.
+    """
     ppo, device = cfg.ppo, models.actor.device
     # The same rows whatever the number of ranks; neighbours in length share a micro batch
     lengths = (rollout.prompt_lengths + rollout.lengths).numpy()
@@ -114,6 +118,8 @@ def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray,
     sums = dict.fromkeys(names, torch.zeros((), device=device)) | {
         "tokens": tokens / ranks.world(),
         "ptx_tokens": text_tokens / ranks.world(),
+        "real": 0,
+        "slots": 0,
     }
     norms: dict[str, float] = {}
 
@@ -124,6 +130,8 @@ def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray,
     micros = np.split(mine, accumulation(cfg, "ppo"))
     for m, numbers in enumerate(micros):
         part, last = rollout.rows(torch.as_tensor(numbers)), m == len(micros) - 1
+        sums["real"] += part.tokens()
+        sums["slots"] += part.tokens() if models.actor.module.packed else part.prompts.numel() + part.responses.numel()
         tables = (part.mask, part.logprobs, part.values, part.advantages, part.returns)
         mask, old_logprobs, old_values, advantages, returns = (send(x, device) for x in tables)
         values = response_values(models.critic, part)
