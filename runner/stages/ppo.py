@@ -156,7 +156,8 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         watch(done)
         headline = f"score {metrics['objective/scores']:+.2f}  kl {kl:.2f}  length {metrics['rollout/response_length_mean']:.0f}"
         done_here = (state.progress.position - begun) / ppo.minibatches
-        log.log(done, metrics, headline, rollout.tokens(), done_here * pass_flops(work, rollout, i >= ppo.critic_warmup), during="update")
+        tokens = 0 if begun else rollout.tokens()  # an earlier run has sampled them: a part of the time tells no rate
+        log.log(done, metrics, headline, tokens, done_here * pass_flops(work, rollout, i >= ppo.critic_warmup), during="update")
         log.histogram(done, "rollout/scores", rollout.scores.tolist())
         score = None
         if ppo.eval_every and done % ppo.eval_every == 0 and done < total:
