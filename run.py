@@ -6,6 +6,7 @@ in worker processes (runner/worker.py). README.md tells what to type.
 
 import os
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def main(composed: DictConfig) -> None:
 
 def run(composed: DictConfig) -> None:
     """One run: check, plan, prepare, train what is missing, sum up."""
+    started = time.monotonic()
     cfg = load(composed)
     stop.limit(cfg.time_limit_seconds)
     sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -80,7 +82,8 @@ def run(composed: DictConfig) -> None:
     with naming_full_disks(cfg.store):
         inputs = prepare(cfg, steps)
         reused = {step.stage for step in steps if not launch(cfg, step, inputs.get(step.stage), run_dir)}
-        show_summary(cfg.name, steps, reused, run_dir, list(hydra_facts.overrides.task))
+        took = time.monotonic() - started
+        show_summary(cfg.name, steps, reused, run_dir, list(hydra_facts.overrides.task), took=took)
 
 
 def tell(text: str) -> None:

@@ -43,26 +43,31 @@ def load(composed: DictConfig | str | Path) -> Config:
         what = str(error).splitlines()[0]
         if wrong := re.fullmatch(r"Value '(.*)' of type '.*' could not be converted to (\w+)", what):
             raise UserError(f"{error.full_key}={wrong[1]} must be {KINDS.get(wrong[2], wrong[2])}") from error
+        if absent := re.search(r"(?:'None' for field of type '|NoneType is not a subclass of )(\w+)", what):
+            key, kind = error.full_key, KINDS.get(absent[1], absent[1])
+            raise UserError(f"{key}=null must be {kind}: type {key}=..., or leave it out") from error
         raise UserError(f"{error.full_key}: {what}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def check_kinds(values: dict, node: type = Config, prefix: str = "") -> None:
-    """Raise UserError, with what to type, where a plain value stands in the place of a block, a mapping or a list."""
+    """Raise UserError, with what to type, where a plain value or null stands in the place of a block, a mapping or a list."""
     for f in fields(node):
         key, value, kind = prefix + f.name, values.get(f.name), _bare(f.type)
         if is_dataclass(kind) and isinstance(value, dict):
             check_kinds(value, kind, f"{key}.")
-        if value is None or isinstance(value, dict | list):
+        may_be_null = f.name not in values or kind is not f.type
+        if isinstance(value, dict | list) or (value is None and may_be_null):
             continue
+        given, better = ("null", "...") if value is None else (value, value)
         if is_dataclass(kind):
             first, *others = [inside.name for inside in fields(kind)]
-            raise UserError(f"{key}={value}: {key} is a block of keys ({', '.join([first, *others])}): type {key}.{first}={value}")
+            raise UserError(f"{key}={given}: {key} is a block of keys ({', '.join([first, *others])}): type {key}.{first}={better}")
         if str(kind).startswith("typing.Dict"):
-            raise UserError(f"{key}={value} must be a mapping: type {key}='{{name: value}}'")
+            raise UserError(f"{key}={given} must be a mapping: type {key}='{{name: value}}'")
         if str(kind).startswith("typing.List"):
-            raise UserError(f"{key}={value} must be a list: type {key}=[{value}]")
+            raise UserError(f"{key}={given} must be a list: type {key}=[{better}]")
 
 
 def read_yaml(path: Path) -> dict:
@@ -86,7 +91,9 @@ def broken_yaml(error: yaml.YAMLError, path: Path | None = None) -> str:
     return f"{where}: {f'the tag {tag[1]} is refused: it would run Python code' if tag else f'not valid YAML ({problem})'}"
 
 
+# OmegaConf has two names for a type
 KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
+KINDS |= {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a text"}
 
 
 def open_keys(node: object, prefix: str = "") -> Iterator[str]:

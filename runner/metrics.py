@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from runner import flops, ranks
+from runner.advice import advise
 from runner.config import Config
 from runner.files import write_text
-from runner.reporting.advice import advise
 from runner.watch import heartbeat, stop
 
 # Seconds between two progress lines

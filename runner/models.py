@@ -6,6 +6,7 @@ is fp32. Saved folders are plain Hugging Face checkpoints in safetensors.
 """
 
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -94,28 +95,29 @@ class Actor(Wrapper):
         hidden = self.hidden_states(ids, mask)
         index, targets = send(packing.among_real(mask, index), hidden.device), send(targets, hidden.device)
         hidden = hidden.index_select(0, index)
-        head, eos = self.hf.get_output_embeddings(), self.hf.config.eos_token_id
-        early = torch.zeros_like(targets, dtype=torch.bool)
-        if barred := self.least > 1 and steps is not None:
-            early = send(steps + 1 < self.least, hidden.device)
-
-        def score(hidden: Tensor, targets: Tensor, early: Tensor) -> tuple[Tensor, Tensor]:
-            if self.sampling == (1.0, 0, 1.0) and not barred:
-                return chosen_logprobs(head(hidden), targets, with_entropy)
-            logits = head(hidden).float()
-            if barred:
-                logits = without_token(logits, eos, early)
-            logits = warp_logits(logits, *self.sampling, keep=targets)
-            with torch.no_grad():
-                entropies = entropy(logits) if with_entropy else torch.zeros_like(targets, dtype=torch.float32)
-            return token_logprobs(logits, targets), entropies
-
+        given = [hidden, targets]
+        if self.least > 1 and steps is not None:
+            given.append(send(steps + 1 < self.least, hidden.device))
+        score = partial(self._score, with_entropy)
         if not self.chunk or len(index) <= self.chunk:
-            return score(hidden, targets, early)
+            return score(*given)
         # Recomputing the logits of a chunk in the backward pass keeps one chunk in memory instead of N x V
-        run = (lambda *a: checkpoint(score, *a, use_reentrant=False)) if torch.is_grad_enabled() else score
-        parts = [run(*chunk) for chunk in zip(*(x.split(self.chunk) for x in (hidden, targets, early)), strict=True)]
+        run = partial(checkpoint, score, use_reentrant=False) if torch.is_grad_enabled() else score
+        parts = [run(*chunk) for chunk in zip(*(x.split(self.chunk) for x in given), strict=True)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def _score(self, with_entropy: bool, hidden: Tensor, targets: Tensor, early: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """From hidden states (N, H). early (N,) bool: where EOS is impossible."""
+        head = self.hf.get_output_embeddings()
+        if self.sampling == (1.0, 0, 1.0) and early is None:
+            return chosen_logprobs(head(hidden), targets, with_entropy)
+        logits = head(hidden).float()
+        if early is not None:
+            logits = without_token(logits, self.hf.config.eos_token_id, early)
+        logits = warp_logits(logits, *self.sampling, keep=targets)
+        with torch.no_grad():
+            entropies = entropy(logits) if with_entropy else torch.zeros_like(targets, dtype=torch.float32)
+        return token_logprobs(logits, targets), entropies
 
 
 class Scalar(Wrapper):

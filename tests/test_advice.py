@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from tiny import configured
 
-from runner.reporting.advice import advise
+from runner.advice import advise
 
 
 def steps(count: int = 10, **facts: float) -> list[dict]:

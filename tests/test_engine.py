@@ -294,6 +294,19 @@ def test_the_ratio_of_the_first_minibatch_is_1(adapters, folder, alone):
     assert "is off" in first_ratio(updated(cfg, models, rollout, 2)["val/first_ratio_error"], "fp32")
 
 
+@pytest.mark.parametrize("attention", ["packed", "sdpa"])
+def test_padding_is_that_of_the_micro_batches_which_the_models_read(attention, folder, alone, monkeypatch):
+    cfg, models, rollout = ppo_models(folder, alone)
+    for model in (models.actor, models.critic):
+        model.module.hf.config._attn_implementation = attention
+    masks, read = [], response_values
+    monkeypatch.setattr(ppo_update, "response_values", lambda critic, part: masks.append(part.sequences()[1]) or read(critic, part))
+    found, whole = updated(cfg, models, rollout, 0)["perf/padding_fraction"], rollout.sequences()[1]
+    empty = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    assert found == (0.0 if attention == "packed" else pytest.approx(empty))
+    assert 0 < empty < 1 - int(whole.sum()) / whole.numel()
+
+
 def test_a_rollout_of_another_actor_is_noticed(folder, alone):
     cfg, models, rollout = ppo_models(folder, alone)
     rollout.logprobs = rollout.logprobs + 0.01 * rollout.mask

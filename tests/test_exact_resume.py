@@ -106,6 +106,8 @@ def test_stopping_again_and_again_changes_nothing(stage, zero, adapters, patienc
 
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert metrics(broken) == metrics(straight)
+    if stage == "ppo":
+        assert_rates_are_of_whole_iterations(broken)
     exports = sorted(p.relative_to(straight) for p in straight.glob("*/*.safetensors"))
     assert exports == sorted(p.relative_to(broken) for p in broken.glob("*/*.safetensors"))
     for path in exports:
@@ -118,3 +120,11 @@ def test_stopping_again_and_again_changes_nothing(stage, zero, adapters, patienc
     assert results[0] == results[1]
     for work in (straight, broken):
         shutil.rmtree(work)
+
+
+def assert_rates_are_of_whole_iterations(work: Path) -> None:
+    """Where an earlier run has sampled the rollout, this one's time says nothing of its tokens."""
+    rows = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "time/step" in row]
+    assert any("time/rollout" not in row for row in rows)
+    assert all(("perf/tokens_per_sec" in row) == ("time/rollout" in row) for row in rows)

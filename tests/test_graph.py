@@ -250,6 +250,18 @@ def test_stats_count_rows_and_cached_tokens():
     assert work.stats.steps * 3 >= work.stats.rows and work.stats.decode_seconds > 0 < work.stats.prefill_seconds
 
 
+@pytest.mark.parametrize("slots", [1, 3, 25])
+def test_steps_in_which_all_rows_rest_are_not_counted(slots, monkeypatch):
+    """On a GPU the engine looks at every eighth step only, so that some follow the end of all rows; here the CPU is made to."""
+    monkeypatch.setitem(graph.STRIDE, "cpu", 8)
+    prompts, limits = rows([4] * 25, seed=3), [1 + n % 11 for n in range(25)]
+    work, awake = decoder(actor("opt").eval(), prompts, tokens=11, slots=slots, eos=-1, limits=limits), []
+    step = work._step
+    monkeypatch.setattr(work, "_step", lambda lanes: (awake.append(bool((lanes.positions >= 0).any())), step(lanes)))
+    assert work.run().lengths.tolist() == limits
+    assert work.stats.steps == sum(awake) < len(awake)
+
+
 def test_a_row_that_ends_is_replaced_and_the_batch_shrinks(monkeypatch):
     """24 responses of 8 tokens and one of 96 through 8 slots: far fewer steps and rows than one batch after the other would take."""
     model, batches = actor("opt").eval(), []

@@ -116,7 +116,7 @@ def words(width: int = 80, encoding: str = "utf-8") -> tuple[Console, io.BytesIO
 
 def summary(steps, run_dir, reused=(), overrides=(), width: int = 80, name: str = "demo") -> str:
     console, raw = words(width)
-    show_summary(name, steps, set(reused), run_dir, overrides, console=console)
+    show_summary(name, steps, set(reused), run_dir, overrides, took=245.0, console=console)
     return raw.getvalue().decode()
 
 
@@ -133,6 +133,7 @@ def test_tells_what_was_trained_and_how_well(tmp_path, monkeypatch):
     assert row(text, "sft  ", "e").split() == ["sft", "reused", "-", "120", "1,920", "96", "14", "33"]
     assert row(text, "ppo  ", "trained").split()[1] == "trained"
     assert "demo: trained in 3 min 23 s" in text  # reward and ppo: the reused sft cost nothing
+    assert "The whole run took 4 min 05 s, with preparing data and starting processes." in text
     assert "sft dropped: 2 empty response, 31 duplicate" in text
     assert row(text, "ppo  ", "rollout").endswith("59 %  1 min 35 s") and row(text, "train", "31 %").endswith("31 %  50 s")
     assert row(text, "start", "2 %").endswith("2 %  4.0 s")  # 161 s less the three phases
@@ -190,7 +191,7 @@ def test_long_samples_are_clipped_in_the_terminal_only(tmp_path):
 
 def test_a_console_without_unicode_gets_ascii(tmp_path):
     console, raw = words(encoding="ascii")
-    show_summary("démo", make_steps(tmp_path / "s"), set(), tmp_path / "run", console=console)
+    show_summary("démo", make_steps(tmp_path / "s"), set(), tmp_path / "run", took=1.0, console=console)
     assert b"d?mo" in raw.getvalue() and b"_" in raw.getvalue()
 
 
@@ -238,6 +239,11 @@ def test_pinned_and_missing_facts(tmp_path):
     assert row(text, "reward  ").split()[1:] == ["trained", *"------"]
     assert row(text, "score").split() == ["score", "-", "nan", "-"]
     assert "judge" not in text and "Calibration" not in text
+
+
+def test_the_advice_of_a_stage_is_passed_on(tmp_path):
+    text = summary([make_step(tmp_path, "reward", REWARD | {"advice": "sleep less"})], tmp_path / "run")
+    assert "reward could be faster: sleep less" in text
 
 
 def test_a_step_without_result_is_missing(tmp_path):

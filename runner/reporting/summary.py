@@ -42,7 +42,14 @@ class Trained:
 
 
 def show_summary(
-    name: str, steps: Sequence[Step], reused: set[str], run_dir: Path, overrides: Sequence[str] = (), console: Console | None = None
+    name: str,
+    steps: Sequence[Step],
+    reused: set[str],
+    run_dir: Path,
+    overrides: Sequence[str] = (),
+    *,
+    took: float,
+    console: Console | None = None,
 ) -> None:
     """Print the summary of a run, and write run_dir/summary.md and run_dir/summary.json.
 
@@ -50,10 +57,11 @@ def show_summary(
         steps: all steps of the plan, in order; a step that is pinned or lacks a result is shown with "-".
         reused: the stages that were there already and not trained in this run.
         overrides: what was typed after `run.py`, so that the next command repeats it.
+        took: seconds of the whole run until now; the stages count their own only.
     """
     run_dir = Path(run_dir)
     trained = [Trained(step, state(step, reused), read_result(step), read_curves(step.folder)) for step in steps]
-    parts = sections(name, trained, run_dir, overrides)
+    parts = sections(name, trained, run_dir, overrides, took)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "summary.md").write_text(markdown(parts), encoding="utf-8")
     (run_dir / "summary.json").write_text(json.dumps(headline(name, trained, run_dir, overrides), indent=2) + "\n", encoding="utf-8")
@@ -122,8 +130,8 @@ def spent(trained: Iterable[Trained]) -> float:
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
-def sections(name: str, trained: Sequence[Trained], run_dir: Path, overrides: Sequence[str] = ()) -> list[Section]:
-    parts = [stages_section(name, trained), *time_sections(trained)]
+def sections(name: str, trained: Sequence[Trained], run_dir: Path, overrides: Sequence[str], took: float) -> list[Section]:
+    parts = [stages_section(name, trained, took), *time_sections(trained)]
     steps = next((t.result["steps"] for t in trained if t.step.stage == "sft" and "steps" in t.result), None)
     describe = {"sft": sft_sections, "reward": reward_sections, "ppo": partial(ppo_sections, sft_steps=steps)}
     for t in trained:
@@ -131,7 +139,7 @@ def sections(name: str, trained: Sequence[Trained], run_dir: Path, overrides: Se
     return [*parts, places_section(trained, run_dir), next_section(trained, overrides)]
 
 
-def stages_section(name: str, trained: Sequence[Trained]) -> Section:
+def stages_section(name: str, trained: Sequence[Trained], took: float) -> Section:
     rows, notes = [], []
     for t in trained:
         data = t.result.get("data") or {}
@@ -141,6 +149,7 @@ def stages_section(name: str, trained: Sequence[Trained]) -> Section:
         time = "-" if t.state == "reused" else duration(t.result.get("seconds"))  # another command has spent it
         rows.append([t.step.stage, t.state, time, num(t.result.get("steps")), *counts, lost])
         notes += stage_notes(t, dropped or {})
+    notes.append(f"The whole run took {duration(took)}, with preparing data and starting processes.")
     seconds = spent(trained)
     happened = f"trained in {duration(seconds)}" if seconds else "nothing new was trained"
     return Section(f"{name}: {happened}", header=STAGE_HEADER, rows=rows, notes=notes)

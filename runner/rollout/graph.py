@@ -39,7 +39,8 @@ BATCHES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 @dataclass
 class Stats:
-    """What sampling cost. rows and cached are sums over the decode steps: of awake rows, and of cached tokens that they read."""
+    """What sampling cost. steps: those of decoding in which a row was awake; the idle end of a stride costs seconds only. rows and cached
+    are sums over the steps: of awake rows, and of cached tokens that they read."""
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -106,6 +107,7 @@ class Decoder:
         self.responses = Responses.empty(count, most, limits, self.device)
         self.uniform = F.pad(uniform, (0, 0, 0, 1)).to(self.device)
         self.lanes = Lanes.resting(self.size, count, self.device)
+        self.taken, self.begun = 0, torch.zeros(count, dtype=torch.long)  # steps so far; how many were when each response began
 
     @torch.no_grad()
     def run(self) -> Rollout:
@@ -119,7 +121,7 @@ class Decoder:
             for _ in range(stride):
                 self._replay(batch)
             awake = (self.lanes.positions[:batch] >= 0).tolist()
-            self.stats.steps += stride
+            self.taken += stride
             self.stats.decode_seconds += time.monotonic() - start
             resting = [lane for lane in range(batch) if not awake[lane]]
             if queue:
@@ -152,6 +154,7 @@ class Decoder:
                 "steps": [0] * len(group),
             }
             self.lanes.put(lanes, **state)
+            self.begun[state["rows"]] = self.taken
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.stats.prefill_seconds += time.monotonic() - start
@@ -227,6 +230,8 @@ class Decoder:
         real = rollout.mask.bool()
         rollout.responses = rollout.responses.masked_fill(~real, self.pad)
         rollout.sampled_logprobs = made.logprobs[:-1, :width].masked_fill(~real, 0.0)
+        begun, ended = (torch.bincount(at, minlength=self.taken + 1) for at in (self.begun, self.begun + lengths.to("cpu")))
+        self.stats.steps = int(((begun - ended).cumsum(0) > 0).sum())
         self.stats.rows = int(lengths.sum())
         self.stats.cached = int((lengths * rollout.prompt_lengths + lengths * (lengths - 1) // 2).sum())
         return rollout

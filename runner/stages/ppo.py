@@ -152,13 +152,12 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         # 8. Log and evaluate; save, and leave if someone asked for it
         rates = {f"lr/{name}": engine.learning_rate(e) for name, e in (("actor", models.actor), ("critic", models.critic))}
         metrics |= {"episode": done * ppo.rollout_batch} | rates
-        if models.actor.module.packed:
-            metrics["perf/padding_fraction"] = 0.0
         metrics |= decoding(cfg, models, work["actor"], reader.stats)
         watch(done)
         headline = f"score {metrics['objective/scores']:+.2f}  kl {kl:.2f}  length {metrics['rollout/response_length_mean']:.0f}"
         done_here = (state.progress.position - begun) / ppo.minibatches
-        log.log(done, metrics, headline, rollout.tokens(), done_here * pass_flops(work, rollout, i >= ppo.critic_warmup), during="update")
+        tokens = 0 if begun else rollout.tokens()  # an earlier run has sampled them: a part of the time tells no rate
+        log.log(done, metrics, headline, tokens, done_here * pass_flops(work, rollout, i >= ppo.critic_warmup), during="update")
         log.histogram(done, "rollout/scores", rollout.scores.tolist())
         score = None
         if ppo.eval_every and done % ppo.eval_every == 0 and done < total:
@@ -260,7 +259,6 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
         "rollout/reread": rollout.reread.float().mean(),
         "val/num_eos_tokens": rollout.ended.sum(),
         "val/explained_var": explained_variance(rollout.values, rollout.returns, mask),
-        "perf/padding_fraction": 1 - (rollout.lengths.sum() + rollout.prompt_lengths.sum()) / rollout.sequences()[0].numel(),
     }
     return {name: float(value) for name, value in facts.items()}
 

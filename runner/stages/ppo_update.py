@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from runner import engine, ranks
-from runner.config import Config
+from runner.config import Config, Ppo
 from runner.data import cache
 from runner.data.batches import Batches, loss_weights, pick, send, sft_batch
 from runner.losses import policy_loss, sft_loss, value_loss
@@ -59,6 +60,7 @@ class Progress:
         """Averages over the tokens of all passes."""
         mean = {name: value / self.totals["tokens"] for name, value in self.totals.items()}
         facts = {"loss/value_avg": mean["value_loss"], "val/clipfrac_avg": mean["value_clipfrac"], "policy/updates": self.position}
+        facts["perf/padding_fraction"] = 1 - self.totals["real"] / self.totals["slots"]
         if self.norms["grad_norm/actor"]:  # not in the warm-up of the critic
             facts |= {
                 "policy/approxkl_avg": mean["approxkl"],
@@ -102,8 +104,10 @@ def update(
 
 
 def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray, text, train_actor: bool) -> tuple[dict, dict]:
-    """One optimizer step of critic and actor. Returns sums over this rank's tokens, and the gradient norms."""
-    ppo, device = cfg.ppo, models.actor.device
+    """One optimizer step of critic and actor. Returns sums over this rank's tokens, and the gradient norms.
+
+    Of the sums, "real" are tokens of prompts and responses, and "slots" the positions that the models compute, padding included.
+    """
     # The same rows whatever the number of ranks; neighbours in length share a micro batch
     lengths = (rollout.prompt_lengths + rollout.lengths).numpy()
     ordered = chosen[np.argsort(-lengths[chosen], kind="stable")]
@@ -111,9 +115,11 @@ def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray,
     tokens = float(rollout.lengths[torch.as_tensor(chosen)].sum())
     texts, text_tokens = text or ([], 0.0)
     names = ("policy_loss", "value_loss", "ptx_loss", "ratio", "ratio_error", "clipfrac", "approxkl", "value_clipfrac", "entropy")
-    sums = dict.fromkeys(names, torch.zeros((), device=device)) | {
+    sums = dict.fromkeys(names, torch.zeros((), device=models.actor.device)) | {
         "tokens": tokens / ranks.world(),
         "ptx_tokens": text_tokens / ranks.world(),
+        "real": 0,
+        "slots": 0,
     }
     norms: dict[str, float] = {}
 
@@ -124,32 +130,52 @@ def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray,
     micros = np.split(mine, accumulation(cfg, "ppo"))
     for m, numbers in enumerate(micros):
         part, last = rollout.rows(torch.as_tensor(numbers)), m == len(micros) - 1
-        tables = (part.mask, part.logprobs, part.values, part.advantages, part.returns)
-        mask, old_logprobs, old_values, advantages, returns = (send(x, device) for x in tables)
-        values = response_values(models.critic, part)
-        loss, facts = value_loss(values, old_values, returns, mask, cliprange_value=ppo.cliprange_value)
-        engine.backward(models.critic, loss, tokens)
-        add(facts | {"value_loss": loss})
+        sums["real"] += part.tokens()
+        sums["slots"] += part.tokens() if models.actor.module.packed else part.prompts.numel() + part.responses.numel()
+        add(teach_critic(cfg.ppo, models.critic, part, tokens))
         steps = [(models.critic, "grad_norm/critic")]
         if train_actor:
-            logprobs, entropies = response_logprobs(models.actor, part, with_entropy=True)
-            clip = {"cliprange": ppo.cliprange, "dual_clip": ppo.dual_clip, "log_ratio_clamp": ppo.log_ratio_clamp}
-            loss, facts = policy_loss(logprobs, old_logprobs, advantages, mask, **clip)
-            engine.backward(models.actor, loss, tokens)
-            error = ((logprobs - old_logprobs).exp() - 1).abs() * mask
-            add(facts | {"policy_loss": loss, "entropy": (entropies * mask).sum(), "ratio_error": error.sum()})
+            add(teach_actor(cfg.ppo, models.actor, part, tokens))
             if texts:
                 engine.step(models.actor)  # not yet at the boundary: the text belongs to the same optimizer step
-                batch = texts[m]
-                logprobs, _ = models.actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
-                loss = sft_loss(logprobs, send(batch["weights"], device))
-                engine.backward(models.actor, ppo.ptx_coef * loss, text_tokens)
-                add({"ptx_loss": loss})
+                add(teach_text(cfg.ppo, models.actor, texts[m], text_tokens))
             steps.append((models.actor, "grad_norm/actor"))
-        if last and ppo.align_overflow and train_actor:
+        if last and cfg.ppo.align_overflow and train_actor:
             engine.align_overflow(models.actor, models.critic)
         for trained, name in steps:
             norm = engine.step(trained)
             if last:
                 norms[name] = norm
     return sums, norms
+
+
+# --- one micro batch -------------------------------------------------------------------------------------------------
+# tokens: those of the whole optimizer step, over which the loss is averaged
+
+
+def teach_critic(ppo: Ppo, critic, part: Rollout, tokens: float) -> dict[str, Tensor]:
+    """Forward and backward of the critic. Returns sums over the response tokens."""
+    old_values, returns, mask = (send(x, critic.device) for x in (part.values, part.returns, part.mask))
+    values = response_values(critic, part)
+    loss, facts = value_loss(values, old_values, returns, mask, cliprange_value=ppo.cliprange_value)
+    engine.backward(critic, loss, tokens)
+    return facts | {"value_loss": loss}
+
+
+def teach_actor(ppo: Ppo, actor, part: Rollout, tokens: float) -> dict[str, Tensor]:
+    """Forward and backward of the actor. Returns sums over the response tokens."""
+    old_logprobs, advantages, mask = (send(x, actor.device) for x in (part.logprobs, part.advantages, part.mask))
+    logprobs, entropies = response_logprobs(actor, part, with_entropy=True)
+    clip = {"cliprange": ppo.cliprange, "dual_clip": ppo.dual_clip, "log_ratio_clamp": ppo.log_ratio_clamp}
+    loss, facts = policy_loss(logprobs, old_logprobs, advantages, mask, **clip)
+    engine.backward(actor, loss, tokens)
+    error = ((logprobs - old_logprobs).exp() - 1).abs() * mask
+    return facts | {"policy_loss": loss, "entropy": (entropies * mask).sum(), "ratio_error": error.sum()}
+
+
+def teach_text(ppo: Ppo, actor, batch: dict[str, Tensor], tokens: float) -> dict[str, Tensor]:
+    """Forward and backward of the actor on a batch of the mixture."""
+    logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
+    loss = sft_loss(logprobs, send(batch["weights"], actor.device))
+    engine.backward(actor, ppo.ptx_coef * loss, tokens)
+    return {"ptx_loss": loss}

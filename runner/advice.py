@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from runner.config import Config
-from runner.reporting.report import pct
 
 # Share of the time below which a win is not worth a line
 NOTABLE = 0.1
@@ -64,20 +63,20 @@ class Seen:
 def around(stage: str, seen: Seen) -> Iterator[Suggestion]:
     """What is not training."""
     if share := seen.stage("eval"):
-        yield share / 2, f"evaluations took {pct(share, digits=0)} of the stage: {stage}.eval_every=0, or a larger number, makes fewer"
+        yield share / 2, f"evaluations took {pct(share)} of the stage: {stage}.eval_every=0, or a larger number, makes fewer"
     if share := seen.stage("checkpoint"):
-        yield share, f"checkpoints took {pct(share, digits=0)} of the stage: a larger checkpoint.every or checkpoint.minutes makes fewer"
+        yield share, f"checkpoints took {pct(share)} of the stage: a larger checkpoint.every or checkpoint.minutes makes fewer"
     if share := seen.stage("data"):
-        yield share, f"reading and padding rows took {pct(share, digits=0)} of the stage: a store on a faster disk helps"
+        yield share, f"reading and padding rows took {pct(share)} of the stage: a store on a faster disk helps"
     if share := seen.stage("export"):
-        yield share / 2, f"writing the models took {pct(share, digits=0)} of the stage: a store on a faster disk helps"
+        yield share / 2, f"writing the models took {pct(share)} of the stage: a store on a faster disk helps"
 
 
 def padding(stage: str, seen: Seen) -> Iterator[Suggestion]:
     """Positions that hold nothing cost what real ones do."""
     empty = seen.median("perf/padding_fraction") or 0.0
     busy = seen.step("scoring", "update") if stage == "ppo" else seen.step("train")
-    text = f"{pct(empty, digits=0)} of the positions were padding"
+    text = f"{pct(empty)} of the positions were padding"
     yield empty * busy, f"{text}: model.attention=packed computes none"
 
 
@@ -92,17 +91,17 @@ def memory(cfg: Config, stage: str, seen: Seen) -> Iterator[Suggestion]:
     if on:
         # One forward of four: forward, forward again, and a backward of two
         words = " ".join(f"hardware.gradient_checkpointing.{key}=false" for key in on)
-        yield busy / 4, f"{room}: {words} saves up to {pct(busy / 4, digits=0)} of the time"
+        yield busy / 4, f"{room}: {words} saves up to {pct(busy / 4)} of the time"
     mfu, micro = seen.median("perf/mfu"), getattr(cfg.hardware.micro_batch, stage)
     batch = cfg.ppo.rollout_batch // cfg.ppo.minibatches if stage == "ppo" else getattr(cfg, stage).global_batch
     if mfu is not None and mfu < LOW_MFU and batch % (2 * micro * cfg.hardware.world_size) == 0:
-        yield busy * (1 - mfu / LOW_MFU) / 2, f"{room} at {pct(mfu, digits=0)} MFU: try hardware.micro_batch.{stage}={2 * micro}"
+        yield busy * (1 - mfu / LOW_MFU) / 2, f"{room} at {pct(mfu)} MFU: try hardware.micro_batch.{stage}={2 * micro}"
 
 
 def rollouts(cfg: Config, seen: Seen) -> Iterator[Suggestion]:
     """Sampling: the right engine, and as many responses at a time as there are."""
     share, micro, cuda = seen.step("rollout"), cfg.hardware.micro_batch.rollout, cfg.hardware.accelerator == "cuda"
-    took = f"rollouts took {pct(share, digits=0)} of a PPO step"
+    took = f"rollouts took {pct(share)} of a PPO step"
     if cfg.rollout.engine == "hf":
         yield share / 2, f"{took}: rollout.engine=auto samples faster than transformers' generate"
     mine, mbu = cfg.ppo.rollout_batch // cfg.hardware.world_size, seen.median("perf/mbu")
@@ -113,7 +112,7 @@ def rollouts(cfg: Config, seen: Seen) -> Iterator[Suggestion]:
         saved = share * (1 - mbu / LOW_MBU) / 2
         yield (
             saved,
-            f"{took}, at {pct(mbu, digits=0)} of the memory bandwidth: more responses at a time (ppo.rollout_batch) fill the GPU better",
+            f"{took}, at {pct(mbu)} of the memory bandwidth: more responses at a time (ppo.rollout_batch) fill the GPU better",
         )
 
 
@@ -123,7 +122,11 @@ def scoring(cfg: Config, seen: Seen) -> Iterator[Suggestion]:
     apart = (seen.median("rollout/logprob_mismatch") or 0.0) > cfg.rollout.max_mismatch
     if apart and cfg.rollout.max_mismatch:
         text = "sampler and trainer differ by more than rollout.max_mismatch, so that the actor reads every rollout again"
-        yield share / 4, f"scoring took {pct(share, digits=0)} of a PPO step, and {text}: see rollout/logprob_mismatch"
+        yield share / 4, f"scoring took {pct(share)} of a PPO step, and {text}: see rollout/logprob_mismatch"
     mine, micro = cfg.ppo.rollout_batch // cfg.hardware.world_size, cfg.hardware.micro_batch.score
     if cfg.hardware.accelerator == "cuda" and 2 * micro <= mine and seen.room(cfg):
-        yield share / 4, f"scoring took {pct(share, digits=0)} of a PPO step: try hardware.micro_batch.score={2 * micro}"
+        yield share / 4, f"scoring took {pct(share)} of a PPO step: try hardware.micro_batch.score={2 * micro}"
+
+
+def pct(share: float) -> str:
+    return f"{100 * share:.0f} %"
