@@ -227,7 +227,8 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
     targets = list(lora.targets) or list(FAMILIES[model.config.model_type].lora_targets)
     heads = ["score"] if hasattr(model, "score") else None
     config = LoraConfig(r=lora.dim, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, modules_to_save=heads)
-    peft_model = get_peft_model(model, config)
+    # Adapters in the model's own precision, not in fp32: the optimizer has an fp32 copy, and ZeRO-3 refuses two precisions
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     if lora.train_rest:
         for name, parameter in peft_model.named_parameters():
             # The matrices below the adapters stay; so does the original that peft keeps beside a fully trained head

@@ -67,7 +67,12 @@ def test_two_gpus_take_the_steps_of_one(stage, zero, tmp_path):
     curves = []
     for gpus, sharded in ((1, 0), (2, zero)):
         words = [w for w in SHORT if not w.startswith(("sft.", "reward.", "ppo."))]
-        words = [w for w in words if w != "experiment=debug"] + [f"stage={stage}", f"{stage}.max_steps=4", f"store={tmp_path}/{gpus}"]
+        words = [w for w in words if w != "experiment=debug"] + [
+            f"stage={stage}",
+            f"{stage}.max_steps=4",
+            f"{stage}.dropout=0",
+            f"store={tmp_path}/{gpus}",
+        ]
         words += ["hardware.precision=fp32", f"hardware.gpus={gpus}", ZERO.format(sharded, 0)]
         done = subprocess.run([sys.executable, str(ROOT / "run.py"), *words], cwd=tmp_path, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stdout + done.stderr
