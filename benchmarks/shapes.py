@@ -30,7 +30,7 @@ SHAPES = {
     "llama350m": ["model=llama7b", *(f"model.{part}.shape.{k}={v}" for part in ("actor", "reward") for k, v in SMALL_LLAMA.items())],
     "pythia410m": ["model=pythia410m"],
 }
-STEPS = {"sft": 6, "reward": 6, "ppo": 3}
+STEPS = {"sft": 20, "reward": 20, "ppo": 6}
 SHORT = [*(f"{stage}.max_steps={n}" for stage, n in STEPS.items()), *(f"{stage}.eval_every=0" for stage in STEPS)]
 SHORT += ["sft.eval_examples=8", "reward.eval_examples=8", "ppo.eval_prompts=8"]
 COMMON = ["dataset=jsonl", "wandb.mode=disabled", "checkpoint.every=0", "checkpoint.minutes=0", "name=shapes", *RANDOM, *SHORT]
@@ -106,8 +106,8 @@ def logged(store: Path, stage: str) -> list[dict]:
 
 
 def summarise(shape: str, stage: str, steps: list[dict], seconds: float) -> dict:
-    """Medians without the first step, which warms up."""
-    steps = steps[1:]
+    """Medians of the second half: every new number of tokens loads kernels and memory, and the first steps are full of them."""
+    steps = steps[len(steps) // 2 :]
 
     def median(key: str) -> float:
         return statistics.median(step[key] for step in steps if key in step)

@@ -12,10 +12,11 @@ pytestmark = pytest.mark.slow
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 ZERO3 = ["hardware=cpu2", "hardware.zero={actor: 3, critic: 3, ref: 3, reward: 3}"]
+LORA = ["model.actor.lora.dim=4", "model.reward.lora.dim=4"]
 VARIANTS = {
     "bloom-2-ranks-zero2": ["model=tiny_bloom", "hardware=cpu2", "hardware.zero.actor=2", "hardware.zero.critic=2"],
     "llama-2-ranks-zero3": ["model=tiny_llama", *ZERO3, "ppo.ema_decay=0.9"],
-    "neox-2-ranks-zero3-lora": ["model=tiny_neox", *ZERO3, "model.actor.lora.dim=4", "model.reward.lora.dim=4"],
+    "neox-2-ranks-zero3-lora-bf16": ["model=tiny_neox", "hardware.precision=bf16", *ZERO3, *LORA],
     "opt-bf16-offload-checkpointing": [
         "hardware.precision=bf16",
         "hardware.zero={actor: 3, critic: 2, ref: 3, reward: 3}",
