@@ -114,10 +114,10 @@ def _attend(
     d = tl.arange(0, WIDE)
     real = d < DIM
     base = (tl.load(slots + row) * KV_HEADS + head) * length * DIM
-    new_k = _turned(k + row * k_row + head * k_head, cos, sin, position, d, real, TURNED).to(keys.dtype.element_ty)
-    new_v = tl.load(v + row * v_row + head * v_head + d, mask=real, other=0.0)
-    tl.store(keys + base + position * DIM + d, new_k, mask=real)
-    tl.store(values + base + position * DIM + d, new_v, mask=real)
+    place = base + position * DIM
+    k += row * k_row + head * k_head
+    v += row * v_row + head * v_head
+    new_k, new_v = _keep(k, v, keys + place, values + place, cos, sin, position, d, real, TURNED)
 
     query = _turned(q + row * q_row + head * q_head, cos, sin, position, d, real, TURNED)
     most = tl.sum(query * new_k.to(tl.float32), axis=0) * scale
@@ -160,10 +160,10 @@ def _attend_shared(
     d = tl.arange(0, WIDE)
     real = d < DIM
     base = (tl.load(slots + row) * KV_HEADS + head) * length * DIM
-    new_k = _turned(k + row * k_row + head * k_head, cos, sin, position, d, real, TURNED).to(keys.dtype.element_ty)
-    new_v = tl.load(v + row * v_row + head * v_head + d, mask=real, other=0.0)
-    tl.store(keys + base + position * DIM + d, new_k, mask=real)
-    tl.store(values + base + position * DIM + d, new_v, mask=real)
+    place = base + position * DIM
+    k += row * k_row + head * k_head
+    v += row * v_row + head * v_head
+    new_k, new_v = _keep(k, v, keys + place, values + place, cos, sin, position, d, real, TURNED)
 
     g = tl.arange(0, ROWS)
     mine = g < GROUP
@@ -189,6 +189,16 @@ def _attend_shared(
         most = higher
     cell = ((row * KV_HEADS + head) * GROUP + g)[:, None] * DIM + d[None, :]
     tl.store(out + cell, (total / weight[:, None]).to(out.dtype.element_ty), mask=mine[:, None] & real[None, :])
+
+
+@triton.jit
+def _keep(k, v, key, value, cos, sin, position, d, real, TURNED: tl.constexpr):
+    """The new key, rotated, and the new value, as they stand in the cache now."""
+    new_k = _turned(k, cos, sin, position, d, real, TURNED).to(key.dtype.element_ty)
+    new_v = tl.load(v + d, mask=real, other=0.0)
+    tl.store(key + d, new_k, mask=real)
+    tl.store(value + d, new_v, mask=real)
+    return new_k, new_v
 
 
 @triton.jit
