@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from urllib.parse import urlsplit
 
 from runner.checks.paths import is_local, no_folder
@@ -65,6 +66,10 @@ def _writable(store: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"store={store} cannot be made ({error.strerror}): type store=/a/folder/of/yours") from error
+    try:
+        TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"store={store} cannot be written to ({error.strerror}): type store=/a/folder/of/yours") from error
     return path
 
 

@@ -417,6 +417,35 @@ def test_a_store_that_cannot_be_made_is_said(refused, here):
     assert "store=file/store cannot be made (Not a directory): type store=" in refused("store=file/store")
 
 
+def full(*args, **kwargs):
+    raise OSError(30, "Read-only file system")
+
+
+def test_a_store_that_cannot_be_written_to_is_said(refused, here, monkeypatch):
+    """Mode bits do not keep root out, so the disk has to say so."""
+    monkeypatch.setattr("runner.prepare.TemporaryFile", full)
+    assert "store=here cannot be written to (Read-only file system): type store=" in refused("store=here")
+
+
+def test_a_working_folder_in_which_nothing_can_be_made_is_said(refused, here):
+    (here / "runs").write_text("")
+    assert "call run.py from a folder of yours, or type hydra.run.dir=/a/folder/of/yours" in refused("dry_run=true")
+    assert "or type hydra.sweep.dir=" in refused("-m", "dry_run=true", "seed=1,2")
+
+
+def test_a_finished_step_is_reused_without_a_lock(tmp_path):
+    """A store that several people read from need not be writable."""
+    from runner.launch import launch
+    from runner.plan import plan
+
+    cfg = configured("stage=sft", f"store={tmp_path / 'store'}")
+    (step,) = plan(cfg)
+    step.folder.mkdir(parents=True)
+    (step.folder / "DONE").touch()
+    assert launch(cfg, step, None, tmp_path / "run") is False
+    assert (tmp_path / "run" / "sft").resolve() == step.folder and not (tmp_path / "store" / "locks").exists()
+
+
 def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer):
     import torch
     from safetensors.torch import save_file
