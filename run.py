@@ -92,6 +92,12 @@ def tell(text: str) -> None:
         print(f"\n{text}", file=sys.stderr, flush=True)
 
 
+def elsewhere() -> str:
+    """The override that moves the folder of this command."""
+    sweeps = any(a in ("-m", "--multirun") or a.startswith(("sweep=", "hydra.mode=")) for a in sys.argv)
+    return "hydra.sweep.dir=/a/folder/of/yours" if sweeps else "hydra.run.dir=/a/folder/of/yours"
+
+
 class Told(Exception):
     """A UserError whose message has been printed."""
 
@@ -110,6 +116,13 @@ if __name__ == "__main__":
         sys.exit(interrupt.args[0] if interrupt.args else 128 + 2)
     except Told:
         sys.exit(1)
+    except OSError as error:
+        # The only relative path that anything is written to is that of Hydra's folder for this command
+        if WANTS_TRACEBACK or "debug=true" in sys.argv or Path(str(error.filename)).parts[:1] != ("runs",):
+            raise
+        sys.exit(
+            f"error: {error.filename} cannot be made here ({error.strerror}): call run.py from a folder of yours, or type {elsewhere()}"
+        )
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         if WANTS_TRACEBACK or "debug=true" in sys.argv:
             raise

@@ -119,6 +119,10 @@ class Model:
     def __post_init__(self):
         check_choice("model.family", self.family, tuple(FAMILIES))
         check_choice("model.attention", self.attention, ("auto", *FAMILIES[self.family].attention))
+        check(
+            self.tokenizer_vocab >= 259,
+            f"model.tokenizer_vocab={self.tokenizer_vocab} must be 259 or more: 256 bytes and three special tokens",
+        )
         check(self.max_prompt_tokens >= 1, f"model.max_prompt_tokens={self.max_prompt_tokens} must be at least 1")
         check(self.max_response_tokens >= 2, f"model.max_response_tokens={self.max_response_tokens} must be at least 2: a token and EOS")
         context = self.actor.shape.get("max_position_embeddings")
@@ -146,6 +150,7 @@ class Source:
 
     def __post_init__(self):
         check(self.weight > 0, f"weight={self.weight} of {self.path} must be above 0; leave the source out instead")
+        check(self.weight <= 1000, f"weight={self.weight} of {self.path} repeats its rows as often: type 1000 or less")
 
 
 @dataclass
@@ -177,6 +182,8 @@ class Dataset:
         check_choice("dataset.on_bad_row", self.on_bad_row, ("error", "skip"))
         check(0 < self.holdout < 1, f"dataset.holdout={self.holdout} must be between 0 and 1: it is the share kept for evaluation")
         check(bool(self.sources), "dataset.sources is empty: name at least one source of prompts")
+        check(self.path is None or bool(self.path.strip()), "dataset.path is empty: type dataset.path=/data/pairs.jsonl")
+        check_least(self, 0, "toy_rows")
         check(self.max_rows is None or self.max_rows > 0, f"dataset.max_rows={self.max_rows} must be null or above 0")
 
 
@@ -252,7 +259,7 @@ class Hardware:
         check_choice("hardware.precision", self.precision, ("fp32", "bf16", "fp16"))
         check(self.accelerator == "cuda" or self.precision != "fp16", "hardware.precision=fp16 does not run on a CPU: use fp32 or bf16")
         check_above(self, 0, "timeout_minutes", "memory_gb")
-        check_least(self, 0, "tflops", "bandwidth_gb_s")
+        check_least(self, 0, "tflops", "bandwidth_gb_s", "logits_chunk")
         check(self.nodes >= 1 and self.gpus >= 1, f"hardware.nodes={self.nodes} and hardware.gpus={self.gpus} must be at least 1")
         check(
             not self.offload.optimizer or min(self.zero.actor, self.zero.critic) > 0,
@@ -294,6 +301,10 @@ class Training:
     def __post_init__(self):
         where = type(self).__name__.lower()
         check_choice(f"{where}.lr_schedule", self.lr_schedule, SCHEDULES)
+        check(
+            self.use is None or bool(self.use.strip()),
+            f"{where}.use is empty: type the folder of a checkpoint, or {where}.use=null for none",
+        )
         check(self.warmup >= 0, f"{where}.warmup={self.warmup} must be 0 or more: steps, or below 1 a share of the run")
         check(self.grad_clip > 0, f"{where}.grad_clip={self.grad_clip} must be above 0 (1e9 for none)")
         check(len(self.betas) == 2, f"{where}.betas={self.betas} must be two numbers")
@@ -456,7 +467,8 @@ class Config:
         check_choice("stage", self.stage, STAGES)
         check_choice("resume", self.resume, ("auto", "force", "new"))
         check_choice("invariants", self.invariants, ("stop", "warn"))
-        check(self.seed >= 0, f"seed={self.seed} must be 0 or more")
+        check(0 <= self.seed < 2**32, f"seed={self.seed} must be 0 or more, and below {2**32}")
+        check(bool(self.store.strip()), "store is empty: type store=/a/folder/of/yours")
         most = self.model.max_response_tokens
         check(
             self.ppo is None or self.ppo.min_response_tokens <= most,

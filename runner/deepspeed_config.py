@@ -29,6 +29,16 @@ OURS = {
 }
 
 
+# Inside a block
+OURS_INSIDE = {
+    ("zero_optimization", "stage"): "hardware.zero",
+    ("fp16", "enabled"): "hardware.precision",
+    ("bf16", "enabled"): "hardware.precision",
+    ("bfloat16", "enabled"): "hardware.precision",
+}
+BLOCKS = frozenset(block for block, _ in OURS_INSIDE)
+
+
 def check_raw(raw: dict) -> None:
     """Refuse keys of hardware.deepspeed that DeepSpeed would ignore, or that the runner decides."""
     for key in raw:
@@ -37,6 +47,11 @@ def check_raw(raw: dict) -> None:
         if key not in TOP_LEVEL_KEYS:
             near = difflib.get_close_matches(key, TOP_LEVEL_KEYS, n=1)
             raise UserError(f"hardware.deepspeed.{key} is no DeepSpeed setting" + (f" (did you mean {near[0]}?)" if near else ""))
+        if key in BLOCKS and not isinstance(raw[key], dict):
+            raise UserError(f"hardware.deepspeed.{key}={raw[key]} is a block of settings: type hardware.deepspeed.{key}.NAME=VALUE")
+    for (block, key), ours in OURS_INSIDE.items():
+        if key in raw.get(block, {}):
+            raise UserError(f"hardware.deepspeed.{block}.{key} is decided by the runner: set {ours} instead")
 
 
 def training_config(cfg: Config, engine: str, micro_batch: int, accumulation: int, grad_clip: float) -> dict:

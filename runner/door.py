@@ -41,33 +41,48 @@ def load(composed: DictConfig | str | Path) -> Config:
         raise UserError(f"{error.full_key} has no value: type {error.full_key}=...") from error
     except OmegaConfBaseException as error:
         what = str(error).splitlines()[0]
-        if wrong := re.fullmatch(r"Value '(.*)' of type '.*' could not be converted to (\w+)", what):
+        if wrong := re.fullmatch(r"Value '(.*)' (?:of type '.*' could not be converted to|is not a valid) (\w+).*", what):
             raise UserError(f"{error.full_key}={wrong[1]} must be {KINDS.get(wrong[2], wrong[2])}") from error
-        if absent := re.search(r"(?:'None' for field of type '|NoneType is not a subclass of )(\w+)", what):
-            key, kind = error.full_key, KINDS.get(absent[1], absent[1])
-            raise UserError(f"{key}=null must be {kind}: type {key}=..., or leave it out") from error
         raise UserError(f"{error.full_key}: {what}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def check_kinds(values: dict, node: type = Config, prefix: str = "") -> None:
-    """Raise UserError, with what to type, where a plain value or null stands in the place of a block, a mapping or a list."""
+    """Raise UserError, with what to type, for a value of another kind than its key's: null, a list for a block, infinity."""
     for f in fields(node):
-        key, value, kind = prefix + f.name, values.get(f.name), _bare(f.type)
-        if is_dataclass(kind) and isinstance(value, dict):
-            check_kinds(value, kind, f"{key}.")
-        may_be_null = f.name not in values or kind is not f.type
-        if isinstance(value, dict | list) or (value is None and may_be_null):
+        if f.name not in values:
             continue
-        given, better = ("null", "...") if value is None else (value, value)
+        key, value, kind = prefix + f.name, values[f.name], _bare(f.type)
+        if value is None and kind is not f.type:  # Optional
+            continue
+        _check_kind(key, value, kind)
         if is_dataclass(kind):
-            first, *others = [inside.name for inside in fields(kind)]
-            raise UserError(f"{key}={given}: {key} is a block of keys ({', '.join([first, *others])}): type {key}.{first}={better}")
-        if str(kind).startswith("typing.Dict"):
-            raise UserError(f"{key}={given} must be a mapping: type {key}='{{name: value}}'")
-        if str(kind).startswith("typing.List"):
-            raise UserError(f"{key}={given} must be a list: type {key}=[{better}]")
+            check_kinds(value, kind, f"{key}.")
+        elif kind == Dict[str, Source]:
+            for name, source in value.items():
+                _check_kind(f"{key}.{name}", source, Source)
+                check_kinds(source, Source, f"{key}.{name}.")
+
+
+def _check_kind(key: str, value: object, kind: type) -> None:
+    shown = "null" if value is None else value
+    if is_dataclass(kind) and not isinstance(value, dict):
+        names = [inside.name for inside in fields(kind)]
+        hint = f"type {key}.{names[0]}=" + ("..." if value is None or isinstance(value, list) else str(value))
+        raise UserError(f"{key}={shown}: {key} is a block of keys ({', '.join(names)}): {hint}")
+    if str(kind).startswith("typing.Dict") and not isinstance(value, dict):
+        raise UserError(f"{key}={shown} must be a mapping: type {key}='{{name: value}}'")
+    if str(kind).startswith("typing.List"):
+        if not isinstance(value, list):
+            raise UserError(f"{key}={shown} must be a list: type {key}=[{'...' if value is None else value}]")
+        if any(part is None or isinstance(part, dict | list) for part in value):
+            raise UserError(f"{key}={value} must be a list of plain values")
+    if kind in PLAIN and (value is None or isinstance(value, dict | list)):
+        instead = f": type {key}=..., or leave it out" if value is None else ""
+        raise UserError(f"{key}={shown} must be {PLAIN[kind]}{instead}")
+    if kind is float and str(value).strip("+-.").lower() in ("inf", "infinity", "nan"):
+        raise UserError(f"{key}={value} must be a finite number")
 
 
 def read_yaml(path: Path) -> dict:
@@ -91,9 +106,9 @@ def broken_yaml(error: yaml.YAMLError, path: Path | None = None) -> str:
     return f"{where}: {f'the tag {tag[1]} is refused: it would run Python code' if tag else f'not valid YAML ({problem})'}"
 
 
-# OmegaConf has two names for a type
-KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
-KINDS |= {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a text"}
+# By the names that OmegaConf has for them
+KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "bool": "true or false"}
+PLAIN = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
 
 
 def open_keys(node: object, prefix: str = "") -> Iterator[str]:

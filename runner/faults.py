@@ -275,6 +275,12 @@ def _signal(end: End) -> tuple[str, str]:
     return f"{end.who} died of {names.get(number, 'signal')} (-{number})", "A fault of a library, a driver or the machine."
 
 
+def _no_command(end: End) -> tuple[str, str]:
+    what = "is not there" if end.code == 127 else "cannot be run"
+    program = end.cfg.hardware.launch.split()[0]
+    return f"the launch command {what}: it begins with {program}", "Install what is missing, or type another hardware.launch=..."
+
+
 def _exception(end: End) -> tuple[str, str]:
     note = end.culprit[2]
     return f"{end.who} failed: {note['kind']}: {(note['message'].strip() or '(no message)').splitlines()[0]}", "debug=true shows all of it."
@@ -309,5 +315,6 @@ FAULTS = (
     (_says(r"MemoryError|can't allocate memory|Cannot allocate memory|bad_alloc"), _memory_refused, True),
     (lambda end: end.culprit[1] < 0, _signal, False),
     (lambda end: end.culprit[2] is not None, _exception, False),
+    (lambda end: end.code in (126, 127), _no_command, True),
     (lambda end: True, _unknown, False),
 )

@@ -22,7 +22,7 @@ class Gate(Callback):
             secrets.refuse_in_config(OmegaConf.to_container(config))
             with suppress(OmegaConfBaseException):  # an unknown interpolation is reported by those who need its value
                 secrets.refuse_in_config({"name": config.name})
-                check_name(config.name)
+                check_name(str(config.name))
         except (UserError, ValueError) as error:
             sys.exit(f"error: {error}")  # Hydra makes warnings of all exceptions but this one
 

@@ -220,6 +220,8 @@ def shares_reference(actor: ModelPart) -> bool:
 def command(cfg: Config, folder: Path) -> str:
     """The shell command that starts the workers of a step."""
     h = cfg.hardware
+    if "{folder}" not in h.launch:
+        raise UserError(f"hardware.launch={h.launch!r} does not name the step to work at: it ends with -m runner.worker {{folder}}")
     values = {"python": sys.executable, "gpus": h.gpus, "nodes": h.nodes, "world": h.world_size, "hostfile": h.hostfile}
     try:
         return h.launch.format(**values, folder=shlex.quote(str(folder)))

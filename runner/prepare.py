@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from urllib.parse import urlsplit
 
 from runner.checks.paths import is_local, no_folder
@@ -23,7 +24,7 @@ from runner.checks.trust import check_weights
 from runner.config import Config, ModelPart
 from runner.data.sources import data_key, sources_of
 from runner.durable.lock import lock
-from runner.errors import UserError
+from runner.errors import UserError, did_you_mean
 from runner.files import whole_folder
 from runner.plan import Step, missing_hostfile
 
@@ -65,6 +66,10 @@ def _writable(store: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"store={store} cannot be made ({error.strerror}): type store=/a/folder/of/yours") from error
+    try:
+        TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"store={store} cannot be written to ({error.strerror}): type store=/a/folder/of/yours") from error
     return path
 
 
@@ -213,17 +218,46 @@ def base_model(cfg: Config, store: Path, name: str, tokenizer) -> str:
             check_weights(Path(part.path))
         return part.path
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    shape = part.shape | {"vocab_size": max(part.shape["vocab_size"], len(tokenizer))}
-    try:
+    shape = part.shape | {"vocab_size": max(part.shape.get("vocab_size", 0), len(tokenizer))}
+    with _sizing(f"model.{name}.shape"):
         config = AutoConfig.for_model(cfg.model.family, **shape, **ids)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model shape {shape} is refused by transformers: {error}") from error
+    _check_names_of_sizes(config, shape, f"model.{name}.shape")
     folder = store / "base" / f"{cfg.model.family}-{hashlib.sha256(config.to_json_string().encode()).hexdigest()[:10]}"
     with lock(store / "locks" / folder.name, "the random model"):
         if not folder.exists():
+            _check_network(config, f"model.{name}.shape")
             with whole_folder(folder) as work:
                 config.save_pretrained(work)
     return str(folder)
+
+
+def _check_names_of_sizes(config, shape: dict, key: str) -> None:
+    """transformers keeps a size that it does not know without a word, and builds the network with its own. Old names it translates."""
+    known = vars(type(config)())
+    for size in shape:
+        if size in vars(config) and size not in known:
+            raise UserError(f"{key}.{size}: the family {config.model_type} has no such size{did_you_mean(size, list(known))}")
+
+
+def _check_network(config, key: str) -> None:
+    """Whether sizes fit each other, by building the network without memory for its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config, "num_hidden_layers", 1) < 1:
+        raise UserError(f"{key}.num_hidden_layers={config.num_hidden_layers} must be 1 or more")
+    with _sizing(key), torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
+
+
+@contextmanager
+def _sizing(key: str) -> Iterator[None]:
+    """Whatever transformers says of a size, and it raises anything, becomes one message."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise UserError(f"{key} is refused by transformers: {lines[-1].strip()}") from error
 
 
 def _check_context(cfg: Config, path: str, config) -> None:

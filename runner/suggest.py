@@ -66,7 +66,7 @@ def _quoting(argument: str) -> str:
         return f"A mapping with spaces wants quotes around it: {key}='{{name: value, other: value}}'"
     if value.startswith("["):
         return f"A list is closed by ], and with spaces it wants quotes around it: {key}='[one, two]'"
-    return "Brackets, spaces and = in a value want quotes: 'key=\"value\"'"
+    return f"Brackets, spaces, commas, = and letters beyond a to z in a value want quotes: '{key}=\"{value}\"'"
 
 
 def _check_sweep(override, sweeps: bool) -> None:
@@ -100,6 +100,8 @@ def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: st
         return argument
     if not _is_known(key, known):
         raise UserError(f"unknown key {key}{did_you_mean(key, known)}. `python run.py --cfg job` prints all keys")
+    if value.startswith("[") and any(name.startswith(f"{key}.") for name in known):
+        raise UserError(f"{argument}: {key} is a mapping of names to values: type {key}='{{name: value}}'")
     block = key.split(".")[0]
     if block in STAGES and "." in key and block not in _consumed(chosen, conf):
         raise UserError(f"{key}: stage={chosen} does not use the {block} block. Leave it out, or type stage={block}")
@@ -114,9 +116,13 @@ def _check_launcher(name: str) -> None:
 
 
 def _check_options(group: str, value: str, options: list[str]) -> None:
+    if value.startswith("[") and group != "experiment":  # of which several can be laid over each other
+        raise UserError(
+            f"{group}={value}: one {group} at a time. Type {group}=..., or -m {group}={value.strip('[]')} for one after the other"
+        )
     for option in value.strip("[]'\"").split(","):
         absent = option == "null" and group in ("experiment", "sweep")
-        if option and not absent and option not in options and "(" not in value:
+        if not absent and option.strip() not in options and "(" not in value:
             raise UserError(f"{group}={option} does not exist{did_you_mean(option, options)}. There are: {', '.join(options)}")
 
 

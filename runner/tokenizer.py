@@ -81,13 +81,17 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> 
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raise UserError when the chat template is broken, or reaches for what a template must not touch."""
+    """Raise UserError when the chat template is broken, reaches for what a template must not touch, or forgets the messages."""
     from jinja2 import TemplateError
 
     try:
-        render_prompt(tokenizer, [{"role": "user", "content": "Hello"}])
+        rendered = render_prompt(tokenizer, [{"role": "user", "content": "Hello"}])
     except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise UserError(f"{where} is refused by the template engine: {error}") from error
+    if "Hello" not in rendered:
+        raise UserError(
+            f"{where} leaves out what is said: it turns a message 'Hello' into {rendered!r}. It needs {{{{ message['content'] }}}}"
+        )
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Sequence[Turn]]) -> list[list[int]]:

@@ -58,6 +58,7 @@ def work(folder: Path) -> None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True, warn_only=True)  # a cumulative sum has no such kernel
     device = ranks.start(cfg.hardware.accelerator, cfg.hardware.timeout_minutes)
+    check_ranks(cfg.hardware, ranks.world())
     torch.manual_seed(cfg.seed + ranks.rank())
     log = RunLog(cfg, inputs.stage, folder, inputs.parents, device)
     try:
@@ -68,6 +69,18 @@ def work(folder: Path) -> None:
     else:
         leave(folder, "DONE", time.strftime("%Y-%m-%d %H:%M:%S\n"))
     dist.destroy_process_group()
+
+
+def check_ranks(hardware, started: int) -> None:
+    """The batch sizes are those of the planned ranks: fewer of them would train on less than they say, under the same key."""
+    from runner.errors import UserError
+
+    if started != hardware.world_size:
+        raise UserError(
+            f"hardware.launch has started {started} rank{'s' * (started > 1)}, and not hardware.nodes={hardware.nodes} x "
+            f"hardware.gpus={hardware.gpus} = {hardware.world_size}. Pick a preset that starts as many (cpu2, dgx8, gpu64, slurm), or "
+            "write hardware.launch so that it does"
+        )
 
 
 def leave(folder: Path, name: str, text: str) -> None:

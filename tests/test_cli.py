@@ -179,7 +179,6 @@ WRONG = {
     "sweep without -m": ("ppo.kl_coef=0.1,0.2", "names several values: type -m for a sweep"),
     "wrong type": ("ppo.kl_coef=abc", "ppo.kl_coef=abc must be a number"),
     "null for a number": ("rollout.max_mismatch=null", "rollout.max_mismatch=null must be a number: type rollout.max_mismatch=..., or "),
-    "null in a list": ("ppo.betas=[null,0.9]", "ppo.betas[0]=null must be a number: type "),
     "null for a list": ("ppo.stop=null", "ppo.stop=null must be a list: type ppo.stop=[...]"),
     "null for a block": ("wandb=null", "wandb is a block of keys (mode, project, entity): type wandb.mode=..."),
     "out of range": ("ppo.kl_coef=-1", "ppo.kl_coef=-1.0 must be 0 or more"),
@@ -214,8 +213,42 @@ WRONG = {
     "value for a list": ("dataset.sft_only=/x.jsonl", "must be a list: type dataset.sft_only=[/x.jsonl]"),
     "value for a mapping": ("hardware.deepspeed=x", "must be a mapping: type hardware.deepspeed='{name: value}'"),
     "mapping cut by the shell": ("dataset.fields={prompt:", "wants quotes around it: dataset.fields='{name: value, other: value}'"),
-    "launch command": ("hardware.launch='{pyton}'", "hardware.launch holds 'pyton': it knows {python}, "),
+    "launch command": ("hardware.launch='{pyton}{folder}'", "hardware.launch holds 'pyton': it knows {python}, "),
     "broken template": ("model.chat_template='{%' stage=sft", "model.chat_template is refused by the template engine: "),
+    "null for a text": ("name=null", "name=null must be a text"),
+    "null for a source": ("dataset.sources.toy=null", "dataset.sources.toy is a block of keys"),
+    "null in a list": ("ppo.stop=[null]", "must be a list of plain values"),
+    "list for a text": ("store=[a]", "must be a text"),
+    "list for a block": ("dataset.split=[2,4,4]", "type dataset.split='{name: value}'"),
+    "list for a mapping": ("dataset=jsonl dataset.path=x.jsonl dataset.fields=[a]", "type dataset.fields='{name: value}'"),
+    "neither true nor false": ("dry_run=maybe", "dry_run=maybe must be true or false"),
+    "infinity": ("sft.lr=inf", "sft.lr=inf must be a finite number"),
+    "infinity by overflow": ("sft.epochs=1e400", "sft.epochs=inf must be a finite number"),
+    "not a number": ("ppo.temperature=nan", "ppo.temperature=nan must be a finite number"),
+    "seed of more than 32 bits": ("seed=99999999999999999999", "and below 4294967296"),
+    "no option": ("model=", "model= does not exist. There are: bloom176b, "),
+    "two options": ("stage=[sft,ppo]", "one stage at a time. Type stage=..., or -m stage=sft,ppo"),
+    "empty store": ("store=", "store is empty: type store="),
+    "empty checkpoint": ("sft.use=", "sft.use is empty: type the folder of a checkpoint, or sft.use=null"),
+    "empty path": ("dataset=jsonl dataset.path=", "dataset.path is empty: type dataset.path=/data/pairs.jsonl"),
+    "accented path": ("dataset=jsonl dataset.path=/é.jsonl", "want quotes: 'dataset.path=\"/é.jsonl\"'"),
+    "endless weight": ("dataset.sources.toy.weight=1e12", "type 1000 or less"),
+    "small vocabulary": ("model.tokenizer_vocab=-1", "must be 259 or more"),
+    "negative chunk": ("hardware.logits_chunk=-5", "hardware.logits_chunk=-5 must be 0 or more"),
+    "launch of nothing": ("hardware.launch=", "does not name the step to work at: it ends with -m runner.worker {folder}"),
+    "no DeepSpeed block": ("hardware.deepspeed.bf16=3", "bf16=3 is a block of settings: type hardware.deepspeed.bf16.NAME=VALUE"),
+    "ZeRO stage of DeepSpeed": ("hardware.deepspeed.zero_optimization.stage=3", "is decided by the runner: set hardware.zero instead"),
+    "unknown size": ("model.actor.shape.hiden_size=64", "the family opt has no such size (did you mean hidden_size?)"),
+    "size of no kind": (
+        "model.actor.shape.hidden_size=abc",
+        "model.actor.shape is refused by transformers: TypeError: Field 'hidden_size'",
+    ),
+    "sizes that do not fit": (
+        "model.reward.shape.num_attention_heads=7",
+        "model.reward.shape is refused by transformers: embed_dim must be",
+    ),
+    "no layers": ("model.actor.shape.num_hidden_layers=0", "num_hidden_layers=0 must be 1 or more"),
+    "template without content": ("model.chat_template=hello", "leaves out what is said: it turns a message 'Hello' into 'hello'"),
     "fp16 on a CPU": ("hardware.precision=fp16", "use fp32 or bf16"),
 }
 
@@ -288,6 +321,36 @@ def test_broken_rows_are_named_or_counted(here, refused):
     assert counts["dropped"] == {"broken row": 1}
 
 
+def test_data_that_is_no_file_of_rows_is_said_before_it_is_read(here, refused):
+    """A folder is not hashed, which may be a whole disk, and a pipe is not waited for."""
+    (here / "data").mkdir()
+    (here / "data" / "rows.jsonl").write_text("{}")
+    (here / "data" / "gone.jsonl").symlink_to("nowhere")
+    os.mkfifo(here / "pipe.jsonl")
+    assert "./data is a folder, and not one that datasets' save_to_disk has written: name one of" in refused(
+        "dataset=jsonl", "dataset.path=./data"
+    )
+    assert "no regular file" in refused("dataset=jsonl", "dataset.path=pipe.jsonl")
+    assert refused("dataset=jsonl", "dataset.path=data/gone.jsonl").endswith("in data there are: rows.jsonl")
+
+
+def test_what_is_odd_about_a_row_is_said(here, refused):
+    rows = [json.dumps({"prompt": f"Question {i}?", "chosen": f"Answer {i}.", "rejected": f"No {i}."}) for i in range(300)]
+    Path("commas.jsonl").write_text(",\n".join(rows))
+    Path("comma.json").write_text(f"[{','.join(rows)},\n]")
+    Path("null.jsonl").write_text('{"prompt": "a", "chosen": null}\n')
+    Path("empty.jsonl").write_text('{"prompt": [], "chosen": "a", "rejected": "b"}\n')
+    Path("long.jsonl").write_text("\n".join(row.replace("Answer", "Answer " * 300) for row in rows))
+    file = "dataset=jsonl", "stage=sft"
+    assert "a row ends with its }, without a comma" in refused(*file, "dataset.path=commas.jsonl")
+    assert (
+        "comma.json:2: not valid JSON" in (message := refused(*file, "dataset.path=comma.json")) and "comma behind the last row" in message
+    )
+    assert "null.jsonl:1: field chosen is null" in refused(*file, "dataset.path=null.jsonl")
+    assert "dropped: 1 empty prompt" in refused(*file, "dataset.path=empty.jsonl")
+    assert "Raise model.max_response_tokens" in refused(*file, "dataset.path=long.jsonl")
+
+
 def test_too_few_prompts_and_rows_are_said(here, refused):
     rows = [json.dumps({"prompt": f"Question {i}?", "chosen": f"Answer {i}.", "rejected": f"No {i}."}) for i in range(60)]
     Path("few.jsonl").write_text("\n".join(rows))
@@ -352,6 +415,35 @@ def test_wandb_online_without_a_key_is_said_before_data_is_read(here, refused, m
 def test_a_store_that_cannot_be_made_is_said(refused, here):
     (here / "file").write_text("")
     assert "store=file/store cannot be made (Not a directory): type store=" in refused("store=file/store")
+
+
+def full(*args, **kwargs):
+    raise OSError(30, "Read-only file system")
+
+
+def test_a_store_that_cannot_be_written_to_is_said(refused, here, monkeypatch):
+    """Mode bits do not keep root out, so the disk has to say so."""
+    monkeypatch.setattr("runner.prepare.TemporaryFile", full)
+    assert "store=here cannot be written to (Read-only file system): type store=" in refused("store=here")
+
+
+def test_a_working_folder_in_which_nothing_can_be_made_is_said(refused, here):
+    (here / "runs").write_text("")
+    assert "call run.py from a folder of yours, or type hydra.run.dir=/a/folder/of/yours" in refused("dry_run=true")
+    assert "or type hydra.sweep.dir=" in refused("-m", "dry_run=true", "seed=1,2")
+
+
+def test_a_finished_step_is_reused_without_a_lock(tmp_path):
+    """A store that several people read from need not be writable."""
+    from runner.launch import launch
+    from runner.plan import plan
+
+    cfg = configured("stage=sft", f"store={tmp_path / 'store'}")
+    (step,) = plan(cfg)
+    step.folder.mkdir(parents=True)
+    (step.folder / "DONE").touch()
+    assert launch(cfg, step, None, tmp_path / "run") is False
+    assert (tmp_path / "run" / "sft").resolve() == step.folder and not (tmp_path / "store" / "locks").exists()
 
 
 def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer):

@@ -155,6 +155,21 @@ def test_want_of_memory_is_told_from_a_signal_that_somebody_sent(tmp_path):
     assert "was killed (-9). Most likely by the kernel" in unknown.text
 
 
+@pytest.mark.parametrize("code, says", [(127, "the launch command is not there: it begins with srun"), (126, "cannot be run")])
+def test_a_launch_command_that_cannot_be_started_is_named(code, says, tmp_path):
+    cfg, step = made(tmp_path, "sft", "hardware.launch='srun {folder}'")
+    fault = ended(cfg, step, code, ["bash: line 1: exec: srun: not found"])
+    assert says in fault.text and fault.repeats
+
+
+def test_fewer_ranks_than_planned_are_refused():
+    """One process on a plan for two would train on half the batch, under the key of the whole."""
+    hardware = configured("hardware.gpus=2", "hardware.micro_batch.sft=16", "stage=sft").hardware
+    worker.check_ranks(hardware, 2)
+    with pytest.raises(UserError, match=r"has started 1 rank, and not hardware\.nodes=1 x hardware\.gpus=2 = 2"):
+        worker.check_ranks(hardware, 1)
+
+
 def test_a_shell_reports_signals_as_codes_above_128(tmp_path):
     assert "died of a bus error (-7)" in ended(*made(tmp_path), code=135).text
 

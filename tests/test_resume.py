@@ -58,6 +58,13 @@ def test_a_changed_one_is_shown_with_the_difference(tmp_path):
     assert "resume=force" in text and "resume=new" in text
 
 
+def test_of_two_data_sources_only_what_differs_is_shown(tmp_path):
+    interrupt(planned(tmp_path, "dataset.toy_rows=100"))
+    differ = planned(tmp_path, "dataset.toy_rows=200", "dataset.sources.toy.weight=2").earlier.describe()
+    assert [line.partition(":")[0] for line in differ] == ["dataset.sources.0.content", "dataset.sources.0.weight"]
+    assert differ[0].endswith("-100 -> " + differ[0].rpartition(" ")[2]) and differ[0].endswith("-200")
+
+
 def test_only_what_this_name_left_unfinished_at_last_is_asked_about(tmp_path):
     step = planned(tmp_path)
     interrupt(step)

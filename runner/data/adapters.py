@@ -266,8 +266,12 @@ def any_fields(row: dict, fields: dict) -> Example:
         named[ours] = need(row, theirs, kind=object)
     prompt, answer = pick(named, PROMPTS), pick(named, tuple(n for n in RESPONSES if n in fields) or RESPONSES)
     if answer is None:
+        if null := next((name for name in RESPONSES if name in named), None):
+            raise BadRow(f"field {null} is null")
         raise no_field(row, "response", RESPONSES)
     turns: tuple[Turn, ...] = ()
+    if prompt and named[prompt] == []:
+        raise Dropped("empty prompt")
     if prompt:
         turns = chat(named, prompt) if isinstance(named[prompt], list) else parse_dialogue(need(named, prompt))
     extra = pick(named, ("input", "context")) if prompt == "instruction" else None  # Alpaca, Dolly

@@ -282,6 +282,11 @@ def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
         beside = f"dataset.sft_only=[{dataset.path or 'FILE'}]"
         return f"its rows have no `rejected` and serve SFT only. Type stage=sft, or give pairs and put these rows beside them: {beside}"
     dropped = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.most_common() if n)
+    reason, most = next(iter(counts.dropped.most_common(1)), ("", 0))
+    if most > counts.train + counts.eval and reason.startswith("response longer"):
+        return (
+            f"{counts.train} train, {counts.eval} held out, dropped: {dropped}. Raise model.max_response_tokens, or give shorter responses"
+        )
     prompts = len({prompt_hash(example.prompt) for _, example in every})
     return (
         f"{counts.train} train, {counts.eval} held out, dropped: {dropped or 'none'}. All its rows together have {prompts} different "

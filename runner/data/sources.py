@@ -88,13 +88,24 @@ def content_key(source: Source, toy_rows: int) -> str:
 def _existing(path: str) -> Path:
     found = Path(path).expanduser()
     if not found.exists():
-        there = sorted(p.name for p in found.parent.glob("*") if p.name.endswith(SUFFIXES)) if found.parent.is_dir() else []
+        there = sorted(p.name for p in found.parent.glob("*") if p.name.endswith(SUFFIXES) and p.exists()) if found.parent.is_dir() else []
         near = difflib.get_close_matches(found.name, there, n=3) or [name for name in there if Path(name).suffixes == found.suffixes]
         hint = f"; in {found.parent} there are: {', '.join(near[:8])}" if near else ""
         raise UserError(f"data file {path} does not exist (looked from {Path.cwd()}){hint}")
-    if found.is_file() and not found.name.endswith(SUFFIXES):
+    if found.is_dir():  # looked at before its files are hashed: it may be a whole disk
+        if not any((found / name).is_file() for name in SAVED_BY_DATASETS):
+            inside = sorted(p.name for p in found.iterdir() if p.name.endswith(SUFFIXES))
+            hint = f": name one of {', '.join(inside[:8])}" if inside else f"; name a {', '.join(SUFFIXES)} file"
+            raise UserError(f"{path} is a folder, and not one that datasets' save_to_disk has written{hint}")
+        return found
+    if not found.is_file():
+        raise UserError(f"data file {path} is no regular file, and it is read more than once: write its rows to a .jsonl file first")
+    if not found.name.endswith(SUFFIXES):
         raise UserError(f"data file {path}: unknown format; use one of {', '.join(SUFFIXES)}")
     return found
+
+
+SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
 
 
 def _open(path: Path):
@@ -119,7 +130,7 @@ def _parse(text: str) -> dict | BrokenRow:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        return BrokenRow(_not_json(error) + LIST_HINT * (text.strip() == "["))
+        return BrokenRow(_not_json(error) + LIST_HINT * (text.strip() == "[") + COMMA_HINT * text.rstrip().endswith(","))
     except (ValueError, RecursionError) as error:
         return BrokenRow(f"not valid JSON ({error})")
     if isinstance(value, list):
@@ -128,6 +139,9 @@ def _parse(text: str) -> dict | BrokenRow:
 
 
 LIST_HINT = "; a file that holds one list of rows is called .json: rename it"
+
+
+COMMA_HINT = "; a row ends with its }, without a comma"
 
 
 def _not_json(error: json.JSONDecodeError) -> str:
@@ -143,7 +157,12 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
         if error.msg == "Extra data":  # one object per line in a file called .json
             yield from _line_rows(path)
             return
-        raise UserError(f"{path}:{error.lineno}: {_not_json(error)}") from error
+        hint = (
+            "; there is a comma behind the last row"
+            if text[: error.pos].rstrip().endswith(",") and text[error.pos :].startswith("]")
+            else ""
+        )
+        raise UserError(f"{path}:{error.lineno}: {_not_json(error)}{hint}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if isinstance(values, dict):

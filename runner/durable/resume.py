@@ -70,11 +70,18 @@ def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:
     found = {}
     for key in sorted(old.keys() | new.keys()):
         one, other = old.get(key), new.get(key)
+        if f"{prefix}{key}" == "dataset.sources" and one and other:
+            one, other = _numbered(one), _numbered(other)
         if isinstance(one, dict) and isinstance(other, dict):
             found |= differences(one, other, f"{prefix}{key}.")
         elif one != other:
             found[prefix + key] = (one, other)
     return found
+
+
+def _numbered(sources: list) -> dict:
+    """Data sources as data_key lists them, [settings, content], so that it can be said in what they differ."""
+    return {str(i): settings | {"content": content} for i, (settings, content) in enumerate(sources)}
 
 
 def refuse(stage: str, earlier: Unfinished) -> None:
