@@ -499,14 +499,14 @@ def test_unreadable_files(name, content, message, tmp_path):
         read(tmp_path / name)
     folder = tmp_path / "empty"
     folder.mkdir()
-    with pytest.raises(UserError, match="was not written by datasets' save_to_disk"):
+    with pytest.raises(UserError, match="not one that datasets' save_to_disk has written"):
         read(folder)
 
 
 def test_a_folder_of_other_things_is_no_data_set(tmp_path):
     for name in ("state.json", "dataset_info.json"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match="was not written by datasets' save_to_disk"):
+    with pytest.raises(UserError, match="not one that datasets' save_to_disk has written"):
         read(tmp_path)
 
 
