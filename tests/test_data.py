@@ -506,7 +506,7 @@ def test_unreadable_files(name, content, message, tmp_path):
 def test_a_folder_of_other_things_is_no_data_set(tmp_path):
     for name in ("state.json", "dataset_info.json"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match="not one that datasets' save_to_disk has written"):
+    with pytest.raises(UserError, match="was not written by datasets' save_to_disk"):
         read(tmp_path)
 
 
