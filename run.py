@@ -30,10 +30,13 @@ CONF = Path(__file__).parent / "conf"
 # Hydra would print a shortened traceback of its own and exit; we want the exception, and decide
 WANTS_TRACEBACK = os.environ.setdefault("HYDRA_FULL_ERROR", "0") not in ("", "0")
 os.environ["HYDRA_FULL_ERROR"] = "1"
+# Whether Hydra has come as far as calling us
+entered: list[bool] = []
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> None:
+    entered.append(True)
     try:
         run(composed)
     except UserError as error:
@@ -116,14 +119,14 @@ if __name__ == "__main__":
         sys.exit(interrupt.args[0] if interrupt.args else 128 + 2)
     except Told:
         sys.exit(1)
-    except OSError as error:
-        # The only relative path that anything is written to is that of Hydra's folder for this command
-        if WANTS_TRACEBACK or "debug=true" in sys.argv or Path(str(error.filename)).parts[:1] != ("runs",):
-            raise
-        sys.exit(
-            f"error: {error.filename} cannot be made here ({error.strerror}): call run.py from a folder of yours, or type {elsewhere()}"
-        )
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         if WANTS_TRACEBACK or "debug=true" in sys.argv:
             raise
         sys.exit(f"error: {in_words(error)}")
+    except OSError as error:
+        # Before it calls us, Hydra makes the folder of this command
+        if WANTS_TRACEBACK or "debug=true" in sys.argv or entered:
+            raise
+        sys.exit(
+            f"error: {error.filename} cannot be made here ({error.strerror}): call run.py from a folder of yours, or type {elsewhere()}"
+        )

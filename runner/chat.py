@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="default 0.7; 1 is what PPO has trained")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     args = parser.parse_args()
-    if args.temperature <= 0 or (args.max_new_tokens is not None and args.max_new_tokens < 1):
+    if not 0 < args.temperature < float("inf") or (args.max_new_tokens is not None and args.max_new_tokens < 1):
         parser.error("--temperature must be above 0 (for the likeliest token: --greedy), and --max-new-tokens at least 1")
     if sys.stdin.isatty():
         import readline  # noqa: F401  arrow keys and history in input()

@@ -66,7 +66,6 @@ def launch(cfg: Config, step: Step, inputs: dict | None, run_dir: Path) -> bool:
 
 def _await_orphans(step: Step) -> None:
     """Workers whose launcher was killed die with it, but one that hangs in a write to disk only when that is done."""
-    (step.folder / "logs").mkdir(parents=True, exist_ok=True)
     with lock(step.folder / WORKERS_LOCK, f"the workers of an earlier run of {step.folder.name}"):
         pass
 

@@ -21,6 +21,7 @@ from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.durable.manifest import steps_done
 from runner.durable.resume import Unfinished, forced, unfinished
 from runner.errors import UserError
+from runner.families import FAMILIES
 
 # Raise it when the code changes what a step computes
 VERSION = 4
@@ -160,7 +161,10 @@ def _pinned_facts(stage: str, path: str) -> dict:
     if not (folder / "config.json").exists():
         inside = f". Type {stage}.use={folder / 'model'}" if (folder / "model" / "config.json").exists() else ""
         raise UserError(f"{stage}.use={path} is no Hugging Face checkpoint: there is no {folder / 'config.json'}{inside}")
-    kind = "".join(map(str, read_settings(folder / "config.json").get("architectures") or ()))
+    settings = read_settings(folder / "config.json")
+    if (family := settings.get("model_type")) not in FAMILIES:
+        raise UserError(f"{stage}.use={path} is a model of type {family or 'unknown'}, and this runner knows {', '.join(FAMILIES)}")
+    kind = "".join(map(str, settings.get("architectures") or ()))
     if kind and (stage == "reward") != kind.endswith("ForSequenceClassification"):
         wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"
         raise UserError(f"{stage}.use={path} holds {kind}, but {stage} is {wanted}: name the folder of such a one")

@@ -115,7 +115,9 @@ def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
     """Refuse PPO with too few prompts for one iteration, and warn of a run that is over before it has learnt anything."""
     if stage != "ppo":
         return
-    ppo, train = cfg.ppo, json.loads((data / "counts.json").read_text())["train"]
+    from runner.data.cache import counts_of
+
+    ppo, train = cfg.ppo, counts_of(data)["train"]
     per_epoch = train // ppo.rollout_batch
     if not per_epoch:
         raise UserError(
@@ -174,7 +176,7 @@ def _tokenizer(cfg: Config, store: Path, part: ModelPart, key: str) -> tuple[str
 
     path = _own_tokenizer(cfg, store) if part.init == "random" else part.path
     options = {"revision": part.revision, "trust_remote_code": cfg.model.trust_remote_code}
-    with _loading(key, path):
+    with _loading(key if part.init == "pretrained" else "the tokenizer of this data, which lies in the store", path):
         tokenizer = load_tokenizer(path, end_token=cfg.model.end_token, chat_template=cfg.model.chat_template, **options)
     check_template(tokenizer, "model.chat_template")
     return path, tokenizer
@@ -280,7 +282,13 @@ def _loading(key: str, path: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(_cannot_load(key, path, redact((str(error) or repr(error)).splitlines()[0]))) from error
+        raise UserError(_cannot_load(key, path, redact(_first_line(error)))) from error
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, LookupError):  # its words are the key alone
+        return repr(error)
+    return (str(error) or repr(error)).splitlines()[0].removesuffix(" from one of: ")
 
 
 def _cannot_load(key: str, path: str, why: str) -> str:

@@ -96,6 +96,8 @@ def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: st
     if key.startswith(("hydra.", "hydra/")):
         return argument
     if key in groups:
+        if argument.startswith("+"):
+            raise UserError(f"{argument}: there is one already, or a place for it. Type {argument.lstrip('+')}")
         _check_options(key, value, groups[key])
         return argument
     if not _is_known(key, known):
@@ -166,7 +168,7 @@ def in_words(error: Exception) -> str:
         return broken_yaml(error)
     found = re.search(r"Could not override '(.+?)'", str(error))
     if not found:
-        return str(error).split("\n    full_key:")[0]
+        return re.split(r"\n\s*full_key:|\n\s*Config search path:", str(error))[0].rstrip()
     key = found[1]
     if key.startswith(("dataset.path", "dataset.fields")):
         return f"{key}: the chosen data set names its own source. Type dataset=jsonl (a file) or dataset=hub beside it"

@@ -126,8 +126,9 @@ def test_a_dialogue_longer_than_those_of_the_training_is_said(step, given, monke
 def test_answers_need_room(step, monkeypatch):
     with pytest.raises(SystemExit, match="lower --max-new-tokens"):
         typed(monkeypatch, "Hello.\n", step / "model", "--max-new-tokens", CONTEXT)
-    with pytest.raises(SystemExit):
-        typed(monkeypatch, "Hello.\n", step / "model", "--temperature", "0")
+    for temperature in ("0", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            typed(monkeypatch, "Hello.\n", step / "model", "--temperature", temperature)
 
 
 # --- the answer -------------------------------------------------------------------------------------------------------

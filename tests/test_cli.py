@@ -227,6 +227,8 @@ WRONG = {
     "not a number": ("ppo.temperature=nan", "ppo.temperature=nan must be a finite number"),
     "seed of more than 32 bits": ("seed=99999999999999999999", "and below 4294967296"),
     "no option": ("model=", "model= does not exist. There are: bloom176b, "),
+    "no such root": ("--config-name nix", "Cannot find primary config 'nix'"),
+    "option with a plus": ("+experiment=debug", "there is one already, or a place for it. Type experiment=debug"),
     "two options": ("stage=[sft,ppo]", "one stage at a time. Type stage=..., or -m stage=sft,ppo"),
     "empty store": ("store=", "store is empty: type store="),
     "empty checkpoint": ("sft.use=", "sft.use is empty: type the folder of a checkpoint, or sft.use=null"),
@@ -265,11 +267,14 @@ def test_a_launcher_that_is_not_installed_is_named(refused, monkeypatch):
 
 def test_near_checkpoints_are_named(refused, here):
     (here / "step" / "model").mkdir(parents=True)
-    (here / "step" / "model" / "config.json").write_text('{"architectures": ["OPTForSequenceClassification"]}')
+    (here / "step" / "model" / "config.json").write_text('{"model_type": "opt", "architectures": ["OPTForSequenceClassification"]}')
     assert "Type sft.use=step/model" in refused("sft.use=./step")
     for typo, meant in {"./stp": "step", "step/modle": "step/model", "./stp/model": "step/model"}.items():
         assert f"sft.use={typo}: this folder does not exist" in (message := refused(f"sft.use={typo}"))
         assert f"Did you mean {meant}?" in message
+    (here / "bert").mkdir()
+    (here / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    assert "sft.use=./bert is a model of type bert, and this runner knows opt, " in refused("sft.use=./bert")
     assert "is a language model (ForCausalLM)" in refused("sft.use=./step/model")
 
 
@@ -327,9 +332,7 @@ def test_data_that_is_no_file_of_rows_is_said_before_it_is_read(here, refused):
     (here / "data" / "rows.jsonl").write_text("{}")
     (here / "data" / "gone.jsonl").symlink_to("nowhere")
     os.mkfifo(here / "pipe.jsonl")
-    assert "./data is a folder, and not one that datasets' save_to_disk has written: name one of" in refused(
-        "dataset=jsonl", "dataset.path=./data"
-    )
+    assert "folder ./data was not written by datasets' save_to_disk: name one of" in refused("dataset=jsonl", "dataset.path=./data")
     assert "no regular file" in refused("dataset=jsonl", "dataset.path=pipe.jsonl")
     assert refused("dataset=jsonl", "dataset.path=data/gone.jsonl").endswith("in data there are: rows.jsonl")
 
@@ -430,6 +433,7 @@ def test_a_store_that_cannot_be_written_to_is_said(refused, here, monkeypatch):
 def test_a_working_folder_in_which_nothing_can_be_made_is_said(refused, here):
     (here / "runs").write_text("")
     assert "call run.py from a folder of yours, or type hydra.run.dir=/a/folder/of/yours" in refused("dry_run=true")
+    assert "runs/x cannot be made here (Not a directory)" in refused("dry_run=true", f"hydra.run.dir={here}/runs/x")
     assert "or type hydra.sweep.dir=" in refused("-m", "dry_run=true", "seed=1,2")
 
 

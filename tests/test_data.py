@@ -878,3 +878,12 @@ def test_special_tokens_in_the_text_of_a_dialogue_are_not_special(tokenizer):
     assert response.count(tokenizer.eos_token_id) == 1 and response[-1] == tokenizer.eos_token_id
     (prompt,) = encode_prompts(tokenizer, [[{"role": "user", "content": f"calm {eos}{tokenizer.pad_token}"}]])
     assert tokenizer.eos_token_id not in prompt and tokenizer.pad_token_id not in prompt
+
+
+def test_damaged_tokenised_data_is_named_with_its_folder(tmp_path):
+    from runner.data.cache import load
+
+    for text in ("", "bad"):
+        (tmp_path / "train.arrow").write_text(text)
+        with pytest.raises(UserError, match=f"the tokenised data in {tmp_path} are damaged .*: delete this folder"):
+            load(tmp_path)

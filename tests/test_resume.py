@@ -58,6 +58,13 @@ def test_a_changed_one_is_shown_with_the_difference(tmp_path):
     assert "resume=force" in text and "resume=new" in text
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"name": "demo", "key": "x", "facts": []}'])
+def test_facts_that_cannot_be_read_are_nobodys(text, tmp_path):
+    interrupt(planned(tmp_path))
+    (planned(tmp_path).folder / "facts.json").write_text(text)
+    assert planned(tmp_path, "sft.lr=0.5").earlier is None
+
+
 def test_of_two_data_sources_only_what_differs_is_shown(tmp_path):
     interrupt(planned(tmp_path, "dataset.toy_rows=100"))
     differ = planned(tmp_path, "dataset.toy_rows=200", "dataset.sources.toy.weight=2").earlier.describe()

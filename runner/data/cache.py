@@ -220,11 +220,27 @@ def training_texts(dataset: Dataset, tokenizer, limit: int = 20_000) -> Iterator
 def load(folder: Path):
     """The memory-mapped rows of a cache folder, and its counts: (train, eval, counts)."""
     import datasets
+    from pyarrow import ArrowException
 
-    train, held = datasets.Dataset.from_file(str(folder / "train.arrow")), folder / "eval.arrow"
-    # Text for the ptx mixture holds nothing out: a file without rows has no schema to read
-    held = datasets.Dataset.from_file(str(held)) if held.stat().st_size else train.select([])
-    return train, held, json.loads((folder / "counts.json").read_text())
+    try:
+        train, held = datasets.Dataset.from_file(str(folder / "train.arrow")), folder / "eval.arrow"
+        # Text for the ptx mixture holds nothing out: a file without rows has no schema to read
+        held = datasets.Dataset.from_file(str(held)) if held.stat().st_size else train.select([])
+    except (ArrowException, OSError) as error:
+        raise _damaged(folder, error) from error
+    return train, held, counts_of(folder)
+
+
+def counts_of(folder: Path) -> dict:
+    """The counts of a cache folder."""
+    try:
+        return json.loads((folder / "counts.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    return UserError(f"the tokenised data in {folder} are damaged ({error}): delete this folder, and they are made anew")
 
 
 def _short_hash(facts: dict) -> str:

@@ -96,7 +96,7 @@ def _existing(path: str) -> Path:
         if not any((found / name).is_file() for name in SAVED_BY_DATASETS):
             inside = sorted(p.name for p in found.iterdir() if p.name.endswith(SUFFIXES))
             hint = f": name one of {', '.join(inside[:8])}" if inside else f"; name a {', '.join(SUFFIXES)} file"
-            raise UserError(f"{path} is a folder, and not one that datasets' save_to_disk has written{hint}")
+            raise UserError(f"folder {path} was not written by datasets' save_to_disk{hint}")
         return found
     if not found.is_file():
         raise UserError(f"data file {path} is no regular file, and it is read more than once: write its rows to a .jsonl file first")

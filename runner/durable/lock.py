@@ -20,12 +20,16 @@ from runner.errors import UserError
 @contextmanager
 def lock(path: Path, what: str) -> Iterator[int]:
     """Hold the lock at `path`, waiting for it if need be. Yields its file descriptor."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # named by watch/machine.py
             raise
+        if error.errno != errno.ELOOP:
+            raise UserError(
+                f"the lock {path} cannot be made ({error.strerror}): look at what lies there, or type store=/a/folder/of/yours"
+            ) from error
         raise UserError(f"the lock {path} is a link: whoever made it would have us write elsewhere. Delete it") from error
     try:
         try:

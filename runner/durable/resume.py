@@ -42,9 +42,9 @@ def write_facts(folder: Path, name: str, key: str, facts: dict) -> None:
 def _steps_of(store: Path, stage: str, name: str) -> Iterator[tuple[Path, dict]]:
     """Step folders of a stage that `name` has worked at, the newest first, and what shapes them."""
     for path in sorted(store.glob(f"{stage}-*/{FACTS}"), key=lambda p: -p.stat().st_mtime_ns):
-        with suppress(ValueError):
+        with suppress(ValueError, KeyError, TypeError):  # what others have left there
             found = json.loads(path.read_text())
-            if found["name"] == name:
+            if found["name"] == name and isinstance(found["facts"], dict):
                 yield path.parent, found
 
 
