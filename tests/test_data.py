@@ -499,7 +499,7 @@ def test_unreadable_files(name, content, message, tmp_path):
         read(tmp_path / name)
     folder = tmp_path / "empty"
     folder.mkdir()
-    with pytest.raises(UserError, match="not one that datasets' save_to_disk has written"):
+    with pytest.raises(UserError, match="was not written by datasets' save_to_disk"):
         read(folder)
 
 
