@@ -23,8 +23,8 @@ stop.MARGIN = 1.0  # time limits are seconds here
 def main(folder: Path, how: str, rank: int) -> None:
     stop.die_with_parent(signal.SIGKILL, os.getppid())
     stop.watch(folder)
+    heartbeat.now.update(phase="train", step=7, total=9)  # first: a rank may die before its second sign of life
     heartbeat.start(folder, rank)
-    heartbeat.now.update(phase="train", step=7, total=9)
     (folder / f"pid_{rank}").write_text(str(os.getpid()))
     try:
         WAYS[how](folder, rank)
