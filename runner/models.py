@@ -228,7 +228,11 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
     heads = ["score"] if hasattr(model, "score") else None
     config = LoraConfig(r=lora.dim, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, modules_to_save=heads)
     # Adapters in the model's own precision, not in fp32: the optimizer has an fp32 copy, and ZeRO-3 refuses two precisions
-    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    try:
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        known = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)} - {"score"})
+        raise UserError(f"lora.targets={targets} fit no layer of {model.config.model_type}: take some of {', '.join(known)}") from error
     if lora.train_rest:
         for name, parameter in peft_model.named_parameters():
             # The matrices below the adapters stay; so does the original that peft keeps beside a fully trained head

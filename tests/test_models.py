@@ -274,6 +274,11 @@ def plain_outputs(hf) -> torch.Tensor:
     return logits[mask.bool()] if logits.dim() == 3 else logits
 
 
+def test_adapters_for_layers_that_are_not_there_are_refused():
+    with pytest.raises(UserError, match=r"lora.targets=\['nix'\] fit no layer of opt: take some of fc1, fc2, k_proj"):
+        add_lora(causal("opt"), lora(targets=["nix"]))
+
+
 @every_family
 @pytest.mark.parametrize("kind", [Actor, Scalar])
 def test_lora_trains_adapters_and_scalar_head_only(name, kind):

@@ -53,7 +53,7 @@ class Evaluator:
             "judge": float(np.mean(judged)) if self.judged else None,
         }
         judge = f"  judge {facts['judge']:+.3f}" if self.judged else ""
-        headline = f"held-out score {facts['score']:+.2f}  kl {facts['kl']:.2f}  length {facts['length']:.0f}{judge}"
+        headline = f"held-out score {facts['score']:+z.2f}  kl {facts['kl']:z.2f}  length {facts['length']:.0f}{judge}"
         metrics = {f"eval/{k}": v for k, v in facts.items() if v is not None}
         self.log.record(done, metrics | {"episode": done * self.cfg.ppo.rollout_batch}, headline)
         asked = [t[-1]["content"] for t in self.turns]

@@ -154,7 +154,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         metrics |= {"episode": done * ppo.rollout_batch} | rates
         metrics |= decoding(cfg, models, work["actor"], reader.stats)
         watch(done)
-        headline = f"score {metrics['objective/scores']:+.2f}  kl {kl:.2f}  length {metrics['rollout/response_length_mean']:.0f}"
+        headline = f"score {metrics['objective/scores']:+z.2f}  kl {kl:z.2f}  length {metrics['rollout/response_length_mean']:.0f}"
         done_here = (state.progress.position - begun) / ppo.minibatches
         tokens = 0 if begun else rollout.tokens()  # an earlier run has sampled them: a part of the time tells no rate
         log.log(done, metrics, headline, tokens, done_here * pass_flops(work, rollout, i >= ppo.critic_warmup), during="update")
