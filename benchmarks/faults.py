@@ -24,6 +24,10 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from runner.metrics import CLOCK
+
 ROOT = Path(__file__).parent.parent
 # Small and quick, with every part that has a state
 COMMON = ["experiment=debug", "debug=false", "name=faults", "dataset.toy_rows=3000", "model.max_response_tokens=16", "seed=7"]
@@ -81,8 +85,7 @@ def results(store: Path, case: str) -> dict:
     """What a finished run must leave: the lines of metrics.jsonl without times, and every exported weight, as text."""
     folder = step_folder(store, case)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("time/", "perf/tokens", "perf/mfu")
-    found = {"metrics": json.dumps([{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows])}
+    found = {"metrics": json.dumps([{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in rows])}
     return found | {str(p.relative_to(folder)): p.read_bytes().hex() for p in sorted(folder.glob("*/model.safetensors"))}
 
 

@@ -21,6 +21,8 @@ from runner.config import Config
 from runner.files import write_text
 from runner.watch import heartbeat, stop
 
+# How the names begin of what differs between two runs that are otherwise the same
+CLOCK = ("time/", "perf/tokens", "perf/mfu", "perf/mbu", "perf/gpu_mem", "rollout/decode_ms")
 # Seconds between two progress lines
 QUIET = 5.0
 

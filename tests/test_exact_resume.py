@@ -15,12 +15,11 @@ from safetensors.torch import load_file
 from workers import update
 
 from runner.config import Config, Lora
-from runner.metrics import RunLog
+from runner.metrics import CLOCK, RunLog
 from runner.stages import ppo, reward, sft
 from runner.watch import stop
 
 TRAIN = {"sft": sft.train, "reward": reward.train, "ppo": ppo.train}
-CLOCK = ("time/", "perf/tokens", "perf/mfu", "perf/mbu", "rollout/decode_ms")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The pipeline on one CUDA device: precisions, ZeRO stages, offload, adapters. Skipped where there is none."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from test_pipeline import assert_same_weights, metrics, step_folder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -92,26 +91,27 @@ def test_an_overflow_of_one_engine_stops_both(tmp_path):
     assert "both skipped" in done.stdout
 
 
-def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
-    """Stopped by the time limit in the middle of PPO, or not: the same weights, with deterministic kernels."""
-    words = [*SHORT, "hardware.deterministic=true", "ppo.max_steps=6", "ppo.ema_decay=0.9"]
+def test_a_run_that_is_stopped_in_every_stage_is_the_same_bit_for_bit(tmp_path):
+    """With deterministic kernels: the same metrics and exports as of a run that nobody stopped."""
+    words = [*SHORT, "hardware.deterministic=true", "sft.max_steps=20", "reward.max_steps=20", "ppo.max_steps=6", "ppo.ema_decay=0.9"]
 
-    def run(store: Path, *more: str) -> int:
-        command = [sys.executable, str(ROOT / "run.py"), *words, f"store={store}", f"hydra.run.dir={store}/run", *more]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=280).returncode
+    def start(store: Path) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), *words, f"store={store}", f"hydra.run.dir={store}/run"], cwd=tmp_path
+        )
 
-    assert run(tmp_path / "straight") == 0
-    broken = tmp_path / "broken"
-    for parent in (*(tmp_path / "straight").glob("sft-*"), *(tmp_path / "straight").glob("reward-*")):
-        shutil.copytree(parent, broken / parent.name)
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *words, f"store={broken}", f"hydra.run.dir={broken}/run"], cwd=tmp_path
-    ) as started:
-        while started.poll() is None and not list(broken.glob("ppo-*/checkpoints/step_2/manifest.json")):
-            time.sleep(0.01)
-        started.send_signal(signal.SIGTERM)
-    assert started.returncode == 75
-    assert run(broken) == 0
-    for part in ("model", "critic", "model_ema"):
-        one, other = (load_file(next(tmp_path.glob(f"{name}/ppo-*/{part}/model.safetensors"))) for name in ("straight", "broken"))
-        assert all(torch.equal(one[name], other[name]) for name in one), part
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert start(straight).wait(280) == 0
+    for stage in ("sft", "reward", "ppo"):
+        with start(broken) as started:
+            while started.poll() is None and not list(broken.glob(f"{stage}-*/checkpoints/step_*/manifest.json")):
+                time.sleep(0.01)
+            started.send_signal(signal.SIGTERM)
+        assert started.returncode == 75
+        assert not list(broken.glob(f"{stage}-*/DONE"))
+    assert start(broken).wait(280) == 0
+    for stage, parts in (("sft", ["model"]), ("reward", ["model"]), ("ppo", ["model", "critic", "model_ema"])):
+        one, other = step_folder(straight, stage), step_folder(broken, stage)
+        assert metrics(one) == metrics(other)
+        for part in parts:
+            assert_same_weights(one / part, other / part)

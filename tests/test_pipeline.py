@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runner.metrics import CLOCK
+
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 # Few and small steps of everything, with a checkpoint after each
@@ -55,8 +57,7 @@ def step_folder(store: Path, stage: str) -> Path:
 def metrics(folder: Path) -> list[dict]:
     """Rows of metrics.jsonl without what the clock decides."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("time/", "perf/tokens", "perf/mfu", "perf/mbu", "rollout/decode_ms")
-    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCK)} for row in rows]
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
