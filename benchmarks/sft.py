@@ -54,7 +54,7 @@ def measure(kind: str, lengths: list[int], total: int, args) -> None:
             batch = sft_batch(made, Tokenizer.pad_token_id, 0.0)
         with clock.phase("train"):
             logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
-            engine.backward(actor, sft_loss(logprobs, send(batch["weights"], device)), weight)
+            engine.backward(actor, sft_loss(logprobs, send(batch["weights"], device)), weight, last=True)
             engine.step(actor)
     phases, done = clock.median(skip=2), flops.training(work, lengths, weight)
     row = {"benchmark": "sft", "rows": kind, "tokens": total, "sequences": micro, **phases}

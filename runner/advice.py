@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from runner.config import Config
+from runner.plan import micro_batch, step_batch
 
 # Share of the time below which a win is not worth a line
 NOTABLE = 0.1
@@ -92,9 +93,8 @@ def memory(cfg: Config, stage: str, seen: Seen) -> Iterator[Suggestion]:
         # One forward of four: forward, forward again, and a backward of two
         words = " ".join(f"hardware.gradient_checkpointing.{key}=false" for key in on)
         yield busy / 4, f"{room}: {words} saves up to {pct(busy / 4)} of the time"
-    mfu, micro = seen.median("perf/mfu"), getattr(cfg.hardware.micro_batch, stage)
-    batch = cfg.ppo.rollout_batch // cfg.ppo.minibatches if stage == "ppo" else getattr(cfg, stage).global_batch
-    if mfu is not None and mfu < LOW_MFU and batch % (2 * micro * cfg.hardware.world_size) == 0:
+    mfu, micro = seen.median("perf/mfu"), micro_batch(cfg, stage)
+    if mfu is not None and mfu < LOW_MFU and step_batch(cfg, stage) % (2 * micro * cfg.hardware.world_size) == 0:
         yield busy * (1 - mfu / LOW_MFU) / 2, f"{room} at {pct(mfu)} MFU: try hardware.micro_batch.{stage}={2 * micro}"
 
 

@@ -113,26 +113,25 @@ def learning_rate(engine) -> float:
     return max(group["lr"] for group in engine.optimizer.param_groups)
 
 
-def backward(engine, loss_sum: Tensor, total: float) -> None:
+def backward(engine, loss_sum: Tensor, total: float, last: bool) -> None:
     """Backward for `loss_sum`, one micro batch's share of a loss that is divided by `total` over the whole optimizer step.
 
     DeepSpeed divides by the accumulation steps and averages over ranks; both are compensated, so that the gradient is
     that of (sum over all micro batches and ranks) / total, whatever their number and however uneven they are.
+
+    last: no other micro batch follows before `step`. Their number varies, and DeepSpeed cannot count to it.
     """
+    engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss_sum * (dist.get_world_size() * engine.gradient_accumulation_steps() / total))
+    if not last:
+        engine.step()  # moves nothing, but DeepSpeed wants it after each backward
 
 
 def step(engine) -> float:
-    """Take one micro step; at the accumulation boundary the optimizer moves. Returns the gradient norm before clipping, there only.
-
-    Elsewhere 0: DeepSpeed still has the norm of the last optimizer step, and reading it would wait for the GPU.
-    """
-    if not engine.is_gradient_accumulation_boundary():
-        engine.step()
-        return 0.0
+    """Move the optimizer, after the last backward. Returns the gradient norm before clipping; the GPU is waited for."""
     norm = None
-    if not engine.zero_optimization() and engine.get_global_grad_norm() is None:
-        # Stage 0 in fp32 keeps no norm. All ranks hold the same averaged gradients here
+    if isinstance(engine.optimizer, torch.optim.Optimizer):
+        # fp32 without ZeRO, which keeps no norm. All ranks hold the same averaged gradients here
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()
     _check_scale(engine)

@@ -15,7 +15,7 @@ from itertools import takewhile
 
 from runner.config import Config
 from runner.durable.manifest import steps_done
-from runner.plan import Step, step_batch
+from runner.plan import Step, micro_batch, step_batch
 from runner.watch import heartbeat
 from runner.watch.finite import lower_rate
 from runner.watch.machine import MORE_SPACE, disk_full, gb, memory_limit
@@ -153,9 +153,9 @@ def less_memory(cfg: Config, stage: str, phase: str, traceback: str) -> str:
     """The override that lowers the GPU memory of a phase most cheaply, given what is set now."""
     h = cfg.hardware
     if knob := _knob(stage, phase, traceback):
-        now = getattr(h.micro_batch, knob)
-        world = h.world_size
-        fits = [m for m in range(now // 2, 0, -1) if knob in ("rollout", "score") or step_batch(cfg, knob) % (m * world) == 0]
+        any_size = knob in ("rollout", "score")
+        now = getattr(h.micro_batch, knob) if any_size else micro_batch(cfg, knob)
+        fits = [m for m in range(now // 2, 0, -1) if any_size or step_batch(cfg, knob) % (m * h.world_size) == 0]
         if fits:
             return f"hardware.micro_batch.{knob}={fits[0]} (now {now})"
     part = "critic" if stage == "reward" else "actor"

@@ -180,16 +180,26 @@ def step_batch(cfg: Config, stage: str) -> int:
     return cfg.ppo.rollout_batch // cfg.ppo.minibatches if stage == "ppo" else getattr(cfg, stage).global_batch
 
 
+def micro_batch(cfg: Config, stage: str) -> int:
+    """Sequences (pairs) of the greatest length in a micro batch: what the machine takes, or all that a rank has of an optimizer step."""
+    return min(getattr(cfg.hardware.micro_batch, stage), max(step_batch(cfg, stage) // cfg.hardware.world_size, 1))
+
+
 def accumulation(cfg: Config, stage: str) -> int:
-    """Micro batches per optimizer step and rank: global batch = micro batch x ranks x accumulation, exactly.
+    """Micro batches per optimizer step and rank, at most: global batch = micro batch x ranks x accumulation, exactly.
+
+    Rows that are shorter than the longest possible share fewer (`micro_positions`).
 
     Raises UserError, naming what to type, when it does not divide.
     """
-    micro, world, batch = getattr(cfg.hardware.micro_batch, stage), cfg.hardware.world_size, step_batch(cfg, stage)
+    micro, world, batch = micro_batch(cfg, stage), cfg.hardware.world_size, step_batch(cfg, stage)
     if batch % (micro * world) == 0:
         return batch // (micro * world)
     name = "ppo.rollout_batch / ppo.minibatches" if stage == "ppo" else f"{stage}.global_batch"
     key, factor = ("ppo.rollout_batch", cfg.ppo.minibatches) if stage == "ppo" else (name, 1)
+    if micro < getattr(cfg.hardware.micro_batch, stage):
+        up = -(-batch // world) * world * factor
+        raise UserError(f"{name} = {batch} does not divide over {world} ranks. Type {key}={up}")
     up = -(-batch // (micro * world)) * micro * world * factor
     fits = [m for m in range(min(micro, batch), 0, -1) if batch % (m * world) == 0]
     other = f", or hardware.micro_batch.{stage}={fits[0]}" if fits else ""
@@ -199,9 +209,14 @@ def accumulation(cfg: Config, stage: str) -> int:
     )
 
 
+def micro_positions(cfg: Config, stage: str) -> int:
+    """Tokens of a micro batch, at most: so many rows of the greatest length, or more rows that are shorter."""
+    return micro_batch(cfg, stage) * (cfg.model.max_prompt_tokens + cfg.model.max_response_tokens)
+
+
 def engine_configs(cfg: Config, stage: str) -> dict[str, dict]:
     """The DeepSpeed config of every engine of a stage. Replicated frozen models need none."""
-    micro, gas = getattr(cfg.hardware.micro_batch, stage), accumulation(cfg, stage)
+    micro, gas = micro_batch(cfg, stage), accumulation(cfg, stage)
     block = getattr(cfg, stage)
     if stage == "sft":
         return {"actor": training_config(cfg, "actor", micro, gas, block.grad_clip)}
@@ -259,7 +274,7 @@ def show(cfg: Config, steps: list[Step], details: bool) -> None:
     for step in steps:
         at = steps_done(step.folder)
         state = "given" if step.pinned else "reused" if step.done else "run" if at is None else f"resume {at}"
-        micro, gas = getattr(h.micro_batch, step.stage), accumulation(cfg, step.stage)
+        micro, gas = micro_batch(cfg, step.stage), accumulation(cfg, step.stage)
         algebra = f"{step_batch(cfg, step.stage)} = {micro} x {h.world_size} x {gas}"
         rows.append((step.stage, state, "" if step.done else algebra, _shown(step.pinned or step.folder)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

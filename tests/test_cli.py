@@ -191,6 +191,7 @@ WRONG = {
     "no choice": ("ppo.kl_estimator=k4", "is not one of k1, k2, k3"),
     "key of another stage": ("stage=sft ppo.kl_coef=1", "stage=sft does not use the ppo block. Leave it out, or type stage=ppo"),
     "deleted block": ("~ppo", "leave out ~ppo"),
+    "too many ranks for the batch": ("hardware=gpu64", "does not divide over 64 ranks. Type "),
     "impossible batch": ("hardware.micro_batch.sft=5", "Type sft.global_batch=35, or hardware.micro_batch.sft=4"),
     "impossible minibatch": (
         "ppo.minibatches=3",

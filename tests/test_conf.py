@@ -54,7 +54,7 @@ def check_batches(model: str, hardware: DictConfig, batches: dict[str, int]) -> 
     """global batch = micro batch x ranks x accumulation, exactly."""
     world = hardware.nodes * hardware.gpus
     for stage, batch in batches.items():
-        micro = hardware.micro_batch[stage]
+        micro = min(hardware.micro_batch[stage], max(batch // world, 1))
         algebra = f"{batch} = {micro} x {world} ranks x accumulation"
         assert batch % (micro * world) == 0, f"model={model} hardware={hardware.name}: {stage} {algebra} has no whole solution"
 

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import random
 from collections import Counter
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from runner.config import PhaseSplit
 from runner.data import cache, sources, toy
-from runner.data.batches import EMPTY, Batches, pad, pair_batch, pick, sft_batch, shard, subset
+from runner.data.batches import EMPTY, Batches, micro_sizes, pad, pair_batch, pick, sft_batch, shard, subset
 from runner.data.cache import Counts, copies_of, examples
 from runner.data.split import held_out, phase_of, prompt_hash
 from runner.errors import UserError
@@ -104,8 +105,8 @@ def lengths_of(n: int, seed: int = 0) -> np.ndarray:
 
 
 def make(n: int, world: int = 1, rank: int = 0, **changes) -> Batches:
-    options = {"global_batch": 8, "micro_batch": 2, "seed": 1} | changes
-    return Batches(lengths_of(n), options.pop("global_batch"), options.pop("micro_batch"), world=world, rank=rank, **options)
+    options = {"global_batch": 8, "positions": 200, "seed": 1} | changes
+    return Batches(lengths_of(n), options.pop("global_batch"), options.pop("positions"), world=world, rank=rank, **options)
 
 
 @pytest.mark.parametrize("n", [1, 8, 37, 300])
@@ -146,10 +147,40 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks(n):
         whole = make(n).rows(step)
         for world in (1, 2, 4):
             ranks = [make(n, world, rank).micro_batches(step) for rank in range(world)]
-            assert {len(micro) for micros in ranks for micro in micros} == {2}
-            assert {len(micros) for micros in ranks} == {8 // (2 * world)}  # equally many backward passes
+            # Equally many backward passes, of equally many rows
+            assert len({tuple(map(len, micros)) for micros in ranks}) == 1
             dealt = np.concatenate([micro for micros in ranks for micro in micros])
             assert sorted(dealt) == sorted(whole)
+
+
+@fuzz
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=10), st.integers(1, 120))
+def test_micro_batches_are_few_and_even(lengths, positions):
+    """Against all ways to cut the rows."""
+    lengths = np.sort(lengths)[::-1]
+    sizes = micro_sizes(lengths, positions)
+    assert sum(sizes) == len(lengths) and min(sizes) >= 1
+
+    def largest(sizes: list[int]) -> int:
+        starts = np.cumsum([0, *sizes[:-1]])
+        # A row that is longer than a micro batch may be has one for itself
+        return max((n * lengths[start] for start, n in zip(starts, sizes, strict=True) if n > 1), default=0)
+
+    assert largest(sizes) <= positions
+    for cuts in range(len(sizes)):
+        for places in itertools.combinations(range(1, len(lengths)), cuts):
+            other = np.diff([0, *places, len(lengths)]).tolist()
+            assert largest(other) > positions or (len(other) == len(sizes) and largest(other) >= largest(sizes))
+
+
+def test_micro_batches_of_dialogues():
+    """Worked by hand, counted as rows times the longest."""
+    assert micro_sizes(np.array([40, 30, 20, 20, 20, 5, 5]), 100) == [2, 5]  # 80 and 100
+    assert micro_sizes(np.array([40, 30, 20, 20, 20, 5, 5]), 99) == [2, 4, 1]  # 80, 80 and 5
+    assert micro_sizes(np.array([40, 40, 40, 40]), 100) == [2, 2]
+    assert micro_sizes(np.array([40, 40, 40, 40, 40, 40]), 170) == [3, 3]  # four and two fit as well
+    assert micro_sizes(np.array([300, 10, 10]), 100) == [1, 2]
+    assert micro_sizes(np.array([9, 0, 0]), 9) == [1, 2]  # empty slots
 
 
 def test_the_step_is_the_whole_position():

@@ -411,7 +411,7 @@ def test_set_learning_rate(alone):
 
 @pytest.mark.parametrize("zero", [0, 2])
 def test_step_returns_the_norm_of_the_whole_gradient_before_clipping(zero, alone):
-    """Stage 0 in fp32 keeps none of its own; before the boundary there is none to report."""
+    """Stage 0 in fp32 keeps none of its own."""
     made = rows([7, 9])
     ids, mask = pad(made, PAD)
     where = predictions(made, ids.size(1), False)
@@ -422,12 +422,26 @@ def test_step_returns_the_norm_of_the_whole_gradient_before_clipping(zero, alone
     model = actor("gpt_neox")
     (loss(model) / 5).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
-    trained, norms = trainable(actor("gpt_neox"), zero), []
-    for _ in range(4):
-        engine.backward(trained, loss(trained), 4 * 5)  # four times a quarter of it
-        norms.append(engine.step(trained))
     assert expected > 1.5  # above the clip
-    assert norms == pytest.approx([0.0, 0.0, 0.0, expected], rel=1e-5)
+    for count in (4, 1, 3):  # micro batches: as many as the engine was told at most, and fewer
+        trained = trainable(actor("gpt_neox"), zero)
+        for n in range(count):
+            engine.backward(trained, loss(trained), count * 5, last=n == count - 1)
+        assert engine.step(trained) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_first_norm_in_half_precision_is_as_exact_as_the_others(alone):
+    """A resumed run logs the norm that an undisturbed one does: not one that is summed in bf16 where DeepSpeed has none yet."""
+    made = rows([7, 9])
+    ids, mask = pad(made, PAD)
+    trained, norms = trainable(actor("opt").bfloat16(), precision="bf16"), []
+    engine.set_learning_rate(trained, 0.0)
+    for _ in range(2):
+        logprobs, _ = trained(ids, mask, *predictions(made, ids.size(1), False))
+        engine.backward(trained, sft_loss(logprobs, torch.ones_like(logprobs)), 5, last=True)
+        norms.append(engine.step(trained))
+    assert norms[0] == norms[1]
+    assert norms[0] != float(torch.tensor(norms[0]).bfloat16())
 
 
 def test_a_frozen_model_is_read_only(alone):

@@ -101,7 +101,7 @@ def test_a_run_that_is_stopped_in_every_stage_is_the_same_bit_for_bit(tmp_path):
         )
 
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    assert start(straight).wait(280) == 0
+    undisturbed = start(straight)  # beside the other one: a process takes half a minute to start
     for stage in ("sft", "reward", "ppo"):
         with start(broken) as started:
             while started.poll() is None and not list(broken.glob(f"{stage}-*/checkpoints/step_*/manifest.json")):
@@ -110,6 +110,7 @@ def test_a_run_that_is_stopped_in_every_stage_is_the_same_bit_for_bit(tmp_path):
         assert started.returncode == 75
         assert not list(broken.glob(f"{stage}-*/DONE"))
     assert start(broken).wait(280) == 0
+    assert undisturbed.wait(280) == 0
     for stage, parts in (("sft", ["model"]), ("reward", ["model"]), ("ppo", ["model", "critic", "model_ema"])):
         one, other = step_folder(straight, stage), step_folder(broken, stage)
         assert metrics(one) == metrics(other)

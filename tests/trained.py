@@ -38,13 +38,14 @@ def bits(trained) -> dict[str, torch.Tensor]:
 def train(trained, steps: int) -> float:
     """Optimizer steps on random rows, drawn from all three generators. Returns the last gradient norm."""
     trained.train()
-    for _ in range(4 * steps):
+    for n in range(4 * steps):
         lengths = [random.randint(4, 9), *np.random.randint(4, 9, 1)]
         made = [torch.randint(3, 96, (n,)).tolist() for n in lengths]
         ids, mask = pad(made, PAD)
         logprobs, _ = trained(ids, mask, *predictions(made, ids.size(1), False))
-        engine.backward(trained, sft_loss(logprobs, torch.ones_like(logprobs)), 50.0)
-        norm = engine.step(trained)
+        engine.backward(trained, sft_loss(logprobs, torch.ones_like(logprobs)), 50.0, last=n % 4 == 3)
+        if n % 4 == 3:
+            norm = engine.step(trained)
     return norm
 
 

@@ -5,6 +5,7 @@ resumed run goes on exactly where it stopped. The rows of a global batch do not 
 """
 
 import math
+from bisect import bisect_left
 
 import numpy as np
 import torch
@@ -20,14 +21,15 @@ class Batches:
 
     Args:
         lengths: tokens of each row.
+        positions: those of a micro batch, at most: its rows times the longest of them.
         drop_last: leave out the rows of an epoch that fill no batch; otherwise its last batch has empty slots (-1).
     """
 
     def __init__(
-        self, lengths, global_batch: int, micro_batch: int, *, world: int, rank: int, seed: int, drop_last: bool = False, pool: int = POOL
+        self, lengths, global_batch: int, positions: int, *, world: int, rank: int, seed: int, drop_last: bool = False, pool: int = POOL
     ):
         self.lengths, self.seed, self.pool = np.asarray(lengths), seed, pool
-        self.global_batch, self.micro_batch, self.world, self.rank = global_batch, micro_batch, world, rank
+        self.global_batch, self.positions, self.world, self.rank = global_batch, positions, world, rank
         self.per_epoch = len(self.lengths) // global_batch if drop_last else math.ceil(len(self.lengths) / global_batch)
         self._epoch, self._order = -1, np.empty(0)
 
@@ -43,9 +45,10 @@ class Batches:
         return self._order[batch]
 
     def micro_batches(self, step: int) -> list[np.ndarray]:
-        """Row numbers of this rank's micro batches. Neighbours in length share one, and the ranks' k-th ones are alike."""
-        mine = self.rows(step)[self.rank :: self.world]
-        return np.split(mine, range(self.micro_batch, len(mine), self.micro_batch))
+        """Row numbers of this rank's micro batches."""
+        rows = self.rows(step)
+        lengths = np.where(rows == EMPTY, 0, self.lengths[rows])
+        return deal(rows, lengths, self.positions, world=self.world, rank=self.rank)
 
     def _shuffle(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch])
@@ -55,6 +58,33 @@ class Batches:
         full = np.full(self.per_epoch * self.global_batch, EMPTY)
         full[: len(order)] = order
         return full.reshape(self.per_epoch, self.global_batch)[rng.permutation(self.per_epoch)]
+
+
+def deal(rows: np.ndarray, lengths: np.ndarray, positions: int, *, world: int, rank: int) -> list[np.ndarray]:
+    """The rows of one rank out of a global batch, in its micro batches. Neighbours in length share one.
+
+    Args: rows: the longest first; lengths: theirs. Ranks get equally many rows and micro batches, of nearly the same lengths.
+    """
+    sizes = micro_sizes(lengths[::world], positions)
+    return np.split(rows[rank::world], np.cumsum(sizes)[:-1])
+
+
+def micro_sizes(lengths: np.ndarray, positions: int) -> list[int]:
+    """How many rows each micro batch takes: as few micro batches as can be, and as even as these can be.
+
+    Args: lengths: of the rows, descending; positions: how many a micro batch may have, counted as rows times the longest.
+    """
+
+    def fill(most: int) -> list[int]:
+        sizes, row = [], 0
+        while row < len(lengths):
+            sizes.append(min(max(most // max(int(lengths[row]), 1), 1), len(lengths) - row))
+            row += sizes[-1]
+        return sizes
+
+    few = len(fill(positions))
+    # The least that does not need more of them
+    return fill(bisect_left(range(positions), True, key=lambda most: len(fill(most)) <= few))
 
 
 def shard(n: int, micro_batch: int, world: int, rank: int) -> list[np.ndarray]:

@@ -11,24 +11,24 @@ from torch import Tensor
 from runner import engine, ranks
 from runner.config import Config, Ppo
 from runner.data import cache
-from runner.data.batches import Batches, loss_weights, pick, send, sft_batch
+from runner.data.batches import Batches, deal, loss_weights, pick, send, sft_batch
 from runner.losses import policy_loss, sft_loss, value_loss
-from runner.plan import accumulation, step_batch
+from runner.plan import micro_positions, step_batch
 from runner.rollout.collect import Models, response_logprobs, response_values
 from runner.rollout.record import Rollout
 from runner.watch import stop
 
 
 class Mixture:
-    """The ptx batches: pretraining text or demonstrations, one micro batch beside each micro batch of PPO."""
+    """The ptx batches: pretraining text or demonstrations, as many rows in each optimizer step as of PPO."""
 
     def __init__(self, cfg: Config, folder: str, pad: int):
         self.rows, _, _ = cache.load(Path(folder))
         self.pad = pad
         lengths, prompts = np.asarray(self.rows["length"]), np.asarray(self.rows["prompt_length"])
         self.weights = loss_weights(lengths, prompts, 0.0)
-        micro = cfg.hardware.micro_batch.ppo
-        self.batches = Batches(lengths, step_batch(cfg, "ppo"), micro, world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
+        positions = micro_positions(cfg, "ppo")
+        self.batches = Batches(lengths, step_batch(cfg, "ppo"), positions, world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
 
     def at(self, number: int) -> tuple[list[dict], float]:
         """Micro batches of this rank for optimizer step `number`, and the tokens of the whole step."""
@@ -108,10 +108,12 @@ def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray,
 
     Of the sums, "real" are tokens of prompts and responses, and "slots" the positions that the models compute, padding included.
     """
-    # The same rows whatever the number of ranks; neighbours in length share a micro batch
-    lengths = (rollout.prompt_lengths + rollout.lengths).numpy()
+    # The same rows whatever the number of ranks
+    lengths, packed = (rollout.prompt_lengths + rollout.lengths).numpy(), models.actor.module.packed
     ordered = chosen[np.argsort(-lengths[chosen], kind="stable")]
-    mine = ordered[ranks.rank() :: ranks.world()]
+    # Padded to the left and to the right, a row may be wider than each of them is long
+    widths = lengths[ordered] if packed else np.full(len(ordered), rollout.prompts.size(1) + rollout.responses.size(1))
+    micros = deal(ordered, widths, micro_positions(cfg, "ppo"), world=ranks.world(), rank=ranks.rank())
     tokens = float(rollout.lengths[torch.as_tensor(chosen)].sum())
     texts, text_tokens = text or ([], 0.0)
     names = ("policy_loss", "value_loss", "ptx_loss", "ratio", "ratio_error", "clipfrac", "approxkl", "value_clipfrac", "entropy")
@@ -121,61 +123,55 @@ def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray,
         "real": 0,
         "slots": 0,
     }
-    norms: dict[str, float] = {}
 
     def add(facts: dict) -> None:
         for name, value in facts.items():
             sums[name] = sums[name] + value.detach()
 
-    micros = np.split(mine, accumulation(cfg, "ppo"))
-    for m, numbers in enumerate(micros):
-        part, last = rollout.rows(torch.as_tensor(numbers)), m == len(micros) - 1
+    for numbers in micros:
+        part, last = rollout.rows(torch.as_tensor(numbers)), numbers is micros[-1]
         sums["real"] += part.tokens()
-        sums["slots"] += part.tokens() if models.actor.module.packed else part.prompts.numel() + part.responses.numel()
-        add(teach_critic(cfg.ppo, models.critic, part, tokens))
-        steps = [(models.critic, "grad_norm/critic")]
+        sums["slots"] += part.tokens() if packed else part.prompts.numel() + part.responses.numel()
+        add(teach_critic(cfg.ppo, models.critic, part, tokens, last))
         if train_actor:
-            add(teach_actor(cfg.ppo, models.actor, part, tokens))
-            if texts:
-                engine.step(models.actor)  # not yet at the boundary: the text belongs to the same optimizer step
-                add(teach_text(cfg.ppo, models.actor, texts[m], text_tokens))
-            steps.append((models.actor, "grad_norm/actor"))
-        if last and cfg.ppo.align_overflow and train_actor:
-            engine.align_overflow(models.actor, models.critic)
-        for trained, name in steps:
-            norm = engine.step(trained)
-            if last:
-                norms[name] = norm
+            add(teach_actor(cfg.ppo, models.actor, part, tokens, last and not texts))
+    for batch in texts:
+        add(teach_text(cfg.ppo, models.actor, batch, text_tokens, batch is texts[-1]))
+    if cfg.ppo.align_overflow and train_actor:
+        engine.align_overflow(models.actor, models.critic)
+    norms = {"grad_norm/critic": engine.step(models.critic)}
+    if train_actor:
+        norms["grad_norm/actor"] = engine.step(models.actor)
     return sums, norms
 
 
 # --- one micro batch -------------------------------------------------------------------------------------------------
-# tokens: those of the whole optimizer step, over which the loss is averaged
+# tokens: those of the whole optimizer step, over which the loss is averaged; last: of the model's micro batches in this step
 
 
-def teach_critic(ppo: Ppo, critic, part: Rollout, tokens: float) -> dict[str, Tensor]:
+def teach_critic(ppo: Ppo, critic, part: Rollout, tokens: float, last: bool) -> dict[str, Tensor]:
     """Forward and backward of the critic. Returns sums over the response tokens."""
     old_values, returns, mask = (send(x, critic.device) for x in (part.values, part.returns, part.mask))
     values = response_values(critic, part)
     loss, facts = value_loss(values, old_values, returns, mask, cliprange_value=ppo.cliprange_value)
-    engine.backward(critic, loss, tokens)
+    engine.backward(critic, loss, tokens, last)
     return facts | {"value_loss": loss}
 
 
-def teach_actor(ppo: Ppo, actor, part: Rollout, tokens: float) -> dict[str, Tensor]:
+def teach_actor(ppo: Ppo, actor, part: Rollout, tokens: float, last: bool) -> dict[str, Tensor]:
     """Forward and backward of the actor. Returns sums over the response tokens."""
     old_logprobs, advantages, mask = (send(x, actor.device) for x in (part.logprobs, part.advantages, part.mask))
     logprobs, entropies = response_logprobs(actor, part, with_entropy=True)
     clip = {"cliprange": ppo.cliprange, "dual_clip": ppo.dual_clip, "log_ratio_clamp": ppo.log_ratio_clamp}
     loss, facts = policy_loss(logprobs, old_logprobs, advantages, mask, **clip)
-    engine.backward(actor, loss, tokens)
+    engine.backward(actor, loss, tokens, last)
     error = ((logprobs - old_logprobs).exp() - 1).abs() * mask
     return facts | {"policy_loss": loss, "entropy": (entropies * mask).sum(), "ratio_error": error.sum()}
 
 
-def teach_text(ppo: Ppo, actor, batch: dict[str, Tensor], tokens: float) -> dict[str, Tensor]:
+def teach_text(ppo: Ppo, actor, batch: dict[str, Tensor], tokens: float, last: bool) -> dict[str, Tensor]:
     """Forward and backward of the actor on a batch of the mixture."""
     logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
     loss = sft_loss(logprobs, send(batch["weights"], actor.device))
-    engine.backward(actor, ppo.ptx_coef * loss, tokens)
+    engine.backward(actor, ppo.ptx_coef * loss, tokens, last)
     return {"ptx_loss": loss}

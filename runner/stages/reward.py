@@ -13,7 +13,7 @@ from runner.durable.checkpoint import Checkpoints
 from runner.losses import learning_rate, pairwise_loss, warmup_steps, wilson_interval
 from runner.metrics import RunLog
 from runner.models import save_adapter, save_model
-from runner.plan import engine_configs
+from runner.plan import engine_configs, micro_positions
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_reward, tokenizer_for
 from runner.watch.finite import check_finite, numbered
@@ -28,7 +28,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     rows, held, counts = cache.load(Path(step.data))
     lengths = np.asarray(rows["length"])
     micro = cfg.hardware.micro_batch.reward
-    batches = Batches(lengths, rm.global_batch, micro, world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
+    batches = Batches(lengths, rm.global_batch, micro_positions(cfg, "reward"), world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
     total = batches.steps(rm.epochs, rm.max_steps)
 
     # 2. The model in its engine
@@ -64,12 +64,12 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
                 # A micro batch of empty slots still takes part in the collective backward
                 real = send(batch["real"], device)
                 loss = pairwise_loss(chosen[real], rejected[real], rm.center_coef) + 0.0 * chosen.sum()
-                engine.backward(model, loss, pairs)
-                norm = engine.step(model)
+                engine.backward(model, loss, pairs, last=batch is micros[-1])
                 sums["loss"] += loss.detach()
                 sums["correct"] += (chosen > rejected)[real].sum()
                 sums["chosen"] += chosen[real].sum().detach()
                 sums["rejected"] += rejected[real].sum().detach()
+            norm = engine.step(model)
         done = s + 1
         whole = ranks.total(sums, device)
         mean = {name: value / pairs for name, value in whole.items()}

@@ -14,7 +14,7 @@ from runner.durable.checkpoint import Checkpoints
 from runner.losses import learning_rate, sft_loss, warmup_steps
 from runner.metrics import RunLog
 from runner.models import save_adapter, save_model
-from runner.plan import engine_configs
+from runner.plan import engine_configs, micro_positions
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, tokenizer_for
 from runner.watch.finite import check_finite, numbered
@@ -31,7 +31,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     weights = loss_weights(lengths, prompts, sft.prompt_loss)
     predictions = loss_weights(lengths, prompts, float(sft.prompt_loss > 0))
     micro = cfg.hardware.micro_batch.sft
-    batches = Batches(lengths, sft.global_batch, micro, world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
+    batches = Batches(lengths, sft.global_batch, micro_positions(cfg, "sft"), world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
     total = batches.steps(sft.epochs, sft.max_steps)
 
     # 2. The actor in its engine
@@ -72,12 +72,14 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             for batch in micros:
                 logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
                 loss = sft_loss(logprobs, send(batch["weights"], device))
-                engine.backward(actor, loss, weight)
-                norm = engine.step(actor)
+                engine.backward(actor, loss, weight, last=batch is micros[-1])
                 loss_sum += loss.detach()
+            norm = engine.step(actor)
         done, tokens = s + 1, int(lengths[here].sum())
         tokens_seen += tokens
-        loss = ranks.total({"loss": loss_sum}, device)["loss"] / weight
+        slots = float(sum(batch["ids"].numel() for batch in micros))
+        sums = ranks.total({"loss": loss_sum, "slots": slots}, device)
+        loss = sums["loss"] / weight
         metrics = {
             "train/loss": loss,
             "lr": sft.lr * share,
@@ -85,7 +87,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             "num_tokens": tokens_seen,
             "epoch": done / batches.per_epoch,
         }
-        metrics["perf/padding_fraction"] = 0.0 if wrapper.packed else padding(lengths, here, micro)
+        metrics["perf/padding_fraction"] = 0.0 if wrapper.packed else 1 - tokens / sums["slots"]
         check_finite(cfg, step.folder, step.stage, done, loss, norm, numbered(rows, here), tokenizer)
         log.log(done, metrics, f"loss {loss:.3f}", tokens, flops.training(work, lengths[here], float(predictions[here].sum())))
         watch(done)
@@ -108,12 +110,6 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             save_model(wrapper, step.folder / "model_best", tokenizer, **options)
     facts = {f"{k}_before": v for k, v in before.items()} | {f"{k}_after": v for k, v in after.items()}
     log.result({"steps": total, "data": counts, "tokens": tokens_seen, **facts})
-
-
-def padding(lengths: np.ndarray, rows: np.ndarray, micro: int) -> float:
-    """Share of padded positions in a global batch, whose rows stand in order of length."""
-    groups = np.split(lengths[rows], range(micro, len(rows), micro))
-    return 1 - sum(g.sum() for g in groups) / sum(g.max() * len(g) for g in groups)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from runner.durable.checkpoint import Checkpoints
 from runner.ema import Ema
 from runner.losses import sft_loss
 from runner.metrics import RunLog
-from runner.plan import engine_configs
+from runner.plan import engine_configs, micro_positions
 from runner.stages.build import load_actor, tokenizer_for
 
 # (ranks, ZeRO stage) of the first two steps, and of the last two
@@ -47,16 +47,17 @@ def train(folder: Path, work: Path, zero: int, begin: int, last: int, device: to
 
     rows, _, _ = cache.load(Path(step.data))
     lengths, prompts = np.asarray(rows["length"]), np.asarray(rows["prompt_length"])
-    batches = Batches(lengths, 8, 2, world=ranks.world(), rank=ranks.rank(), seed=1)
+    batches = Batches(lengths, 8, micro_positions(cfg, "sft"), world=ranks.world(), rank=ranks.rank(), seed=1)
     trained.train()
     for s in range(first, last):
         here = batches.rows(s)
         total = float(loss_weights(lengths, prompts, 0.5)[here[here >= 0]].sum())
-        for numbers in batches.micro_batches(s):
+        micros = batches.micro_batches(s)
+        for numbers in micros:
             batch = sft_batch(pick(rows, numbers), tokenizer.pad_token_id, 0.5)
             logprobs, _ = trained(batch["ids"], batch["mask"], batch["index"], batch["targets"])
-            engine.backward(trained, sft_loss(logprobs, batch["weights"]), total)
-            engine.step(trained)
+            engine.backward(trained, sft_loss(logprobs, batch["weights"]), total, last=numbers is micros[-1])
+        engine.step(trained)
         average.update()
     saver.save(f"step_{last}", last, {})
     saver.finish()

@@ -40,7 +40,7 @@ RESPONSES = [1, 9, 3, 2, 6, 4, 8, 5]
 
 
 def configuration(world: int, zero: int) -> Config:
-    """Global batch 8, micro batch 2: on 1, 2 and 4 ranks 4, 2 and 1 micro batches are accumulated."""
+    """Global batch 8, micro batch 2 of up to 27 tokens: on 1, 2 and 4 ranks up to 4, 2 and 1 micro batches are accumulated."""
     overrides = [f"hardware.micro_batch.{name}=2" for name in ("sft", "reward", "ppo", "rollout", "score")]
     # Vectors stay whole under ZeRO-3, matrices are partitioned. Its buckets of 4 GB are never given back, and a process of many
     # engines could then no longer fork
@@ -51,7 +51,7 @@ def configuration(world: int, zero: int) -> Config:
     overrides += [f"{stage}.{limit}" for stage in ("sft", "reward") for limit in ("global_batch=8", "max_steps=2")]
     overrides += ["sft.dropout=0", "sft.prompt_loss=0.5", "sft.weight_decay=0.1"]
     overrides += ["ppo.critic_lr=2.0", "ppo.rollout_batch=16", "ppo.minibatches=2"]
-    cfg = configured("model.max_response_tokens=10", "wandb.mode=disabled", "ppo.ptx_coef=0.5", *overrides)
+    cfg = configured("model.max_prompt_tokens=17", "model.max_response_tokens=10", "wandb.mode=disabled", "ppo.ptx_coef=0.5", *overrides)
     frozen = 3 if zero == 3 else 0
     return replace(cfg, hardware=replace(cfg.hardware, gpus=world, zero=ZeroStages(zero, zero, frozen, frozen)))
 
