@@ -7,8 +7,8 @@ nothing is said: most runs are well as they are. Nothing here imports torch.
 from collections.abc import Iterator, Sequence
 from statistics import median
 
+from runner.batch_sizes import micro_batch, step_batch
 from runner.config import Config
-from runner.plan import micro_batch, step_batch
 
 # Share of the time below which a win is not worth a line
 NOTABLE = 0.1

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 
+from runner.batch_sizes import micro_batch, step_batch
 from runner.config import Config
 from runner.durable.manifest import steps_done
-from runner.plan import Step, micro_batch, step_batch
+from runner.plan import Step
 from runner.watch import heartbeat
 from runner.watch.finite import lower_rate
 from runner.watch.machine import MORE_SPACE, disk_full, gb, memory_limit

@@ -1,4 +1,4 @@
-"""The plan: which steps a command needs, which of them exist already, and the batch sizes and DeepSpeed configs of each.
+"""The plan: which steps a command needs, which of them exist already, and the DeepSpeed configs of each.
 
 A run is a make target. Every step has a key that hashes what shapes its result (stage block, model fields that it reads,
 data, seed, parents' keys) and not where or how fast it runs; its folder in the store carries the key. Pure: no torch, no
@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.checks.paths import is_local, no_folder
 from runner.checks.trust import check_weights, read_settings
 from runner.config import PARENTS, Config, ModelPart
@@ -172,46 +173,7 @@ def _pinned_facts(stage: str, path: str) -> dict:
     return {"use": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]}
 
 
-# --- batch sizes ------------------------------------------------------------------------------------------------------
-
-
-def step_batch(cfg: Config, stage: str) -> int:
-    """Sequences (reward: pairs) per optimizer step over all ranks."""
-    return cfg.ppo.rollout_batch // cfg.ppo.minibatches if stage == "ppo" else getattr(cfg, stage).global_batch
-
-
-def micro_batch(cfg: Config, stage: str) -> int:
-    """Sequences (pairs) of the greatest length in a micro batch: what the machine takes, or all that a rank has of an optimizer step."""
-    return min(getattr(cfg.hardware.micro_batch, stage), max(step_batch(cfg, stage) // cfg.hardware.world_size, 1))
-
-
-def accumulation(cfg: Config, stage: str) -> int:
-    """Micro batches per optimizer step and rank, at most: global batch = micro batch x ranks x accumulation, exactly.
-
-    Rows that are shorter than the longest possible share fewer (`micro_positions`).
-
-    Raises UserError, naming what to type, when it does not divide.
-    """
-    micro, world, batch = micro_batch(cfg, stage), cfg.hardware.world_size, step_batch(cfg, stage)
-    if batch % (micro * world) == 0:
-        return batch // (micro * world)
-    name = "ppo.rollout_batch / ppo.minibatches" if stage == "ppo" else f"{stage}.global_batch"
-    key, factor = ("ppo.rollout_batch", cfg.ppo.minibatches) if stage == "ppo" else (name, 1)
-    if micro < getattr(cfg.hardware.micro_batch, stage):
-        up = -(-batch // world) * world * factor
-        raise UserError(f"{name} = {batch} does not divide over {world} ranks. Type {key}={up}")
-    up = -(-batch // (micro * world)) * micro * world * factor
-    fits = [m for m in range(min(micro, batch), 0, -1) if batch % (m * world) == 0]
-    other = f", or hardware.micro_batch.{stage}={fits[0]}" if fits else ""
-    raise UserError(
-        f"{name} = {batch} does not divide into micro batches: hardware.micro_batch.{stage} = {micro} on {world} "
-        f"rank{'s' * (world > 1)} makes {micro * world} per accumulation step. Type {key}={up}{other}"
-    )
-
-
-def micro_positions(cfg: Config, stage: str) -> int:
-    """Tokens of a micro batch, at most: so many rows of the greatest length, or more rows that are shorter."""
-    return micro_batch(cfg, stage) * (cfg.model.max_prompt_tokens + cfg.model.max_response_tokens)
+# --- engines ----------------------------------------------------------------------------------------------------------
 
 
 def engine_configs(cfg: Config, stage: str) -> dict[str, dict]:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from runner import engine, flops, ranks
+from runner.batch_sizes import micro_positions
 from runner.config import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pair_batch, pick, send, shard, subset
@@ -13,7 +14,7 @@ from runner.durable.checkpoint import Checkpoints
 from runner.losses import learning_rate, pairwise_loss, warmup_steps, wilson_interval
 from runner.metrics import RunLog
 from runner.models import save_adapter, save_model
-from runner.plan import engine_configs, micro_positions
+from runner.plan import engine_configs
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_reward, tokenizer_for
 from runner.watch.finite import check_finite, numbered

@@ -15,13 +15,14 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from workers.update import configuration, fork, inputs, weights
 
 from runner import engine, ranks
+from runner.batch_sizes import micro_positions
 from runner.data import cache
 from runner.data.batches import Batches, loss_weights, pick, sft_batch
 from runner.durable.checkpoint import Checkpoints
 from runner.ema import Ema
 from runner.losses import sft_loss
 from runner.metrics import RunLog
-from runner.plan import engine_configs, micro_positions
+from runner.plan import engine_configs
 from runner.stages.build import load_actor, tokenizer_for
 
 # (ranks, ZeRO stage) of the first two steps, and of the last two

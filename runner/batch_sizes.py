@@ -1,0 +1,43 @@
+"""How many sequences an optimizer step takes, and how they come to ranks and micro batches."""
+
+from runner.config import Config
+from runner.errors import UserError
+
+
+def step_batch(cfg: Config, stage: str) -> int:
+    """Sequences (reward: pairs) per optimizer step over all ranks."""
+    return cfg.ppo.rollout_batch // cfg.ppo.minibatches if stage == "ppo" else getattr(cfg, stage).global_batch
+
+
+def micro_batch(cfg: Config, stage: str) -> int:
+    """Sequences (pairs) of the greatest length in a micro batch: what the machine takes, or all that a rank has of an optimizer step."""
+    return min(getattr(cfg.hardware.micro_batch, stage), max(step_batch(cfg, stage) // cfg.hardware.world_size, 1))
+
+
+def accumulation(cfg: Config, stage: str) -> int:
+    """Micro batches per optimizer step and rank, at most: global batch = micro batch x ranks x accumulation, exactly.
+
+    Rows that are shorter than the longest possible share fewer (`micro_positions`).
+
+    Raises UserError, naming what to type, when it does not divide.
+    """
+    micro, world, batch = micro_batch(cfg, stage), cfg.hardware.world_size, step_batch(cfg, stage)
+    if batch % (micro * world) == 0:
+        return batch // (micro * world)
+    name = "ppo.rollout_batch / ppo.minibatches" if stage == "ppo" else f"{stage}.global_batch"
+    key, factor = ("ppo.rollout_batch", cfg.ppo.minibatches) if stage == "ppo" else (name, 1)
+    if micro < getattr(cfg.hardware.micro_batch, stage):
+        up = -(-batch // world) * world * factor
+        raise UserError(f"{name} = {batch} does not divide over {world} ranks. Type {key}={up}")
+    up = -(-batch // (micro * world)) * micro * world * factor
+    fits = [m for m in range(min(micro, batch), 0, -1) if batch % (m * world) == 0]
+    other = f", or hardware.micro_batch.{stage}={fits[0]}" if fits else ""
+    raise UserError(
+        f"{name} = {batch} does not divide into micro batches: hardware.micro_batch.{stage} = {micro} on {world} "
+        f"rank{'s' * (world > 1)} makes {micro * world} per accumulation step. Type {key}={up}{other}"
+    )
+
+
+def micro_positions(cfg: Config, stage: str) -> int:
+    """Tokens of a micro batch, at most: so many rows of the greatest length, or more rows that are shorter."""
+    return micro_batch(cfg, stage) * (cfg.model.max_prompt_tokens + cfg.model.max_response_tokens)
