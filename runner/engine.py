@@ -62,7 +62,8 @@ def _step_at_once(optimizer: FP16_UnfusedOptimizer) -> bool:
     """
     pairs = [pair for half, full in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True) for pair in zip(half, full, strict=True)]
     halves, masters = map(list, zip(*pairs, strict=True))
-    scale, grads = optimizer.loss_scale_config.cur_scale, [torch.zeros_like(master) for master in masters]
+    scale = optimizer.loss_scale_config.cur_scale
+    grads = [(torch.zeros_like if half.grad is None else torch.empty_like)(master) for half, master in zip(halves, masters, strict=True)]
     given = [(grad, half.grad) for grad, half in zip(grads, halves, strict=True) if half.grad is not None]
     torch._foreach_copy_(*map(list, zip(*given, strict=True)))
     norm = float(torch.nn.utils.get_total_norm(grads))  # the only wait

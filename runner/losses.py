@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runner.triton_support import why_no_triton
+
 # Logits that exist in fp32 at one time: 128 MB
 FP32_LOGITS = 2**25
 
@@ -73,7 +75,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 def chosen_logprobs(logits: Tensor, tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
     """Log-probability of each token, and the entropy of its distribution without gradient (zeros unless asked for).
 
-    As `token_logprobs` and `entropy`, but no fp32 copy of the logits is ever kept, and their gradient has their own precision.
+    As `token_logprobs` and `entropy`, but no fp32 copy of the logits is ever kept, and their gradient has their own precision. On CUDA
+    in one pass over the logits and one for their gradient (loss_kernels.py), else in blocks.
     logits (N, V), tokens (N,) -> (N,), (N,) fp32.
     """
     return _ChosenLogprobs.apply(logits, tokens, with_entropy)
@@ -82,26 +85,49 @@ def chosen_logprobs(logits: Tensor, tokens: Tensor, with_entropy: bool) -> tuple
 class _ChosenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, tokens: Tensor, with_entropy: bool):
-        logprobs, entropies = torch.zeros(2, len(tokens), device=logits.device).unbind()
-        for rows in _blocks(logits):
-            logp = logits[rows].log_softmax(dim=-1, dtype=torch.float32)
-            logprobs[rows] = logp.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1)
-            if with_entropy:
-                entropies[rows] = -logp.exp().mul_(logp).sum(dim=-1)
-        ctx.save_for_backward(logits, tokens, logprobs)
+        logits = logits.contiguous()
+        if _in_one_pass(logits):
+            from runner import loss_kernels
+
+            logprobs, entropies, normalisers = loss_kernels.chosen(logits, tokens)
+        else:
+            logprobs, entropies, normalisers = _chosen_in_blocks(logits, tokens, with_entropy)
+        ctx.save_for_backward(logits, tokens, normalisers)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx, gradient: Tensor, _):
-        logits, tokens, logprobs = ctx.saved_tensors
-        out, tokens, gradient = torch.empty_like(logits), tokens.unsqueeze(-1), gradient.unsqueeze(-1)
-        normaliser = logits.gather(-1, tokens).float() - logprobs.unsqueeze(-1)  # logsumexp of the logits
-        for rows in _blocks(logits):
-            # gradient * (one at the token - softmax)
-            block = (logits[rows] - normaliser[rows]).exp_().mul_(-gradient[rows])
-            out[rows] = block.scatter_add_(-1, tokens[rows], gradient[rows])
-        return out, None, None
+        if _in_one_pass(ctx.saved_tensors[0]):
+            from runner import loss_kernels
+
+            return loss_kernels.gradient(*ctx.saved_tensors, gradient), None, None
+        return _gradient_in_blocks(*ctx.saved_tensors, gradient), None, None
+
+
+def _in_one_pass(logits: Tensor) -> bool:
+    return logits.is_cuda and why_no_triton() is None
+
+
+def _chosen_in_blocks(logits: Tensor, tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies and logsumexps (N,)."""
+    logprobs, entropies, normalisers = torch.zeros(3, len(tokens), device=logits.device).unbind()
+    for rows in _blocks(logits):
+        logp, chosen = logits[rows].log_softmax(dim=-1, dtype=torch.float32), tokens[rows].unsqueeze(-1)
+        logprobs[rows] = logp.gather(-1, chosen).squeeze(-1)
+        normalisers[rows] = logits[rows].gather(-1, chosen).squeeze(-1).float() - logprobs[rows]
+        if with_entropy:
+            entropies[rows] = -logp.exp().mul_(logp).sum(dim=-1)
+    return logprobs, entropies, normalisers
+
+
+def _gradient_in_blocks(logits: Tensor, tokens: Tensor, normalisers: Tensor, of_logprobs: Tensor) -> Tensor:
+    """gradient * (one at the token - softmax)."""
+    out, tokens, slope = torch.empty_like(logits), tokens.unsqueeze(-1), of_logprobs.unsqueeze(-1)
+    for rows in _blocks(logits):
+        block = (logits[rows] - normalisers[rows].unsqueeze(-1)).exp_().mul_(-slope[rows])
+        out[rows] = block.scatter_add_(-1, tokens[rows], slope[rows])
+    return out
 
 
 def _blocks(logits: Tensor) -> list[slice]:

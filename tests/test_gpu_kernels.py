@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import EOS, NAMES, PAD, actor, rows
 
+from runner import losses
 from runner.data.batches import pad
 from runner.rollout import hf, kernels
 from runner.rollout.forms import network_of
@@ -85,6 +86,25 @@ def test_silu_product(monkeypatch):
     gate, up = torch.randn(70, 2600, dtype=torch.bfloat16, device="cuda").split(1300, dim=1)
     plain, found = both_forms(monkeypatch, lambda: kernels.silu_product(gate, up))
     assert_near(found, plain, 1e-2)
+
+
+@each_dtype
+@pytest.mark.parametrize("vocabulary", [11, 5000, 250880])
+def test_chosen_logprobs(dtype, tolerance, vocabulary, monkeypatch):
+    """Values, entropies and gradients in one pass against those in blocks."""
+    logits = (5 * torch.randn(70, vocabulary, device="cuda")).to(dtype).requires_grad_()
+    tokens, weights = torch.randint(vocabulary, (70,), device="cuda"), torch.randn(70, device="cuda")
+
+    def run():
+        logprobs, entropies = losses.chosen_logprobs(logits, tokens, True)
+        return logprobs, entropies, *torch.autograd.grad((logprobs * weights).sum(), logits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "_in_one_pass", lambda logits: False)
+        plain = run()
+    for one, other in zip(run(), plain, strict=True):
+        assert one.dtype == other.dtype
+        assert_near(one, other, tolerance)
 
 
 @pytest.mark.parametrize("vocabulary", [96, 5000, 50272, 250880])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tiny import EOS, NAMES, PAD, SHAPES, VOCAB, actor, causal, family, generate, no_dropout, rows, sharpen
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from runner import triton_support
 from runner.config import Lora
 from runner.losses import warp_logits
 from runner.models import Actor, add_lora
@@ -284,9 +285,18 @@ def test_it_says_why_it_cannot_sample(monkeypatch):
     assert "this form of opt" in graph.why_not(causal("opt", layer_norm_elementwise_affine=False), cpu)
     lora = Lora(dim=4, alpha=16.0, dropout=0.0, lr=1e-3, targets=["embed_tokens"], train_rest=False)
     assert "this form of llama" in graph.why_not(add_lora(causal("llama"), lora).get_base_model(), cpu)
-    monkeypatch.setattr(graph, "find_spec", lambda name: None)
-    assert "Triton is missing" in graph.why_not(causal("llama"), cuda)
-    monkeypatch.setattr(graph, "find_spec", lambda name: name)
-    monkeypatch.setattr(graph.shutil, "which", lambda name: None)
+    monkeypatch.setattr(graph, "why_no_triton", lambda: "Triton is missing")
+    assert graph.why_not(causal("llama"), cpu) is None
+    assert graph.why_not(causal("llama"), cuda) == "Triton is missing"
+
+
+def test_what_triton_lacks(monkeypatch):
+    asked = triton_support.why_no_triton.__wrapped__  # not the cached answer
+    monkeypatch.setattr(triton_support, "find_spec", lambda name: None)
+    assert "Triton is missing" in asked()
+    monkeypatch.setattr(triton_support, "find_spec", lambda name: name)
+    monkeypatch.setattr(triton_support.shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
-    assert "install gcc" in graph.why_not(causal("llama"), cuda)
+    assert "install gcc" in asked()
+    monkeypatch.setenv("CC", "clang")
+    assert asked() is None

@@ -5,12 +5,9 @@ at once (its attention costs nothing), its place goes to the next prompt of the 
 shrinks. Prompts are read without padding. On a CPU the same code runs without graphs.
 """
 
-import os
-import shutil
 import time
 from dataclasses import dataclass, fields
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +23,7 @@ from runner.rollout.forms import network_of
 from runner.rollout.lanes import Lanes, Responses
 from runner.rollout.network import Network
 from runner.rollout.record import Rollout
+from runner.triton_support import why_no_triton
 
 # Steps between two looks at which rows have ended: a look waits for the GPU, and costs a CPU nothing
 STRIDE = {"cuda": 8, "cpu": 1}
@@ -57,11 +55,7 @@ def why_not(hf, device: torch.device) -> str | None:
     """What keeps this engine from sampling with a transformers model, in words; None if nothing does."""
     if network_of(hf) is None:
         return f"this form of {hf.config.model_type} is unknown to it"
-    if device.type == "cuda" and find_spec("triton") is None:
-        return "Triton is missing, which comes with PyTorch's CUDA builds"
-    if device.type == "cuda" and not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
-        return "Triton finds no C compiler: install gcc"
-    return None
+    return why_no_triton() if device.type == "cuda" else None
 
 
 def folded(network: Network) -> Network:

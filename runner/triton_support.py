@@ -1,0 +1,16 @@
+"""Whether Triton can compile kernels on this machine. Nothing here imports it: CPU builds of PyTorch come without."""
+
+import os
+import shutil
+from functools import cache
+from importlib.util import find_spec
+
+
+@cache
+def why_no_triton() -> str | None:
+    """What is missing, in words; None if nothing is."""
+    if find_spec("triton") is None:
+        return "Triton is missing, which comes with PyTorch's CUDA builds"
+    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+        return "Triton finds no C compiler: install gcc"
+    return None
