@@ -98,11 +98,12 @@ class _ChosenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor, _):
-        if _in_one_pass(ctx.saved_tensors[0]):
+        logits, tokens, normalisers = ctx.saved_tensors  # once: a recomputed layer gives them no second time
+        if _in_one_pass(logits):
             from runner import loss_kernels
 
-            return loss_kernels.gradient(*ctx.saved_tensors, gradient), None, None
-        return _gradient_in_blocks(*ctx.saved_tensors, gradient), None, None
+            return loss_kernels.gradient(logits, tokens, normalisers, gradient), None, None
+        return _gradient_in_blocks(logits, tokens, normalisers, gradient), None, None
 
 
 def _in_one_pass(logits: Tensor) -> bool:
