@@ -50,6 +50,7 @@ def test_add_norm(dtype, tolerance, rms, deltas, monkeypatch):
     [
         (4, 4, 64, 0, False),
         (300, 300, 64, 0, False),
+        (300, 300, 128, 0, True),
         (4, 4, 80, 20, False),
         (8, 2, 32, 32, False),
         (4, 4, 16, 0, True),

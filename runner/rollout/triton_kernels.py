@@ -88,9 +88,11 @@ def attend(q, k, v, keys, values, slots, positions, rotary, alibi) -> Tensor:
     shape = {"KV_HEADS": kv_heads, "DIM": dim, "WIDE": wide, "TURNED": cos.size(-1) if rotary is not None else 0}
     if heads == kv_heads:
         warps = 1 if batch * kv_heads >= MANY_PROGRAMS else 4
+        # ALiBi's numbers take registers from the tile: with a whole one, 15 programs fit on a multiprocessor where 16 do without
+        tile = CACHE_TILE // 2 if alibi is not None and warps == 1 else CACHE_TILE * (2 if warps == 4 else 1)
         _attend[(batch, kv_heads)](
             q, k, v, keys, values, out, slots, positions, cos, sin, alibi if alibi is not None else q, *strides, length, dim**-0.5,
-            **shape, ALIBI=alibi is not None, BLOCK=max(16, CACHE_TILE // wide) * (2 if warps == 4 else 1), num_warps=warps,
+            **shape, ALIBI=alibi is not None, BLOCK=max(16, tile // wide), num_warps=warps,
         )  # fmt: skip
         return out
     group = heads // kv_heads
