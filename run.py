@@ -22,7 +22,7 @@ from runner.door import load
 from runner.durable.resume import refuse
 from runner.errors import UserError
 from runner.files import remove_unused
-from runner.plan import plan, show
+from runner.plan import plan, show, show_details
 from runner.suggest import check_overrides, in_words
 from runner.watch import stop
 
@@ -62,15 +62,22 @@ def main(composed: DictConfig) -> None:
 def run(composed: DictConfig) -> None:
     """One run: check, plan, prepare, train what is missing, sum up."""
     started = time.monotonic()
+    from runner.forecast.fit import refuse_the_impossible
+    from runner.forecast.show import show_forecast
+
     cfg = load(composed)
     stop.limit(cfg.time_limit_seconds)
     sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweeps and cfg.resume == "force":
         raise UserError("resume=force goes on from what was worked at last, which in a sweep may be any job's: force one run at a time")
     steps = plan(cfg)
-    show(cfg, steps, details=cfg.dry_run)
+    show(cfg, steps)
     if cfg.dry_run:
-        return
+        show_forecast(cfg, steps, {})
+        return show_details(cfg, steps)
+    for step in steps:
+        if not step.done:
+            refuse_the_impossible(cfg, step.stage)
     interrupted = next((step for step in steps if step.earlier), None)
     if interrupted and cfg.resume == "auto" and not sweeps:
         refuse(interrupted.stage, interrupted.earlier)
@@ -84,6 +91,7 @@ def run(composed: DictConfig) -> None:
     run_dir = Path(hydra_facts.runtime.output_dir)
     with naming_full_disks(cfg.store):
         inputs = prepare(cfg, steps)
+        show_forecast(cfg, steps, inputs)
         reused = {step.stage for step in steps if not launch(cfg, step, inputs.get(step.stage), run_dir)}
         took = time.monotonic() - started
         show_summary(cfg.name, steps, reused, run_dir, list(hydra_facts.overrides.task), took=took)

@@ -1,7 +1,20 @@
 """How many sequences an optimizer step takes, and how they come to ranks and micro batches."""
 
+import math
+
 from runner.config import Config
 from runner.errors import UserError
+
+
+def batches_per_epoch(rows: int, batch: int, drop_last: bool) -> int:
+    """drop_last: the rows that fill no batch are left out."""
+    return rows // batch if drop_last else math.ceil(rows / batch)
+
+
+def steps_of(per_epoch: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps (PPO: iterations) of a whole stage."""
+    steps = max(1, math.ceil(epochs * per_epoch)) if per_epoch else 0
+    return steps if max_steps is None else min(steps, max_steps)
 
 
 def step_batch(cfg: Config, stage: str) -> int:

@@ -12,6 +12,7 @@ class Family:
     layers: str  # name of the list of decoder layers, below the body
     lora_targets: tuple[str, ...]  # linear layers that get adapters
     dropouts: tuple[str, ...]  # config fields that hold a dropout probability
+    kept: tuple[float, float]  # what a layer keeps of a token for its backward pass: so many values of the hidden size, and of the MLP's
     pads: tuple[str, ...]  # tokens that its checkpoints keep for padding: taken where PAD would be missing or EOS
 
 
@@ -22,6 +23,7 @@ FAMILIES = {
         "decoder.layers",
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
         ("dropout", "attention_dropout", "activation_dropout"),
+        (8, 1),
         ("<pad>",),
     ),
     "bloom": Family(
@@ -30,6 +32,7 @@ FAMILIES = {
         "h",
         ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
         ("hidden_dropout", "attention_dropout"),
+        (8, 2),
         ("<pad>",),
     ),
     "llama": Family(
@@ -38,6 +41,7 @@ FAMILIES = {
         "layers",
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         ("attention_dropout",),
+        (12, 4),
         ("<pad>", "<|finetune_right_pad_id|>"),
     ),
     "gpt_neox": Family(
@@ -46,6 +50,7 @@ FAMILIES = {
         "layers",
         ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
         ("attention_dropout", "hidden_dropout"),
+        (10, 2),
         ("<|padding|>",),
     ),
 }

@@ -15,9 +15,6 @@ The definition behind `perf/mfu`, model FLOPs utilisation (arXiv 2204.02311), an
 
 from dataclasses import dataclass
 
-import numpy as np
-from torch import nn
-
 
 @dataclass(frozen=True)
 class Work:
@@ -33,6 +30,8 @@ class Work:
 
 def count(hf) -> Work:
     """The work of a Hugging Face model, adapters included, also where ZeRO-3 has left a piece or nothing was allocated (meta)."""
+    from torch import nn  # the forecast does without it
+
     config = hf.config.get_text_config()
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -59,12 +58,16 @@ def training(work: Work, lengths, logits: float = 0) -> float:
 
 
 def _tokens(lengths) -> float:
-    return float(np.asarray(lengths).sum())
+    return float(sum(_listed(lengths)))
 
 
 def _pairs(lengths) -> float:
-    lengths = np.asarray(lengths, dtype=np.float64)
-    return float((lengths * (lengths + 1)).sum() / 2)
+    return sum(n * (n + 1) for n in _listed(lengths)) / 2
+
+
+def _listed(lengths) -> list:
+    """Of a list, an array or a tensor."""
+    return lengths.tolist() if hasattr(lengths, "tolist") else lengths
 
 
 def decode_bytes(work: Work, steps: float, cached: float, itemsize: int) -> float:

@@ -225,8 +225,8 @@ def missing_hostfile(cfg: Config) -> str | None:
 # --- showing it -------------------------------------------------------------------------------------------------------
 
 
-def show(cfg: Config, steps: list[Step], details: bool) -> None:
-    """Print what will run. details: launch command, batch algebra and DeepSpeed configs too, as dry_run does."""
+def show(cfg: Config, steps: list[Step]) -> None:
+    """Print what will run, on what, in which batches."""
     h = cfg.hardware
     unit = "GPU" if h.accelerator == "cuda" else "process"
     machine = f"{h.nodes} x {h.gpus} {unit}" if h.nodes > 1 else f"{h.gpus} {unit}"
@@ -242,8 +242,11 @@ def show(cfg: Config, steps: list[Step], details: bool) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    if not details:
-        return
+
+
+def show_details(cfg: Config, steps: list[Step]) -> None:
+    """Print launch command and DeepSpeed configs, as dry_run does."""
+    h = cfg.hardware
     if note := missing_hostfile(cfg):
         print(f"\nnote: {note}")
     for step in steps:

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from urllib.parse import urlsplit
 
+from runner.batch_sizes import batches_per_epoch, steps_of
 from runner.checks.paths import is_local, no_folder
 from runner.checks.secrets import redact
 from runner.checks.trust import check_weights
@@ -118,13 +119,13 @@ def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
     from runner.data.cache import counts_of
 
     ppo, train = cfg.ppo, counts_of(data)["train"]
-    per_epoch = train // ppo.rollout_batch
+    per_epoch = batches_per_epoch(train, ppo.rollout_batch, drop_last=True)
     if not per_epoch:
         raise UserError(
             f"there are {train} prompts for PPO, fewer than ppo.rollout_batch={ppo.rollout_batch}: lower it, "
             f"for example ppo.rollout_batch={max(1, train // ppo.minibatches) * ppo.minibatches}, or give more data"
         )
-    iterations = max(1, math.ceil(ppo.epochs * per_epoch))
+    iterations = steps_of(per_epoch, ppo.epochs, None)
     if iterations < FEW_ITERATIONS and (ppo.max_steps is None or ppo.max_steps > iterations):
         print(
             f"warning: {train} prompts make {iterations} iteration{'s' * (iterations > 1)} of PPO, too few to learn from. "

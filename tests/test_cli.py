@@ -105,6 +105,9 @@ def test_the_plan_comes_without_torch_and_shows_everything(here, without_torch):
     assert list(shown) == ["sft actor", "reward reward", "ppo actor", "ppo critic", "ppo ref"]  # its reward model is replicated
     assert all(config["zero_optimization"]["stage"] == 3 for config in shown.values())
     assert shown["sft actor"]["train_micro_batch_size_per_gpu"] == shown["sft actor"]["gradient_accumulation_steps"] == 4
+    forecast = plan.partition("\nforecast")[2].partition("\n--- ")[0].splitlines()
+    assert [line.split()[0] for line in forecast[1:4]] == ["sft", "reward", "ppo"]
+    assert all(" of 80 GB" in line and "$" in line for line in forecast[1:4])
     assert not any(here.iterdir())  # a plan leaves nothing behind
 
 
@@ -120,7 +123,7 @@ def test_the_plan_fits_80_columns(here, monkeypatch, capsys):
         else:
             (step.folder / "checkpoints" / "step_1000").mkdir(parents=True)
             (step.folder / "checkpoints" / "step_1000" / "manifest.json").touch()
-    show(cfg, steps, details=False)
+    show(cfg, steps)
     _, _, header, *rows = capsys.readouterr().out.splitlines()
     assert [row.split()[1] for row in rows] == ["resume", "reused", "resume"]
     assert header.split() == ["step", "batch", "=", "micro", "x", "ranks", "x", "acc.", "folder"]
@@ -191,6 +194,7 @@ WRONG = {
     "no choice": ("ppo.kl_estimator=k4", "is not one of k1, k2, k3"),
     "key of another stage": ("stage=sft ppo.kl_coef=1", "stage=sft does not use the ppo block. Leave it out, or type stage=ppo"),
     "deleted block": ("~ppo", "leave out ~ppo"),
+    "a model that no batch is small enough for": ("model=opt66b hardware=a6000", "weights, gradients and optimizer alone take 1,"),
     "too many ranks for the batch": ("hardware=gpu64", "does not divide over 64 ranks. Type "),
     "impossible batch": ("hardware.micro_batch.sft=5", "Type sft.global_batch=35, or hardware.micro_batch.sft=4"),
     "impossible minibatch": (

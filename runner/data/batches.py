@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runner.batch_sizes import batches_per_epoch, steps_of
+
 # Global batches that are sorted by length together: less padding, still random
 POOL = 16
 EMPTY = -1
@@ -30,12 +32,11 @@ class Batches:
     ):
         self.lengths, self.seed, self.pool = np.asarray(lengths), seed, pool
         self.global_batch, self.positions, self.world, self.rank = global_batch, positions, world, rank
-        self.per_epoch = len(self.lengths) // global_batch if drop_last else math.ceil(len(self.lengths) / global_batch)
+        self.per_epoch = batches_per_epoch(len(self.lengths), global_batch, drop_last)
         self._epoch, self._order = -1, np.empty(0)
 
     def steps(self, epochs: float, max_steps: int | None) -> int:
-        steps = max(1, math.ceil(epochs * self.per_epoch)) if self.per_epoch else 0
-        return min(steps, max_steps) if max_steps is not None else steps
+        return steps_of(self.per_epoch, epochs, max_steps)
 
     def rows(self, step: int) -> np.ndarray:
         """Row numbers of a global batch, the longest first, -1 in empty slots. (global_batch,)"""

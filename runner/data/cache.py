@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -229,6 +230,14 @@ def load(folder: Path):
     except (ArrowException, OSError) as error:
         raise _damaged(folder, error) from error
     return train, held, counts_of(folder)
+
+
+def mean_lengths(folder: Path) -> tuple[int, float, float]:
+    """Rows of a cache folder for training, and the means of their tokens: of the prompts, and of the whole rows."""
+    rows, _, _ = load(folder)
+    lengths = np.asarray(rows["length"])
+    prompts = np.asarray(rows["prompt_length"]) if "prompt_length" in rows.column_names else lengths
+    return len(rows), float(prompts.mean()), float(lengths.mean())
 
 
 def counts_of(folder: Path) -> dict:

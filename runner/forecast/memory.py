@@ -1,0 +1,111 @@
+"""Memory of a GPU at the moments of a stage that can be its largest, with micro batches full of the longest sequences.
+
+Counted: weights, gradients, what the optimizer holds, activations, logits, the cache of sampling. Left out: CUDA itself (half a gigabyte)
+and what the allocator wastes. tests/test_forecast.py holds it against what runs have measured.
+"""
+
+from dataclasses import dataclass
+
+from runner.batch_sizes import micro_positions
+from runner.config import Config, Lora
+from runner.forecast.network import Network, networks
+from runner.plan import shares_reference
+
+# Tokens of prompts that are read in one forward (runner/rollout/graph.py)
+PREFILL = 16384
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """Bytes of a model that trains, on one GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float  # fp32 copies and moments
+    step: float  # more, for the moment in which the optimizer moves
+
+    @property
+    def at_rest(self) -> float:
+        return self.weights + self.optimizer
+
+    @property
+    def trains(self) -> float:
+        return self.at_rest + self.gradients
+
+
+def itemsize(cfg: Config) -> int:
+    return 4 if cfg.hardware.precision == "fp32" else 2
+
+
+def trainee(cfg: Config, engine: str, net: Network, lora: Lora) -> Trainee:
+    """engine: actor or critic, whose ZeRO stage counts."""
+    h, size, trained = cfg.hardware, itemsize(cfg), net.trained(lora)
+    stage, moved = getattr(h.zero, engine), h.offload.optimizer
+
+    def shared(from_stage: int) -> int:
+        return h.world_size if stage >= from_stage else 1
+
+    weights = (net.weights + (net.adapters(lora) if lora.dim else 0)) * size / shared(3)
+    return Trainee(
+        weights=0.0 if h.offload.params and engine == "actor" else weights,
+        gradients=0.0 if moved else trained * size / shared(2),  # ZeRO sends them to the CPU as they come
+        optimizer=0.0 if moved else trained * (8 if size == 4 else 12) / shared(1),
+        step=0.0 if moved or size == 4 else trained * 4 / shared(1),
+    )
+
+
+def frozen(cfg: Config, engine: str, net: Network) -> float:
+    """Bytes of the reference or of the reward model."""
+    h = cfg.hardware
+    if (engine == "ref" and shares_reference(cfg.model.actor)) or getattr(h.offload, engine):
+        return 0.0
+    return net.weights * itemsize(cfg) / (h.world_size if getattr(h.zero, engine) == 3 else 1)
+
+
+def activations(cfg: Config, net: Network, tokens: float, checkpointing: bool) -> float:
+    """Bytes that a forward pass keeps, with the logits of its responses and their gradient."""
+    layers = net.layers * net.kept
+    if checkpointing:  # the input of each layer; one layer is computed again, and has gradients half as large
+        layers = net.layers * net.hidden + 1.5 * net.kept
+    responses = tokens * cfg.model.max_response_tokens / (cfg.model.max_prompt_tokens + cfg.model.max_response_tokens)
+    logits = 0 if net.scalar else 2 * net.vocabulary * min(responses, _chunk(cfg) or responses)
+    return itemsize(cfg) * (tokens * layers + logits)
+
+
+def _chunk(cfg: Config) -> int:
+    return 0 if cfg.hardware.zero.actor == 3 else cfg.hardware.logits_chunk
+
+
+def moments(cfg: Config, stage: str) -> dict[str, float]:
+    """Bytes on the fullest GPU at the moments that can be the largest, by the phase that they belong to. states: without any batch."""
+    actor, reward = networks(cfg)
+    if stage == "ppo":
+        return _of_ppo(cfg, actor, reward)
+    net, part, engine = (actor, cfg.model.actor, "actor") if stage == "sft" else (reward, cfg.model.reward, "critic")
+    model, tokens = trainee(cfg, engine, net, part.lora), micro_positions(cfg, stage) * (1 if stage == "sft" else 2)
+    kept = activations(cfg, net, tokens, getattr(cfg.hardware.gradient_checkpointing, engine))
+    return {"states": model.trains, "train": model.trains + max(kept, model.step)}
+
+
+def _of_ppo(cfg: Config, actor: Network, reward: Network) -> dict[str, float]:
+    recompute, tokens = cfg.hardware.gradient_checkpointing, micro_positions(cfg, "ppo")
+    teacher, critic = trainee(cfg, "actor", actor, cfg.model.actor.lora), trainee(cfg, "critic", reward, cfg.model.reward.lora)
+    rest = frozen(cfg, "ref", actor) + frozen(cfg, "reward", reward)
+    sampling = teacher.at_rest + critic.at_rest + rest
+    # ZeRO-3 gathers the weights where they leave half of the free memory to the cache (engine.whole_weights)
+    whole = actor.weights * itemsize(cfg) if cfg.hardware.zero.actor == 3 else 0.0
+    sampling += whole if 2 * whole < cfg.hardware.memory_gb * 1e9 - sampling else 0.0
+    training = teacher.trains + critic.trains + rest
+    kept = max(activations(cfg, actor, tokens, recompute.actor), activations(cfg, reward, tokens, recompute.critic))
+    return {"states": training, "rollout": sampling + _cache(cfg, actor), "update": training + max(kept, teacher.step, critic.step)}
+
+
+def slots(cfg: Config) -> int:
+    return max(1, min(cfg.hardware.micro_batch.rollout, cfg.ppo.rollout_batch // cfg.hardware.world_size))
+
+
+def _cache(cfg: Config, actor: Network) -> float:
+    """Keys and values of the responses that are sampled at one time, and what reading their prompts takes."""
+    tokens = slots(cfg) * (cfg.model.max_prompt_tokens + cfg.model.max_response_tokens)
+    reading = min(PREFILL, slots(cfg) * cfg.model.max_prompt_tokens) * actor.kept
+    return itemsize(cfg) * (tokens * actor.cache + reading + slots(cfg) * actor.vocabulary)

@@ -1,0 +1,99 @@
+"""Sizes of a network from the shape that a preset or a config.json gives: nothing is loaded, and there is no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner import flops
+from runner.checks.paths import is_local
+from runner.checks.trust import read_settings
+from runner.config import Config, Lora, ModelPart
+from runner.families import FAMILIES
+
+
+@dataclass(frozen=True)
+class Network:
+    """Sizes of a network, in numbers (not bytes)."""
+
+    family: str
+    layers: int
+    hidden: int
+    inner: int  # of the MLP
+    query_width: int  # heads x head_dim
+    key_width: int  # key heads x head_dim
+    vocabulary: int
+    embedding: int  # width of its table, and of what the head reads; OPT-350M's is not the hidden size
+    tied: bool
+    scalar: bool  # a reward model: no head that counts
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """(in, out) of one layer's."""
+        up = [(self.hidden, self.inner)] * (2 if self.family == "llama" else 1)
+        attention = [(self.hidden, self.query_width), *[(self.hidden, self.key_width)] * 2, (self.query_width, self.hidden)]
+        return [*attention, *up, (self.inner, self.hidden)]
+
+    @property
+    def body(self) -> int:
+        projections = 2 * self.embedding * self.hidden if self.embedding != self.hidden else 0
+        return self.layers * sum(i * o for i, o in self.matrices) + projections
+
+    @property
+    def head(self) -> int:
+        return 0 if self.scalar else self.vocabulary * self.embedding
+
+    @property
+    def weights(self) -> int:
+        """With embeddings, and a head of its own; without vectors."""
+        return self.body + self.vocabulary * self.embedding + (0 if self.tied else self.head)
+
+    @property
+    def kept(self) -> float:
+        """Values that a layer keeps of each token for its backward pass."""
+        of_hidden, of_inner = FAMILIES[self.family].kept
+        return of_hidden * self.hidden + of_inner * self.inner
+
+    @property
+    def cache(self) -> int:
+        """Keys and values of one token, in all layers."""
+        return 2 * self.layers * self.key_width
+
+    def adapters(self, lora: Lora) -> int:
+        return self.layers * lora.dim * sum(i + o for i, o in self.matrices)
+
+    def trained(self, lora: Lora) -> int:
+        if not lora.dim:
+            return self.weights
+        return self.adapters(lora) + (self.weights - self.body if lora.train_rest else 0)
+
+    def work(self, lora: Lora) -> flops.Work:
+        extra, full = self.adapters(lora), not lora.dim
+        trained = self.head if full or lora.train_rest else 0
+        return flops.Work(self.body + extra, self.body if full else extra, self.head, trained, self.layers * self.query_width, self.cache)
+
+
+def network(family: str, shape: dict, scalar: bool) -> Network | None:
+    """From the settings of a preset or of a config.json; None where they do not say enough."""
+    layers, heads = (shape.get(a) or shape.get(b) for a, b in (("n_layer", "num_hidden_layers"), ("n_head", "num_attention_heads")))
+    hidden, vocabulary = shape.get("hidden_size"), shape.get("vocab_size")
+    if not (layers and heads and hidden and vocabulary):
+        return None
+    width = shape.get("head_dim") or hidden // heads
+    key_heads = shape.get("num_key_value_heads") or heads
+    inner = shape.get("ffn_dim") or shape.get("intermediate_size") or 4 * hidden
+    tied = shape.get("tie_word_embeddings", family in ("opt", "bloom"))
+    embedding = shape.get("word_embed_proj_dim") or hidden
+    return Network(family, layers, hidden, inner, heads * width, key_heads * width, vocabulary, embedding, tied, scalar)
+
+
+def networks(cfg: Config) -> tuple[Network, Network] | None:
+    """Actor and reward model, if both are known."""
+    found = [network(cfg.model.family, _shape(part), scalar) for part, scalar in ((cfg.model.actor, False), (cfg.model.reward, True))]
+    return (found[0], found[1]) if all(found) else None
+
+
+def _shape(part: ModelPart) -> dict:
+    """A folder says itself what is in it; of a hub model the preset knows."""
+    settings = Path(part.path).expanduser() / "config.json"
+    if part.init == "pretrained" and is_local(part.path) and settings.exists():
+        return read_settings(settings)
+    return part.shape

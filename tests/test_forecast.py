@@ -1,0 +1,211 @@
+"""The forecast: sizes of networks, memory and time against what was counted and measured, and what it says where a stage does not fit."""
+
+import shlex
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import NAMES, PAD, SHAPES, VOCAB, configured, family, no_dropout, rows
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from runner import flops
+from runner.data.batches import pad
+from runner.errors import UserError
+from runner.forecast import fit
+from runner.forecast.duration import step_seconds
+from runner.forecast.fit import cure, fits, refuse_the_impossible, warning
+from runner.forecast.memory import moments
+from runner.forecast.network import network, networks
+from runner.forecast.show import rows_of, show_forecast, spell, steps_ahead
+from runner.models import Actor, add_lora
+from runner.plan import plan
+
+MODELS = ["opt1.3b", "opt13b", "bloom1b7", "llama2_7b", "llama2_70b", "pythia1.4b", "neox20b"]
+
+
+def on(*words: str):
+    return configured("wandb.mode=disabled", *words)
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_are_those_of_the_real_network(name):
+    """All matrices exactly; vectors and positions, a thousandth of the weights and less, are left out."""
+    cfg = on(f"model={name}")
+    for net, part, auto in zip(
+        networks(cfg), (cfg.model.actor, cfg.model.reward), (AutoModelForCausalLM, AutoModelForSequenceClassification), strict=True
+    ):
+        with torch.device("meta"):
+            made = auto.from_config(AutoConfig.for_model(cfg.model.family, num_labels=1, **part.shape))
+        real, found = flops.count(made), net.work(part.lora)
+        assert (found.body, found.head, found.attention, found.cache) == (real.body, real.head, real.attention, real.cache)
+        assert net.weights == pytest.approx(sum(p.numel() for p in made.parameters()), rel=0.01)
+
+
+def test_adapters_are_counted_as_peft_makes_them():
+    cfg = on("model=opt1.3b", "model.actor.lora.dim=8")
+    with torch.device("meta"):
+        made = add_lora(AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **cfg.model.actor.shape)), cfg.model.actor.lora)
+    real = sum(p.numel() for p in made.parameters() if p.requires_grad)
+    assert networks(cfg)[0].trained(cfg.model.actor.lora) == real
+
+
+def test_a_folder_says_what_is_in_it(tmp_path):
+    AutoConfig.for_model("opt", hidden_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=100).save_pretrained(tmp_path)
+    cfg = on("model=opt1.3b", f"model.actor.path={tmp_path}")
+    assert (networks(cfg)[0].hidden, networks(cfg)[0].layers) == (64, 3)
+    assert network("opt", {}, scalar=False) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_keep_as_many_values_as_the_table_of_families_says(name):
+    """Counted in a forward pass in bf16: all tensors that wait for the backward pass, of four layers less those of two."""
+
+    def settings(layers: int):
+        number = {"n_layer" if name == "bloom" else "num_hidden_layers": layers}
+        return AutoConfig.for_model(family(name), vocab_size=VOCAB, **SHAPES[name] | number, **no_dropout(name))
+
+    def kept(layers: int) -> float:
+        made = AutoModelForCausalLM.from_config(settings(layers), dtype=torch.bfloat16, attn_implementation="packed")
+        model, found = Actor(made.train(), family(name), chunk=0), {}
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def note(x):
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = storage.nbytes() / 2, x  # with x, so that no other takes its address
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            model.hidden_states(*pad(rows([32, 32, 32, 32]), PAD))
+        return sum(values for values, _ in found.values()) / 128
+
+    net = network(family(name), settings(2).to_dict(), scalar=False)
+    assert (kept(4) - kept(2)) / 2 == pytest.approx(net.kept, rel=0.1)
+
+
+# --- against what was measured (benchmarks/RESULTS.md) ----------------------------------------------------------------
+
+H100, H200 = "hardware=h100", "hardware=h200"
+SIXTY_FOUR = ("ppo.rollout_batch=64", "ppo.minibatches=1", "hardware.micro_batch.ppo=32")
+OFFLOADED = ("hardware.zero.actor=2", "hardware.zero.critic=2", "hardware.offload.optimizer=true")
+PEAKS = [
+    ("sft", 26.4, (H200, "model=opt1.3b")),
+    ("ppo", 40.1, (H200, "model=opt1.3b")),
+    ("ppo", 34.4, (H100, "model=opt1.3b", "hardware.micro_batch.ppo=8")),
+    ("ppo", 64, (H100, "model=opt13b", "model.actor.lora.dim=64", *SIXTY_FOUR)),
+    ("ppo", 47, (H100, "model=opt6.7b", *OFFLOADED, *SIXTY_FOUR)),
+]
+
+
+@pytest.mark.parametrize(("stage", "measured", "words"), PEAKS)
+def test_memory_is_within_a_tenth_of_what_was_measured(stage, measured, words):
+    assert max(moments(on(*words), stage).values()) / 1e9 == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("prompts", "measured"), [(64, 1.78), (128, 3.16)])
+def test_time_is_within_a_tenth_of_what_was_measured(prompts, measured):
+    words = ("hardware.gradient_checkpointing.actor=false", "ppo.minibatches=1", f"ppo.rollout_batch={prompts}")
+    cfg = on(H200, "model=opt1.3b", *words)
+    assert step_seconds(cfg, "ppo", 256, 256) == pytest.approx(measured, rel=0.1)
+
+
+def test_time_of_sft_is_within_a_sixth_of_what_was_measured():
+    """32,768 tokens in dialogues of 537: 0.508 s."""
+    cfg = on(H200, "model=opt1.3b", "hardware.gradient_checkpointing.actor=false", "sft.global_batch=61", "hardware.micro_batch.sft=61")
+    assert step_seconds(cfg, "sft", 179, 358) == pytest.approx(0.508, rel=0.16)
+
+
+# --- what belongs together ----------------------------------------------------------------------------------------------
+
+
+def test_more_gpus_and_zero_take_less_memory_and_time():
+    one, eight = on("model=opt13b", "hardware=a100_80g"), on("model=opt13b", "hardware=dgx8")
+    for stage in ("sft", "ppo"):
+        assert moments(eight, stage)["states"] < moments(one, stage)["states"] / 3
+        assert step_seconds(eight, stage, 256, 256) < step_seconds(one, stage, 256, 256) / 6
+
+
+def test_without_rates_there_is_no_time():
+    assert step_seconds(on("model=opt1.3b", H200, "hardware.tflops=0"), "sft", 10, 10) is None
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def test_the_impossible_is_refused_with_what_to_type():
+    with pytest.raises(UserError, match=r"sft of model=opt66b does not fit hardware=a6000: .* take 1,\d+ GB of each GPU, which has 48 GB"):
+        refuse_the_impossible(on("model=opt66b", "hardware=a6000"), "sft")
+    refuse_the_impossible(on("model=opt1.3b", "hardware=a6000"), "ppo")
+    refuse_the_impossible(on("model=opt66b", "hardware=cpu"), "sft")
+
+
+@pytest.mark.parametrize("hardware", ["v100", "a6000", "a100_40g", "h100", "dgx8_40g", "dgx8"])
+@pytest.mark.parametrize("model", ["opt1.3b", "opt6.7b", "llama2_7b", "opt30b", "bloom7b1", "neox20b"])
+def test_what_it_says_to_type_makes_it_fit(model, hardware):
+    cfg = on(f"model={model}", f"hardware={hardware}")
+    for stage in ("sft", "reward", "ppo"):
+        if fits(cfg, stage):
+            assert warning(cfg, stage) is None
+            continue
+        said = cure(cfg, stage)
+        assert said in warning(cfg, stage)
+        if said.startswith("Type "):
+            words = shlex.split(said.removeprefix("Type "))
+            assert len({word.partition("=")[0] for word in words}) == len(words)
+            assert fits(on(f"model={model}", f"hardware={hardware}", *words), stage), said
+
+
+def test_the_cheapest_cure_comes_first_and_nothing_is_said_in_vain():
+    batch = on("model=opt1.3b", H100, "hardware.micro_batch.sft=128", "hardware.gradient_checkpointing.actor=false")
+    assert cure(batch, "sft") == "Type hardware.micro_batch.sft=64"
+    stages = "hardware.zero='{actor: 2, critic: 2, ref: 0, reward: 0}'"
+    assert cure(on("model=llama2_7b", "hardware=a6000"), "sft") == f"Type {stages} hardware.offload.optimizer=true"
+    assert cure(on("model=opt30b", "hardware=dgx8"), "ppo") == "Type hardware.offload.optimizer=true"  # ZeRO-3 is there already
+    # Nothing does alone: adapters and their weights in CPU memory, and no word of micro batches, which would not matter
+    words = "model.actor.lora.dim=16 hardware.zero='{actor: 3, critic: 0, ref: 0, reward: 0}' hardware.offload.params=true"
+    assert cure(on("model=opt66b", "hardware=a6000"), "sft") == f"Type {words}"
+
+
+def test_it_gives_up_where_nothing_helps(monkeypatch):
+    monkeypatch.setattr(fit, "fits", lambda cfg, stage: False)
+    assert cure(on("model=opt1.3b", H100), "sft") == "Take a smaller model, or more or larger GPUs"
+
+
+def test_the_table_before_there_are_data(capsys):
+    cfg = on("model=opt1.3b", H200)
+    show_forecast(cfg, plan(cfg), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["forecast", "memory", "a", "step", "1,000", "steps", "price"]
+    assert [line.split()[0] for line in lines[2:5]] == ["sft", "reward", "ppo"]
+    assert "26 of 141 GB" in lines[2] and "$" in lines[2]
+    assert lines[5].startswith("For sequences of the greatest length.")
+
+
+def test_the_table_once_the_data_are_tokenised(capsys, monkeypatch):
+    """1,000 rows of 100 tokens, 40 of them prompt: 8 steps of 128."""
+    monkeypatch.setattr("runner.data.cache.mean_lengths", lambda folder: (1000, 40.0, 100.0))
+    cfg = on("model=opt1.3b", H200, "sft.epochs=1", "ppo.epochs=1")
+    assert steps_ahead(cfg, "sft", rows_of(cfg, "sft", {"data": "x"})) == 8
+    assert steps_ahead(cfg, "ppo", rows_of(cfg, "ppo", {"data": "x"})) == 3  # whole batches of 256
+    show_forecast(cfg, plan(cfg), {stage: {"data": "x"} for stage in ("sft", "reward", "ppo")})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["forecast", "memory", "a", "step", "steps", "time", "price"]
+    assert [line.split()[0] for line in lines[2:]] == ["sft", "reward", "ppo", "all"]
+    spent = [float(line.split()[-1].lstrip("$")) for line in lines[2:]]
+    assert sum(spent[:3]) == pytest.approx(spent[3], abs=0.02)
+
+
+def test_nothing_is_said_of_a_cpu_nor_of_unknown_networks(capsys):
+    described = on("model=opt1.3b", H200)
+    unknown = replace(described, model=replace(described.model, actor=replace(described.model.actor, shape={})))
+    for cfg in (on("hardware=cpu"), unknown):
+        show_forecast(cfg, plan(cfg), {})
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(None, "-"), (0.014, "0.014 s"), (59.4, "59 s"), (90, "1.5 min"), (5400, "1 h 30 min")])
+def test_times_are_spelt_for_people(seconds, text):
+    assert spell(seconds) == text
