@@ -595,6 +595,16 @@ def pairs(n: int, start: int = 0) -> list[dict]:
     return [{"prompt": f"Say {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(start, start + n)]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_mean_lengths_of_a_cache_are_those_of_its_rows(stage, data, cfg, tokenizer, tmp_path):
+    folder = cache.build(tmp_path, data(pairs(60)), stage, tokenizer, cfg.model)
+    rows = list(cache.load(folder)[0])
+    count, prompt, length = cache.mean_lengths(folder)
+    assert count == len(rows) > 0
+    assert length == pytest.approx(sum(row["length"] for row in rows) / len(rows))
+    assert prompt == length if stage == "ppo" else prompt == pytest.approx(sum(row["prompt_length"] for row in rows) / len(rows))
+
+
 def test_cached_rows_are_the_tokens_of_the_dialogues(data, build, tokenizer):
     dataset, seen = data(pairs(60)), {}
     for stage in STAGES:

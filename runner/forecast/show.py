@@ -23,34 +23,59 @@ class Rows:
     response: float
 
 
+@dataclass(frozen=True)
+class Forecast:
+    stage: str
+    memory: float  # bytes on the fullest GPU
+    step: float | None  # seconds
+    steps: int | None
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.step is None or self.steps is None else self.step * self.steps
+
+
 def show_forecast(cfg: Config, steps: list[Step], inputs: dict[str, dict]) -> None:
     """Print a table of the stages that are still to run. inputs: of runner.prepare; without any, sequences are as long as they may be."""
     missing = [step.stage for step in steps if not step.done]
     if not foreseeable(cfg) or not missing:
         return
-    known = {stage: rows_of(cfg, stage, given) for stage, given in inputs.items()}
-    counts = {stage: steps_ahead(cfg, stage, known.get(stage)) for stage in missing}
-    everything_known = None not in counts.values()
-    table = [("forecast", "memory", "a step", *(("steps", "time", "price") if everything_known else (f"{MANY:,} steps", "price")))]
-    total = 0.0
-    for stage in missing:
-        seconds = seconds_of_a_step(cfg, stage, known.get(stage))
-        memory = f"{max(moments(cfg, stage).values()) / 1e9:.0f} of {cfg.hardware.memory_gb:g} GB"
-        whole = seconds and seconds * (counts[stage] if everything_known else MANY)
-        steps_told = (f"{counts[stage]:,}",) if everything_known else ()
-        table.append((stage, memory, spell(seconds), *steps_told, spell(whole), price(cfg, whole)))
-        total += whole or 0.0
-    if everything_known and len(missing) > 1:
-        table.append(("all", "", "", "", spell(total or None), price(cfg, total or None)))
+    found = [forecast(cfg, stage, rows_of(cfg, stage, inputs[stage]) if stage in inputs else None) for stage in missing]
+    counted = all(one.steps is not None for one in found)
+    table = with_totals(cfg, found) if counted else for_many_steps(cfg, found)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print()
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    if not everything_known:
-        print("For sequences of the greatest length. Once the data are tokenised a run says how many steps there are, before it trains.")
+    if not inputs:
+        print("For sequences of the greatest length. Once the data are tokenised a run says how long they are, before it trains.")
     for stage in missing:
         if text := warning(cfg, stage):
             print(f"warning: {text}")
+
+
+def forecast(cfg: Config, stage: str, rows: Rows | None) -> Forecast:
+    lengths = (rows.prompt, rows.response) if rows else (cfg.model.max_prompt_tokens, cfg.model.max_response_tokens)
+    return Forecast(stage, max(moments(cfg, stage).values()), step_seconds(cfg, stage, *lengths), steps_ahead(cfg, stage, rows))
+
+
+def with_totals(cfg: Config, found: list[Forecast]) -> list[tuple[str, ...]]:
+    rows = [("forecast", "memory", "a step", "steps", "time", "price")]
+    rows += [(*_begin(cfg, one), f"{one.steps:,}", spell(one.seconds), price(cfg, one.seconds)) for one in found]
+    if len(found) > 1 and all(one.seconds is not None for one in found):
+        whole = sum(one.seconds for one in found)
+        rows.append(("all", "", "", "", spell(whole), price(cfg, whole)))
+    return rows
+
+
+def for_many_steps(cfg: Config, found: list[Forecast]) -> list[tuple[str, ...]]:
+    spent = [one.step and MANY * one.step for one in found]
+    rows = [(*_begin(cfg, one), spell(seconds), price(cfg, seconds)) for one, seconds in zip(found, spent, strict=True)]
+    return [("forecast", "memory", "a step", f"{MANY:,} steps", "price"), *rows]
+
+
+def _begin(cfg: Config, one: Forecast) -> tuple[str, str, str]:
+    return one.stage, f"{one.memory / 1e9:.0f} of {cfg.hardware.memory_gb:g} GB", spell(one.step)
 
 
 def rows_of(cfg: Config, stage: str, given: dict) -> Rows:
@@ -67,11 +92,6 @@ def steps_ahead(cfg: Config, stage: str, rows: Rows | None) -> int | None:
         return block.max_steps
     per_epoch = batches_per_epoch(rows.count, cfg.ppo.rollout_batch if ppo else step_batch(cfg, stage), drop_last=ppo)
     return steps_of(per_epoch, block.epochs, block.max_steps)
-
-
-def seconds_of_a_step(cfg: Config, stage: str, rows: Rows | None) -> float | None:
-    lengths = (rows.prompt, rows.response) if rows else (cfg.model.max_prompt_tokens, cfg.model.max_response_tokens)
-    return step_seconds(cfg, stage, *lengths)
 
 
 def price(cfg: Config, seconds: float | None) -> str:
