@@ -75,9 +75,7 @@ def run(composed: DictConfig) -> None:
     if cfg.dry_run:
         show_forecast(cfg, steps, {})
         return show_details(cfg, steps)
-    for step in steps:
-        if not step.done:
-            refuse_the_impossible(cfg, step.stage)
+    refuse_the_impossible(cfg, [step.stage for step in steps if not step.done])
     interrupted = next((step for step in steps if step.earlier), None)
     if interrupted and cfg.resume == "auto" and not sweeps:
         refuse(interrupted.stage, interrupted.earlier)

@@ -69,6 +69,11 @@ class Lora:
         check_share(self, "dropout")
 
 
+# Keys of a shape that are sizes, in all families
+SIZES = {"vocab_size", "hidden_size", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim"}
+SIZES |= {"ffn_dim", "intermediate_size", "max_position_embeddings", "word_embed_proj_dim"}
+
+
 @dataclass
 class ModelPart:
     """Where the weights of the actor, or of the reward model and critic, come from."""
@@ -125,6 +130,10 @@ class Model:
         )
         check(self.max_prompt_tokens >= 1, f"model.max_prompt_tokens={self.max_prompt_tokens} must be at least 1")
         check(self.max_response_tokens >= 2, f"model.max_response_tokens={self.max_response_tokens} must be at least 2: a token and EOS")
+        for part in ("actor", "reward"):
+            for name, size in getattr(self, part).shape.items():
+                whole = size is None or (type(size) is int and size > 0)
+                check(name not in SIZES or whole, f"model.{part}.shape.{name}={size} must be a whole number of 1 or more")
         context = self.actor.shape.get("max_position_embeddings")
         wanted = self.max_prompt_tokens + self.max_response_tokens
         check(
@@ -259,7 +268,7 @@ class Hardware:
         check_choice("hardware.precision", self.precision, ("fp32", "bf16", "fp16"))
         check(self.accelerator == "cuda" or self.precision != "fp16", "hardware.precision=fp16 does not run on a CPU: use fp32 or bf16")
         check_above(self, 0, "timeout_minutes", "memory_gb")
-        check_least(self, 0, "tflops", "bandwidth_gb_s", "logits_chunk")
+        check_least(self, 0, "tflops", "bandwidth_gb_s", "price_per_hour", "logits_chunk")
         check(self.nodes >= 1 and self.gpus >= 1, f"hardware.nodes={self.nodes} and hardware.gpus={self.gpus} must be at least 1")
         check(
             not self.offload.optimizer or min(self.zero.actor, self.zero.critic) > 0,

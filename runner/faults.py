@@ -242,6 +242,13 @@ def _missing_module(end: End) -> tuple[str, str]:
     return f"{end.who} lacks the Python module {name}", f"Type {install}, or `make run`, which installs what pyproject.toml names."
 
 
+def _no_kernels(end: End) -> tuple[str, str]:
+    return (
+        f"{end.who} could not compile Triton's kernels",
+        "The C compiler says why in the log; most often the headers of Python are missing: apt-get install python3-dev.",
+    )
+
+
 def _disk_full(end: End) -> tuple[str, str]:
     return f"{end.who} could not write: {disk_full(end.step.folder)}", MORE_SPACE
 
@@ -309,6 +316,7 @@ FAULTS = (
     (_died(7), _bus_error, True),
     (_says(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|OutOfMemoryError"), _gpu_full, True),
     (_says(r"ModuleNotFoundError|No module named "), _missing_module, True),
+    (_says(r"CalledProcessError.*(cuda_utils|launcher)\.c"), _no_kernels, True),
     (_is_disk_full, _disk_full, True),
     (_says(r"loss scale already at minimum"), _loss_scale, True),
     (_says(r"LocalEntryNotFoundError|OfflineModeIsEnabled|Max retries exceeded|couldn't connect to 'http|Couldn't reach"), _hub, False),

@@ -89,7 +89,9 @@ class _ChosenLogprobs(torch.autograd.Function):
         if _in_one_pass(logits):
             from runner import loss_kernels
 
+            tokens = tokens.contiguous()
             logprobs, entropies, normalisers = loss_kernels.chosen(logits, tokens)
+            entropies = entropies if with_entropy else torch.zeros_like(entropies)
         else:
             logprobs, entropies, normalisers = _chosen_in_blocks(logits, tokens, with_entropy)
         ctx.save_for_backward(logits, tokens, normalisers)
@@ -107,7 +109,7 @@ class _ChosenLogprobs(torch.autograd.Function):
 
 
 def _in_one_pass(logits: Tensor) -> bool:
-    return logits.is_cuda and why_no_triton() is None
+    return logits.is_cuda and len(logits) > 0 and why_no_triton() is None
 
 
 def _chosen_in_blocks(logits: Tensor, tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:

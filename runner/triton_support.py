@@ -11,6 +11,6 @@ def why_no_triton() -> str | None:
     """What is missing, in words; None if nothing is."""
     if find_spec("triton") is None:
         return "Triton is missing, which comes with PyTorch's CUDA builds"
-    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc")))):
         return "Triton finds no C compiler: install gcc"
     return None

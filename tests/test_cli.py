@@ -248,13 +248,13 @@ WRONG = {
     "unknown size": ("model.actor.shape.hiden_size=64", "the family opt has no such size (did you mean hidden_size?)"),
     "size of no kind": (
         "model.actor.shape.hidden_size=abc",
-        "model.actor.shape is refused by transformers: TypeError: Field 'hidden_size'",
+        "model.actor.shape.hidden_size=abc must be a whole number of 1 or more",
     ),
     "sizes that do not fit": (
         "model.reward.shape.num_attention_heads=7",
         "model.reward.shape is refused by transformers: embed_dim must be",
     ),
-    "no layers": ("model.actor.shape.num_hidden_layers=0", "num_hidden_layers=0 must be 1 or more"),
+    "no layers": ("model.actor.shape.num_hidden_layers=0", "num_hidden_layers=0 must be a whole number of 1 or more"),
     "template without content": ("model.chat_template=hello", "leaves out what is said: it turns a message 'Hello' into 'hello'"),
     "fp16 on a CPU": ("hardware.precision=fp16", "use fp32 or bf16"),
 }

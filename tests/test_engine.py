@@ -409,9 +409,9 @@ def test_set_learning_rate(alone):
     assert all(torch.equal(before[n], after) for n, after in bits(trained).items())
 
 
-@pytest.mark.parametrize("zero", [0, 2])
-def test_step_returns_the_norm_of_the_whole_gradient_before_clipping(zero, alone):
-    """Stage 0 in fp32 keeps none of its own."""
+@pytest.mark.parametrize(("zero", "offload"), [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)])
+def test_step_returns_the_norm_of_the_whole_gradient_before_clipping(zero, offload, alone):
+    """Stage 0 in fp32 keeps none of its own. One engine takes steps of many and of few micro batches in turn."""
     made = rows([7, 9])
     ids, mask = pad(made, PAD)
     where = predictions(made, ids.size(1), False)
@@ -423,8 +423,9 @@ def test_step_returns_the_norm_of_the_whole_gradient_before_clipping(zero, alone
     (loss(model) / 5).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
     assert expected > 1.5  # above the clip
-    for count in (4, 1, 3):  # micro batches: as many as the engine was told at most, and fewer
-        trained = trainable(actor("gpt_neox"), zero)
+    trained = trainable(actor("gpt_neox"), zero, offload=offload)
+    engine.set_learning_rate(trained, 0.0)
+    for count in (4, 1, 3, 1, 4):  # as many as the engine was told at most, and fewer
         for n in range(count):
             engine.backward(trained, loss(trained), count * 5, last=n == count - 1)
         assert engine.step(trained) == pytest.approx(expected, rel=1e-5)

@@ -62,6 +62,11 @@ SAID = {
         ["infinite gradients at every loss scale of fp16", "hardware.precision=bf16", "sft.lr=0.001"],
         True,
     ),
+    "no headers for Triton": (
+        ("Command '['/usr/bin/gcc', '/tmp/tmpx/cuda_utils.c', '-O3', '-lcuda']' returned non-zero exit status 1.", "CalledProcessError"),
+        ["could not compile Triton's kernels", "python3-dev"],
+        True,
+    ),
     "hub, offline": (
         ("Cannot reach https://huggingface.co/x: offline mode is enabled.", "OfflineModeIsEnabled"),
         ["could not reach the Hugging Face hub", "HTTPS_PROXY", "HF_ENDPOINT", "HF_HUB_OFFLINE=1"],

@@ -298,5 +298,7 @@ def test_what_triton_lacks(monkeypatch):
     monkeypatch.setattr(triton_support.shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     assert "install gcc" in asked()
-    monkeypatch.setenv("CC", "clang")
+    monkeypatch.setattr(triton_support.shutil, "which", lambda name: name if name == "/opt/cc" else None)
+    assert "install gcc" in asked()
+    monkeypatch.setenv("CC", "/opt/cc")
     assert asked() is None

@@ -6,32 +6,32 @@ from dataclasses import replace
 from runner.batch_sizes import micro_batch, step_batch
 from runner.config import Config, Hardware, ZeroStages
 from runner.errors import UserError
-from runner.forecast.memory import moments
+from runner.forecast.memory import host_bytes, moments
 from runner.forecast.network import networks
 
 # The forecast may take this share of the memory
 ROOM = 0.95
 
 
-def refuse_the_impossible(cfg: Config, stage: str) -> None:
+def refuse_the_impossible(cfg: Config, stages: list[str]) -> None:
     """Raise UserError where weights, gradients and optimizer alone do not fit: no batch is small enough for that."""
-    if not foreseeable(cfg):
-        return
-    states, memory = moments(cfg, stage)["states"], cfg.hardware.memory_gb
-    if states > memory * 1e9:
-        raise UserError(
-            f"{stage} of model={cfg.model.name} does not fit hardware={cfg.hardware.name}: weights, gradients and optimizer alone take "
-            f"{gb(states)} of each GPU, which has {memory:g} GB (hardware.memory_gb). {cure(cfg, stage)}"
-        )
+    for stage in stages if foreseeable(cfg) else ():
+        states, memory = moments(cfg, stage)["states"], cfg.hardware.memory_gb
+        if states > memory * 2**30:  # makers say GB and mean more: an 80 GB card has 85e9 bytes
+            raise UserError(
+                f"{stage} of model={cfg.model.name} does not fit hardware={cfg.hardware.name}: weights, gradients and optimizer alone take "
+                f"{gb(states)} of each GPU, which has {memory:g} GB (hardware.memory_gb). {cure(cfg, stages)}"
+            )
 
 
-def warning(cfg: Config, stage: str) -> str | None:
-    """What will hardly fit, and what to type; None where all is well."""
-    if fits(cfg, stage):
-        return None
-    phase, most = max(moments(cfg, stage).items(), key=lambda item: item[1])
-    where = "" if phase == "states" else f" ({phase})"
-    return f"{stage} needs about {gb(most)}{where}, and a GPU has {cfg.hardware.memory_gb:g}. {cure(cfg, stage)}"
+def warnings(cfg: Config, stages: list[str]) -> list[str]:
+    """What may not fit, and what to type for all stages together; nothing where all is well."""
+    said = []
+    for stage in stages:
+        if not fits(cfg, stage):
+            phase, most = max(moments(cfg, stage).items(), key=lambda item: item[1])
+            said.append(f"warning: {stage} needs about {gb(most)} ({phase}), and CUDA some; a GPU has {cfg.hardware.memory_gb:g} GB")
+    return [*said, cure(cfg, stages)] if said else []
 
 
 def foreseeable(cfg: Config) -> bool:
@@ -55,25 +55,46 @@ Words = dict[str, str]
 Change = Callable[[Config, str], tuple[Words, Config]]
 
 
-def cure(cfg: Config, stage: str) -> str:
-    """The first change that makes it fit, from the cheapest on; where none does alone, as few of them together as do."""
+def cure(cfg: Config, stages: list[str]) -> str:
+    """The overrides with which all stages fit, in a sentence."""
+    words: Words = {}
+    for stage in stages:
+        if fits(cfg, stage):
+            continue
+        changes = _enough(cfg, stage)
+        if changes is None:
+            return "Take a smaller model, or more or larger GPUs"
+        more, cfg = _made(cfg, stage, changes)
+        words |= more
+    said = f"Type {' '.join(f'{key}={value}' for key, value in words.items())}"
+    if any(".lora." in key for key in words):
+        said += " (adapters train in place of all weights)"
+    if needed := max(host_bytes(cfg, stage) for stage in stages):
+        said += f". That takes about {gb(needed)} of CPU memory per machine"
+    return said
+
+
+def _enough(cfg: Config, stage: str) -> list[Change] | None:
+    """The first change that makes a stage fit, from the cheapest on; where none does alone, as few of them together as do."""
     alone, together = [[one] for one in CHANGES], [[*CHANGES[:n]] for n in range(2, len(CHANGES) + 1)]
-    found = next((changes for changes in (*alone, *together) if _made(cfg, stage, changes)), None)
-    if found is None:
-        return "Take a smaller model, or more or larger GPUs"
-    for change in CHANGES:
+    found = next((changes for changes in (*alone, *together) if _do(cfg, stage, changes)), None)
+    for change in CHANGES if found else ():
         without = [other for other in found if other is not change]
-        found = without if without and _made(cfg, stage, without) else found
-    return f"Type {' '.join(f'{key}={value}' for key, value in _made(cfg, stage, found).items())}"
+        found = without if without and _do(cfg, stage, without) else found
+    return found
 
 
-def _made(cfg: Config, stage: str, changes: list[Change]) -> Words | None:
-    """The overrides of these changes, if they make it fit."""
-    words = {}
+def _do(cfg: Config, stage: str, changes: list[Change]) -> bool:
+    words, changed = _made(cfg, stage, changes)
+    return bool(words) and fits(changed, stage)
+
+
+def _made(cfg: Config, stage: str, changes: list[Change]) -> tuple[Words, Config]:
+    words: Words = {}
     for change in changes:
         more, cfg = change(cfg, stage)
         words |= more
-    return words if words and fits(cfg, stage) else None
+    return words, cfg
 
 
 def smaller_micro_batches(cfg: Config, stage: str) -> tuple[Words, Config]:

@@ -48,8 +48,10 @@ def trainee(cfg: Config, engine: str, net: Network, lora: Lora) -> Trainee:
     weights = (net.weights + (net.adapters(lora) if lora.dim else 0)) * size / shared(3)
     return Trainee(
         weights=0.0 if h.offload.params and engine == "actor" else weights,
-        gradients=0.0 if moved else trained * size / shared(2),  # ZeRO sends them to the CPU as they come
-        optimizer=0.0 if moved else trained * (8 if size == 4 else 12) / shared(1),
+        # ZeRO 2 and 3 send them to the CPU as they come
+        gradients=0.0 if moved and stage >= 2 else trained * size / shared(2),
+        # Two moments; and fp32 copies in half precision, and wherever ZeRO lays weights out
+        optimizer=0.0 if moved else trained * (8 if size == 4 and not stage else 12) / shared(1),
         step=0.0 if moved or size == 4 else trained * 4 / shared(1),
     )
 
@@ -91,6 +93,8 @@ def _of_ppo(cfg: Config, actor: Network, reward: Network) -> dict[str, float]:
     recompute, tokens = cfg.hardware.gradient_checkpointing, micro_positions(cfg, "ppo")
     teacher, critic = trainee(cfg, "actor", actor, cfg.model.actor.lora), trainee(cfg, "critic", reward, cfg.model.reward.lora)
     rest = frozen(cfg, "ref", actor) + frozen(cfg, "reward", reward)
+    if cfg.ppo.ema_decay:  # the average is in fp32
+        rest += 4 * actor.trained(cfg.model.actor.lora) / (cfg.hardware.world_size if cfg.hardware.zero.actor == 3 else 1)
     sampling = teacher.at_rest + critic.at_rest + rest
     # ZeRO-3 gathers the weights where they leave half of the free memory to the cache (engine.whole_weights)
     whole = actor.weights * itemsize(cfg) if cfg.hardware.zero.actor == 3 else 0.0
@@ -98,6 +102,20 @@ def _of_ppo(cfg: Config, actor: Network, reward: Network) -> dict[str, float]:
     training = teacher.trains + critic.trains + rest
     kept = max(activations(cfg, actor, tokens, recompute.actor), activations(cfg, reward, tokens, recompute.critic))
     return {"states": training, "rollout": sampling + _cache(cfg, actor), "update": training + max(kept, teacher.step, critic.step)}
+
+
+def host_bytes(cfg: Config, stage: str) -> float:
+    """Bytes of CPU memory on each machine that offloading takes; 0 without."""
+    (actor, reward), h, size = networks(cfg), cfg.hardware, itemsize(cfg)
+    trains = {"sft": [(actor, cfg.model.actor.lora)], "reward": [(reward, cfg.model.reward.lora)]}
+    both = [*trains["sft"], *trains["reward"]]
+    # Moments, fp32 copies and gradients
+    found = 16 * sum(net.trained(lora) for net, lora in trains.get(stage, both)) if h.offload.optimizer else 0
+    found += size * actor.weights if h.offload.params and stage != "reward" else 0
+    if stage == "ppo":
+        found += size * (actor.weights if h.offload.ref and not shares_reference(cfg.model.actor) else 0)
+        found += size * (reward.weights if h.offload.reward else 0)
+    return found / h.nodes
 
 
 def slots(cfg: Config) -> int:

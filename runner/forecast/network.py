@@ -1,7 +1,10 @@
 """Sizes of a network from the shape that a preset or a config.json gives: nothing is loaded, and there is no torch."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from omegaconf import OmegaConf
 
 from runner import flops
 from runner.checks.paths import is_local
@@ -27,10 +30,12 @@ class Network:
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
-        """(in, out) of one layer's."""
+        """(in, out) of one layer's, in the order of the family's lora_targets."""
         up = [(self.hidden, self.inner)] * (2 if self.family == "llama" else 1)
-        attention = [(self.hidden, self.query_width), *[(self.hidden, self.key_width)] * 2, (self.query_width, self.hidden)]
-        return [*attention, *up, (self.inner, self.hidden)]
+        reads = [(self.hidden, self.query_width), (self.hidden, self.key_width), (self.hidden, self.key_width)]
+        if "query_key_value" in FAMILIES[self.family].lora_targets:
+            reads = [(self.hidden, self.query_width + 2 * self.key_width)]
+        return [*reads, (self.query_width, self.hidden), *up, (self.inner, self.hidden)]
 
     @property
     def body(self) -> int:
@@ -58,7 +63,8 @@ class Network:
         return 2 * self.layers * self.key_width
 
     def adapters(self, lora: Lora) -> int:
-        return self.layers * lora.dim * sum(i + o for i, o in self.matrices)
+        named = zip(FAMILIES[self.family].lora_targets, self.matrices, strict=True)
+        return self.layers * lora.dim * sum(i + o for name, (i, o) in named if not lora.targets or name in lora.targets)
 
     def trained(self, lora: Lora) -> int:
         if not lora.dim:
@@ -74,26 +80,43 @@ class Network:
 def network(family: str, shape: dict, scalar: bool) -> Network | None:
     """From the settings of a preset or of a config.json; None where they do not say enough."""
     layers, heads = (shape.get(a) or shape.get(b) for a, b in (("n_layer", "num_hidden_layers"), ("n_head", "num_attention_heads")))
-    hidden, vocabulary = shape.get("hidden_size"), shape.get("vocab_size")
-    if not (layers and heads and hidden and vocabulary):
+    hidden, vocabulary = shape.get("hidden_size") or shape.get("n_embed"), shape.get("vocab_size")
+    if not all(isinstance(size, int) and size > 0 for size in (layers, heads, hidden, vocabulary)):  # a config.json may say anything
         return None
     width = shape.get("head_dim") or hidden // heads
     key_heads = shape.get("num_key_value_heads") or heads
     inner = shape.get("ffn_dim") or shape.get("intermediate_size") or 4 * hidden
-    tied = shape.get("tie_word_embeddings", family in ("opt", "bloom"))
     embedding = shape.get("word_embed_proj_dim") or hidden
+    tied = shape.get("tie_word_embeddings", family in ("opt", "bloom"))
     return Network(family, layers, hidden, inner, heads * width, key_heads * width, vocabulary, embedding, tied, scalar)
 
 
 def networks(cfg: Config) -> tuple[Network, Network] | None:
     """Actor and reward model, if both are known."""
-    found = [network(cfg.model.family, _shape(part), scalar) for part, scalar in ((cfg.model.actor, False), (cfg.model.reward, True))]
+    parts = ((cfg.model.actor, cfg.sft, False), (cfg.model.reward, cfg.reward, True))
+    found = [network(cfg.model.family, _shape(part, block and block.use), scalar) for part, block, scalar in parts]
     return (found[0], found[1]) if all(found) else None
 
 
-def _shape(part: ModelPart) -> dict:
-    """A folder says itself what is in it; of a hub model the preset knows."""
-    settings = Path(part.path).expanduser() / "config.json"
-    if part.init == "pretrained" and is_local(part.path) and settings.exists():
+def _shape(part: ModelPart, pinned: str | None) -> dict:
+    """Of random weights the configuration decides. A folder says itself what is in it, and of a hub model the presets know, if one of them
+    names it: what the configuration says belongs to the preset's own path."""
+    if part.init == "random" and not pinned:
+        return part.shape
+    path = pinned or part.path
+    settings = Path(path).expanduser() / "config.json"
+    if is_local(path) and settings.exists():
         return read_settings(settings)
-    return part.shape
+    return _described().get(path, {})
+
+
+@cache
+def _described() -> dict[str, dict]:
+    """Hub id (or folder) -> shape, of all that conf/model names."""
+    found = {}
+    for file in sorted((Path(__file__).parents[2] / "conf" / "model").rglob("*.yaml")):
+        preset = OmegaConf.load(file)
+        for part in (preset.get("actor"), preset.get("reward")):
+            if part and part.get("path") and part.get("shape"):
+                found[part.path] = OmegaConf.to_container(part.shape)
+    return found

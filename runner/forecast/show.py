@@ -5,8 +5,9 @@ from pathlib import Path
 
 from runner.batch_sizes import batches_per_epoch, step_batch, steps_of
 from runner.config import Config
+from runner.durable.manifest import steps_done
 from runner.forecast.duration import step_seconds
-from runner.forecast.fit import foreseeable, warning
+from runner.forecast.fit import foreseeable, warnings
 from runner.forecast.memory import moments
 from runner.plan import Step
 
@@ -38,9 +39,13 @@ class Forecast:
 def show_forecast(cfg: Config, steps: list[Step], inputs: dict[str, dict]) -> None:
     """Print a table of the stages that are still to run. inputs: of runner.prepare; without any, sequences are as long as they may be."""
     missing = [step.stage for step in steps if not step.done]
-    if not foreseeable(cfg) or not missing:
+    done = {step.stage: steps_done(step.folder) or 0 for step in steps}
+    if cfg.hardware.accelerator == "cpu" or not missing:
         return
-    found = [forecast(cfg, stage, rows_of(cfg, stage, inputs[stage]) if stage in inputs else None) for stage in missing]
+    if not foreseeable(cfg):
+        return print("\nno forecast: of a hub model that no preset describes the sizes are unknown")
+    known = {stage: rows_of(cfg, stage, given) for stage, given in inputs.items()}
+    found = [forecast(cfg, stage, known.get(stage), done[stage]) for stage in missing]
     counted = all(one.steps is not None for one in found)
     table = with_totals(cfg, found) if counted else for_many_steps(cfg, found)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -49,14 +54,16 @@ def show_forecast(cfg: Config, steps: list[Step], inputs: dict[str, dict]) -> No
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if not inputs:
         print("For sequences of the greatest length. Once the data are tokenised a run says how long they are, before it trains.")
-    for stage in missing:
-        if text := warning(cfg, stage):
-            print(f"warning: {text}")
+    for text in warnings(cfg, missing):
+        print(text)
 
 
-def forecast(cfg: Config, stage: str, rows: Rows | None) -> Forecast:
+def forecast(cfg: Config, stage: str, rows: Rows | None, done: int) -> Forecast:
+    """done: steps that are behind it already, where it is resumed."""
     lengths = (rows.prompt, rows.response) if rows else (cfg.model.max_prompt_tokens, cfg.model.max_response_tokens)
-    return Forecast(stage, max(moments(cfg, stage).values()), step_seconds(cfg, stage, *lengths), steps_ahead(cfg, stage, rows))
+    steps = steps_of_stage(cfg, stage, rows)
+    ahead = None if steps is None else max(steps - done, 0)
+    return Forecast(stage, max(moments(cfg, stage).values()), step_seconds(cfg, stage, *lengths), ahead)
 
 
 def with_totals(cfg: Config, found: list[Forecast]) -> list[tuple[str, ...]]:
@@ -85,7 +92,7 @@ def rows_of(cfg: Config, stage: str, given: dict) -> Rows:
     return Rows(count, prompt, cfg.model.max_response_tokens if stage == "ppo" else length - prompt)
 
 
-def steps_ahead(cfg: Config, stage: str, rows: Rows | None) -> int | None:
+def steps_of_stage(cfg: Config, stage: str, rows: Rows | None) -> int | None:
     """Optimizer steps, of PPO iterations; None where they depend on data that nobody has counted."""
     block, ppo = getattr(cfg, stage), stage == "ppo"
     if rows is None:
@@ -95,15 +102,17 @@ def steps_ahead(cfg: Config, stage: str, rows: Rows | None) -> int | None:
 
 
 def price(cfg: Config, seconds: float | None) -> str:
-    return "-" if seconds is None else f"${seconds / 3600 * cfg.hardware.price_per_hour:,.2f}"
+    hourly = cfg.hardware.price_per_hour * cfg.hardware.world_size
+    return f"${seconds / 3600 * hourly:,.2f}" if seconds is not None and hourly else "-"
 
 
 def spell(seconds: float | None) -> str:
+    """Two digits, in the largest unit that fits: 0.014 s, 59 s, 1.5 min, 58 min, 1 h 0 min."""
     if seconds is None:
         return "-"
-    if seconds < 60:
-        return f"{seconds:.2g} s"
-    minutes = seconds / 60
-    if minutes < 60:
-        return f"{minutes:.2g} min"
-    return f"{minutes // 60:,.0f} h {minutes % 60:.0f} min"
+    if seconds < 59.5:
+        return f"{seconds:.2g} s" if seconds >= 0.0001 else "0 s"
+    minutes = round(seconds / 60)
+    if minutes < 10:
+        return f"{seconds / 60:.1f} min"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
