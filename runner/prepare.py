@@ -247,8 +247,6 @@ def _check_network(config, key: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    if getattr(config, "num_hidden_layers", 1) < 1:
-        raise UserError(f"{key}.num_hidden_layers={config.num_hidden_layers} must be 1 or more")
     with _sizing(key), torch.device("meta"):
         AutoModelForCausalLM.from_config(config)
 
