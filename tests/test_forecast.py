@@ -200,6 +200,13 @@ def test_what_it_says_to_type_makes_all_stages_fit(model, hardware):
     assert all(fits(changed, stage) for stage in stages)
 
 
+@pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_published_recipe_fits_its_hardware(path):
+    cfg = on(f"experiment={path.stem}")
+    stages = [stage for stage in ("sft", "reward", "ppo") if getattr(cfg, stage)]
+    assert not fit.foreseeable(cfg) or warnings(cfg, stages) == []
+
+
 def test_the_cheapest_cure_comes_first_and_nothing_is_said_in_vain():
     batch = on("model=opt1.3b", H100, "hardware.micro_batch.sft=128", "hardware.gradient_checkpointing.actor=false")
     assert cure(batch, ["sft"]) == "Type hardware.micro_batch.sft=64"
