@@ -228,7 +228,7 @@ def missing_hostfile(cfg: Config) -> str | None:
 def show(cfg: Config, steps: list[Step]) -> None:
     """Print what will run, on what, in which batches."""
     h = cfg.hardware
-    unit = "GPU" if h.accelerator == "cuda" else "process"
+    unit = "GPU" if h.accelerator == "cuda" else "process" if h.gpus == 1 else "processes"
     machine = f"{h.nodes} x {h.gpus} {unit}" if h.nodes > 1 else f"{h.gpus} {unit}"
     where = f"hardware={h.name} ({machine}, {h.precision})"
     print(f"\n{cfg.name}: {cfg.stage} of model={cfg.model.name} on dataset={cfg.dataset.name}, {where}, seed {cfg.seed}")
