@@ -239,6 +239,11 @@ def show(cfg: Config, steps: list[Step]) -> None:
         micro, gas = micro_batch(cfg, step.stage), accumulation(cfg, step.stage)
         algebra = f"{step_batch(cfg, step.stage)} = {micro} x {h.world_size} x {gas}"
         rows.append((step.stage, state, "" if step.done else algebra, _shown(step.pinned or step.folder)))
+    print_columns(rows)
+
+
+def print_columns(rows: list[tuple[str, ...]]) -> None:
+    """Print a table, as wide as its cells are."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

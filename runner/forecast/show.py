@@ -9,7 +9,7 @@ from runner.durable.manifest import steps_done
 from runner.forecast.duration import step_seconds
 from runner.forecast.fit import foreseeable, warnings
 from runner.forecast.memory import moments
-from runner.plan import Step
+from runner.plan import Step, print_columns
 
 # Steps of which the price is told where nobody knows yet how many there will be
 MANY = 1000
@@ -38,23 +38,19 @@ class Forecast:
 
 def show_forecast(cfg: Config, steps: list[Step], inputs: dict[str, dict]) -> None:
     """Print a table of the stages that are still to run. inputs: of runner.prepare; without any, sequences are as long as they may be."""
-    missing = [step.stage for step in steps if not step.done]
-    done = {step.stage: steps_done(step.folder) or 0 for step in steps}
+    missing = [step for step in steps if not step.done]
     if cfg.hardware.accelerator == "cpu" or not missing:
         return
     if not foreseeable(cfg):
         return print("\nno forecast: of a hub model that no preset describes the sizes are unknown")
     known = {stage: rows_of(cfg, stage, given) for stage, given in inputs.items()}
-    found = [forecast(cfg, stage, known.get(stage), done[stage]) for stage in missing]
+    found = [forecast(cfg, step.stage, known.get(step.stage), steps_done(step.folder) or 0) for step in missing]
     counted = all(one.steps is not None for one in found)
-    table = with_totals(cfg, found) if counted else for_many_steps(cfg, found)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print()
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_columns(with_totals(cfg, found) if counted else for_many_steps(cfg, found))
     if not inputs:
         print("For sequences of the greatest length. Once the data are tokenised a run says how long they are, before it trains.")
-    for text in warnings(cfg, missing):
+    for text in warnings(cfg, [step.stage for step in missing]):
         print(text)
 
 
