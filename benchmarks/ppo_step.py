@@ -36,7 +36,7 @@ def main() -> None:
         lambda p: p.add_argument("--rounds", type=int, default=3, help="measured after one to warm up"),
         lambda p: p.add_argument("--model", help="another preset of conf/model: one row, of 64 prompts"),
     )
-    sizes, length = (((4, 4), (6, 4)), 12) if args.tiny else (((64, 64), (16, 16), (128, 128), (256, 64)), 256)
+    sizes, length = (((4, 4), (6, 4)), 12) if args.tiny else (((64, 64), (16, 16), (128, 128), (256, 64), (256, 256)), 256)
     print(f"copy {rates()['copy'] / 1e12:.3g} TB/s, matmul {rates()['matmul'] / 1e12:.4g} TFLOP/s, measured", flush=True)
     for size, slots in sizes[:1] if args.model else sizes:
         measure(size, slots, length, "graph", args)

@@ -51,12 +51,7 @@ def measure(kind: str, lengths: list[int], total: int, args) -> None:
     work, clock = flops.count(wrapper.hf), Clock()
     for _ in range(args.rounds + 2):
         clock.rounds.append({})
-        with clock.phase("data"):
-            batch = sft_batch(made, Tokenizer.pad_token_id, 0.0)
-        with clock.phase("train"):
-            logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
-            engine.backward(actor, sft_loss(logprobs, send(batch["weights"], device)), weight, last=True)
-            engine.step(actor)
+        train(actor, made, weight, clock)
     phases, done = clock.median(skip=2), flops.training(work, lengths, weight)
     row = {"benchmark": "sft", "rows": kind, "tokens": total, "sequences": micro, **phases}
     row |= {"tokens_per_s": total / sum(phases.values()), "mfu": flops.mfu(done, sum(phases.values()), cfg.hardware.tflops)}
@@ -64,6 +59,16 @@ def measure(kind: str, lengths: list[int], total: int, args) -> None:
     emit(row, args.out)
     del actor, wrapper
     free()
+
+
+def train(actor, made: list[dict], weight: float, clock: Clock) -> None:
+    """One optimizer step, in one micro batch."""
+    with clock.phase("data"):
+        batch = sft_batch(made, Tokenizer.pad_token_id, 0.0)
+    with clock.phase("train"):
+        logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
+        engine.backward(actor, sft_loss(logprobs, send(batch["weights"], start())), weight, last=True)
+        engine.step(actor)
 
 
 if __name__ == "__main__":
