@@ -49,8 +49,9 @@ def test_add_norm(dtype, tolerance, rms, deltas, monkeypatch):
     ("heads", "kv_heads", "dim", "turned", "alibi"),
     [
         (4, 4, 64, 0, False),
-        (300, 300, 64, 0, False),
-        (300, 300, 128, 0, True),
+        (100, 100, 64, 0, False),
+        (500, 500, 64, 0, False),
+        (500, 500, 128, 0, True),
         (4, 4, 80, 20, False),
         (8, 2, 32, 32, False),
         (4, 4, 16, 0, True),

@@ -3,6 +3,8 @@
 Sums, softmax and norms are in fp32, whatever is stored.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -10,11 +12,12 @@ from torch import Tensor
 
 # Tokens of the vocabulary in one program of the sampler
 VOCABULARY_BLOCK = 4096
-# Numbers of the cache that one warp of the attention reads at once: 64 tokens of 64 dims. One warp per program came to 92 % of an
-# H200's copy rate where four came to 68 %; a batch that has fewer programs than this needs more warps for each. Shared keys are read
-# at the copy rate with two warps, and parts of a row in programs of their own gain nothing from 64 rows on (H100)
+# Numbers of the cache that a program of the attention reads at once: 64 tokens of 64 dims, with one warp (92 % of an H200's copy rate where
+# four warps came to 68 %)
 CACHE_TILE = 4096
-MANY_PROGRAMS = 1024
+# Programs of one warp, and of two with shared keys, that keep a GPU's memory busy. Where rows and heads are fewer, several programs read
+# the cache of each, in parts, at most so many; where they are more, parts gain nothing
+PROGRAMS, SHARED_PROGRAMS, PARTS = 2048, 256, 16
 
 
 # --- residual sum and norm --------------------------------------------------------------------------------------------
@@ -78,56 +81,74 @@ def _scale(normed, w, b, y, place, column, inside, BIAS: tl.constexpr):
 
 
 def attend(q, k, v, keys, values, slots, positions, rotary, alibi) -> Tensor:
-    """As kernels.attend: one program per row and key head, which also rotates, and writes the new key and value."""
+    """As kernels.attend, in programs that also rotate, and write the new key and value. Each is for one row and key head, or for a part of
+    its cache: then the last of them to end puts the parts together."""
     batch, heads, dim = q.shape
     kv_heads, length = keys.shape[1:3]
+    shared, wide = heads > kv_heads, max(16, triton.next_power_of_2(dim))
     out = torch.empty(batch, heads * dim, dtype=q.dtype, device=q.device)
-    cos, sin = rotary if rotary is not None else (q, q)
+    count = parts_of(batch * kv_heads, SHARED_PROGRAMS if shared else PROGRAMS)
+    parts = torch.empty(batch * heads * count, wide + 2, device=q.device) if count > 1 else out
+    tables = (*(rotary or (q, q)), alibi if alibi is not None else q)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
-    wide = max(16, triton.next_power_of_2(dim))
-    shape = {"KV_HEADS": kv_heads, "DIM": dim, "WIDE": wide, "TURNED": cos.size(-1) if rotary is not None else 0}
-    if heads == kv_heads:
-        warps = 1 if batch * kv_heads >= MANY_PROGRAMS else 4
-        # ALiBi's numbers take registers from the tile: with a whole one, 15 programs fit on a multiprocessor where 16 do without
-        tile = CACHE_TILE // 2 if alibi is not None and warps == 1 else CACHE_TILE * (2 if warps == 4 else 1)
-        _attend[(batch, kv_heads)](
-            q, k, v, keys, values, out, slots, positions, cos, sin, alibi if alibi is not None else q, *strides, length, dim**-0.5,
-            **shape, ALIBI=alibi is not None, BLOCK=max(16, tile // wide), num_warps=warps,
-        )  # fmt: skip
-        return out
-    group = heads // kv_heads
-    _attend_shared[(batch, kv_heads)](
-        q, k, v, keys, values, out, slots, positions, cos, sin, *strides, length, dim**-0.5,
-        **shape, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), BLOCK=max(16, CACHE_TILE // wide), num_warps=2,
-    )  # fmt: skip
+    # ALiBi's numbers take registers from the tile: with a whole one, 15 programs fit on a multiprocessor where 16 do without
+    small = not shared and (count > 1 or alibi is not None)
+    shape = {"KV_HEADS": kv_heads, "DIM": dim, "WIDE": wide, "TURNED": rotary[0].size(-1) if rotary else 0, "PARTS": count}
+    shape |= {"BLOCK": max(16, CACHE_TILE // (2 if small else 1) // wide)}
+    if shared:
+        group = heads // kv_heads
+        kernel, shape = _attend_shared, shape | {"GROUP": group, "ROWS": max(16, triton.next_power_of_2(group)), "num_warps": 2}
+    else:
+        kernel, shape = _attend, shape | {"ALIBI": alibi is not None, "num_warps": 1}
+    kernel[(batch, kv_heads, count)](
+        q, k, v, keys, values, out, slots, positions, *tables, parts, _arrivals(q.device), *strides, length, dim**-0.5, **shape
+    )
     return out
+
+
+def parts_of(programs: int, enough: int) -> int:
+    """How many programs share the cache of a row and head, where there are so many rows and heads: a power of 2."""
+    count = 1
+    while count < PARTS and 2 * count * programs <= enough:
+        count *= 2
+    return count
+
+
+@cache
+def _arrivals(device: torch.device) -> Tensor:
+    """How many parts of each row and head are done: 0 between two launches."""
+    return torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
 
 
 @triton.jit
 def _attend(
-    q, k, v, keys, values, out, slots, positions, cos, sin, slopes,
+    q, k, v, keys, values, out, slots, positions, cos, sin, slopes, parts, arrivals,
     q_row, q_head, k_row, k_head, v_row, v_head, length, scale,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TURNED: tl.constexpr, ALIBI: tl.constexpr, BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TURNED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    ALIBI: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + row)
     if position < 0:
         return
     d = tl.arange(0, WIDE)
     real = d < DIM
     base = (tl.load(slots + row) * KV_HEADS + head) * length * DIM
-    place = base + position * DIM
-    k += row * k_row + head * k_head
-    v += row * v_row + head * v_head
-    new_k, new_v = _keep(k, v, keys + place, values + place, cos, sin, position, d, real, TURNED)
-
     query = _turned(q + row * q_row + head * q_head, cos, sin, position, d, real, TURNED)
-    most = tl.sum(query * new_k.to(tl.float32), axis=0) * scale
-    weight = 1.0
-    total = new_v.to(tl.float32)
     if ALIBI:
         slope = tl.load(slopes + head)
-    for start in range(0, position, BLOCK):
+    most, weight = float("-inf"), 0.0
+    total = tl.zeros((WIDE,), tl.float32)
+    if part == 0:
+        place = base + position * DIM
+        k += row * k_row + head * k_head
+        v += row * v_row + head * v_head
+        new_k, new_v = _keep(k, v, keys + place, values + place, cos, sin, position, d, real, TURNED)
+        most = tl.sum(query * new_k.to(tl.float32), axis=0) * scale
+        weight = 1.0
+        total = new_v.to(tl.float32)
+    span = tl.cdiv(tl.cdiv(position, BLOCK), PARTS) * BLOCK
+    for start in range(part * span, tl.minimum((part + 1) * span, position), BLOCK):
         t = start + tl.arange(0, BLOCK)
         past = t < position
         cell = base + t[:, None] * DIM + d[None, :]
@@ -144,37 +165,43 @@ def _attend(
         total = total * fade + tl.sum(share[:, None] * value, axis=0)
         weight = weight * fade + tl.sum(share, axis=0)
         most = higher
-    tl.store(out + (row * KV_HEADS + head) * DIM + d, (total / weight).to(out.dtype.element_ty), mask=real)
+    one = tl.arange(0, 1)
+    lane = row * KV_HEADS + head
+    _put(out, parts, arrivals + lane, lane + one, one < 1, total[None, :], most + one, weight + one, part, d, real, DIM, WIDE, PARTS)
 
 
 @triton.jit
 def _attend_shared(
-    q, k, v, keys, values, out, slots, positions, cos, sin,
+    q, k, v, keys, values, out, slots, positions, cos, sin, slopes, parts, arrivals,
     q_row, q_head, k_row, k_head, v_row, v_head, length, scale,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TURNED: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TURNED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The queries that share a key head are the rows of a matrix product."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + row)
     if position < 0:
         return
     d = tl.arange(0, WIDE)
     real = d < DIM
     base = (tl.load(slots + row) * KV_HEADS + head) * length * DIM
-    place = base + position * DIM
-    k += row * k_row + head * k_head
-    v += row * v_row + head * v_head
-    new_k, new_v = _keep(k, v, keys + place, values + place, cos, sin, position, d, real, TURNED)
-
     g = tl.arange(0, ROWS)
     mine = g < GROUP
     queries = _turned_rows(q + row * q_row + (head * GROUP + g) * q_head, cos, sin, position, d, mine, real, TURNED)
     queries = queries.to(keys.dtype.element_ty)
-    most = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[None, :], axis=1) * scale
-    weight = tl.full((ROWS,), 1.0, tl.float32)
-    total = tl.zeros((ROWS, WIDE), tl.float32) + new_v.to(tl.float32)[None, :]
-    for start in range(0, position, BLOCK):
+    most = tl.full((ROWS,), float("-inf"), tl.float32)
+    weight = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, WIDE), tl.float32)
+    if part == 0:
+        place = base + position * DIM
+        k += row * k_row + head * k_head
+        v += row * v_row + head * v_head
+        new_k, new_v = _keep(k, v, keys + place, values + place, cos, sin, position, d, real, TURNED)
+        most = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[None, :], axis=1) * scale
+        weight += 1.0
+        total += new_v.to(tl.float32)[None, :]
+    span = tl.cdiv(tl.cdiv(position, BLOCK), PARTS) * BLOCK
+    for start in range(part * span, tl.minimum((part + 1) * span, position), BLOCK):
         t = start + tl.arange(0, BLOCK)
         past = t < position
         cell = base + t[:, None] * DIM + d[None, :]
@@ -189,8 +216,44 @@ def _attend_shared(
         total = total * fade[:, None] + tl.dot(share.to(value.dtype), value, input_precision="ieee")
         weight = weight * fade + tl.sum(share, axis=1)
         most = higher
-    cell = ((row * KV_HEADS + head) * GROUP + g)[:, None] * DIM + d[None, :]
-    tl.store(out + cell, (total / weight[:, None]).to(out.dtype.element_ty), mask=mine[:, None] & real[None, :])
+    lane = row * KV_HEADS + head
+    _put(out, parts, arrivals + lane, lane * GROUP + g, mine, total, most, weight, part, d, real, DIM, WIDE, PARTS)
+
+
+@triton.jit
+def _put(
+    out, parts, arrived, query, mine, total, most, weight, part, d, real, DIM: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Write what queries (ROWS,) have read: their sums of values `total` (ROWS, WIDE) and of shares `weight`, both times exp(-most).
+
+    Of several parts the last to arrive sums all, in the order of the cache, so that it does not matter which one it is."""
+    both = mine[:, None] & real[None, :]
+    if PARTS > 1:
+        first = parts + query * PARTS * (WIDE + 2)
+        cell = first + part * (WIDE + 2)
+        tl.store(cell[:, None] + d[None, :], total, mask=both)
+        tl.store(cell + WIDE, most, mask=mine)
+        tl.store(cell + WIDE + 1, weight, mask=mine)
+        # All warps have written before one of them says so
+        tl.debug_barrier()
+        if tl.atomic_add(arrived, 1, sem="acq_rel") == PARTS - 1:
+            tl.store(arrived, 0)
+            most = tl.full(most.shape, float("-inf"), tl.float32)
+            weight = tl.zeros(weight.shape, tl.float32)
+            total = tl.zeros(total.shape, tl.float32)
+            for n in range(PARTS):
+                cell = first + n * (WIDE + 2)
+                # From the second-level cache, which all multiprocessors share
+                other = tl.load(cell + WIDE, mask=mine, other=0.0, cache_modifier=".cg")
+                higher = tl.maximum(most, other)
+                fade, grow = tl.exp(most - higher), tl.exp(other - higher)
+                weight = weight * fade + grow * tl.load(cell + WIDE + 1, mask=mine, other=1.0, cache_modifier=".cg")
+                whole = tl.load(cell[:, None] + d[None, :], mask=both, other=0.0, cache_modifier=".cg")
+                total = total * fade[:, None] + grow[:, None] * whole
+                most = higher
+            tl.store(out + query[:, None] * DIM + d[None, :], (total / weight[:, None]).to(out.dtype.element_ty), mask=both)
+    else:
+        tl.store(out + query[:, None] * DIM + d[None, :], (total / weight[:, None]).to(out.dtype.element_ty), mask=both)
 
 
 @triton.jit
