@@ -44,6 +44,22 @@ def test_add_norm(dtype, tolerance, rms, deltas, monkeypatch):
         assert_near(one, other, tolerance)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 128, 129])
+@pytest.mark.parametrize(("width", "depth"), [(2048, 2048), (512, 4096), (4096, 1024), (80, 2048)])
+def test_product_and_what_add_norm_makes_of_it(rows, width, depth, monkeypatch):
+    x, y = (torch.randn(rows, n, dtype=torch.bfloat16, device="cuda") for n in (depth, width))
+    weight, bias = torch.randn(width, depth, dtype=x.dtype, device="cuda") / depth**0.5, torch.randn(width, dtype=x.dtype, device="cuda")
+    norm = Norm(torch.randn_like(bias), torch.randn_like(bias), 1e-5)
+
+    def run():
+        one, other = kernels.product(x, weight, bias), kernels.product(x, weight, None)
+        return *kernels.add_norm(y, (one,), (norm,)), *kernels.add_norm(y, (other, one), (norm, norm))
+
+    plain, found = both_forms(monkeypatch, run)
+    for one, other in zip(found, plain, strict=True):
+        assert_near(one, other, 1e-2)
+
+
 @each_dtype
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "turned", "alibi"),

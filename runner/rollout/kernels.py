@@ -1,7 +1,7 @@
-"""The operations of a decode step that are more than a matrix product, in plain torch; on CUDA their Triton forms take over.
+"""The operations of a decode step, in plain torch; on CUDA their Triton forms take over.
 
-add_norm: residual sum and norm. attend: one new token per sequence against its cache. silu_product: the gate of LLaMA's MLP. sample: one
-token per row of logits. advance: what becomes of the lanes.
+product: a matrix product whose last sum add_norm makes. add_norm: residual sum and norm. attend: one new token per sequence against its
+cache. silu_product: the gate of LLaMA's MLP. sample: one token per row of logits. advance: what becomes of the lanes.
 """
 
 from dataclasses import dataclass
@@ -23,18 +23,39 @@ class Norm:
     rms: bool = False
 
 
+@dataclass
+class Shares:
+    """A product that lacks its last sum: over the first dimension of `sums` (S, N, H), fp32, and with the bias (H,)."""
+
+    sums: Tensor
+    bias: Tensor | None
+
+    def summed(self) -> Tensor:
+        return self.sums.sum(0) if self.bias is None else self.sums.sum(0) + self.bias
+
+
 def on_triton(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def add_norm(x: Tensor, deltas: tuple[Tensor, ...], norms: tuple[Norm, ...]) -> tuple[Tensor, ...]:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Shares:
+    """x W^T + b, for add_norm. x (N, K), weight (H, K)."""
+    if on_triton(x):
+        from runner.rollout import triton_kernels
+
+        if (sums := triton_kernels.product_shares(x, weight)) is not None:
+            return Shares(sums, bias)
+    return F.linear(x, weight, bias)
+
+
+def add_norm(x: Tensor, deltas: tuple[Tensor | Shares, ...], norms: tuple[Norm, ...]) -> tuple[Tensor, ...]:
     """The sum of a residual stream and what layers add to it, and that sum under each norm. All (N, H)."""
     if on_triton(x) and norms:
         from runner.rollout import triton_kernels
 
         return triton_kernels.add_norm(x, deltas, norms)
     for delta in deltas:
-        x = x + delta
+        x = (x + (delta.summed() if isinstance(delta, Shares) else delta)).to(x.dtype)
     return x, *(apply_norm(x, norm) for norm in norms)
 
 

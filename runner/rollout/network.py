@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runner.rollout import kernels
-from runner.rollout.kernels import Norm
+from runner.rollout.kernels import Norm, Shares
 
 
 @dataclass
@@ -29,6 +29,10 @@ class Linear:
             a, b, scale = self.adapter
             y = y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
         return y
+
+    def onto(self, x: Tensor) -> Tensor | Shares:
+        """y, to be added to the residual stream by add_norm."""
+        return self(x) if self.adapter else kernels.product(x, self.weight, self.bias)
 
     def relu(self, x: Tensor) -> Tensor:
         """max(y, 0), on CUDA in the same launch as the product."""
@@ -137,7 +141,7 @@ class Network:
             attended = attend(n, *self.split(block, y))
             if not last_layer and n == len(self.blocks) - 1:
                 return None
-            attended = block.out(attended)
+            attended = block.out.onto(attended)
             if parallel:
                 deltas = (attended, self.mlp(block, other[0]))
             elif self.residual == "post":
@@ -156,10 +160,10 @@ class Network:
             return parts[0].view(len(y), self.heads, 3, self.head_dim).unbind(2)
         return tuple(part.unflatten(-1, (-1, self.head_dim)) for part in parts)
 
-    def mlp(self, block: Block, y: Tensor) -> Tensor:
+    def mlp(self, block: Block, y: Tensor) -> Tensor | Shares:
         if isinstance(self.activation, nn.ReLU) and len(block.up.parts) == 1:
-            return block.down(block.up.parts[0].relu(y))
-        return block.down(self.activation(*block.up(y)))
+            return block.down.onto(block.up.parts[0].relu(y))
+        return block.down.onto(self.activation(*block.up(y)))
 
     def folded(self) -> "Network":
         """The same with every adapter folded into a copy of its matrix."""

@@ -15,46 +15,106 @@ VOCABULARY_BLOCK = 4096
 # Numbers of the cache that a program of the attention reads at once: 64 tokens of 64 dims, with one warp (92 % of an H200's copy rate where
 # four warps came to 68 %)
 CACHE_TILE = 4096
+# Up to so many rows, a product with a narrow matrix is cut along its sums, so that the whole GPU reads weights and not a quarter of it: as
+# many tiles of weights as an H200 has multiprocessors (at 64 rows of OPT-1.3B 11.0 us in place of 15.1 and 4.9 in place of 6.5)
+FEW_ROWS, BUSY_TILES, WEIGHT_TILE, DEPTH_TILE = 128, 128, 64, 128
 # Programs of one warp, and of two with shared keys, that keep a GPU's memory busy. Where rows and heads are fewer, several programs read
 # the cache of each, in parts, at most so many; where they are more, parts gain nothing
 PROGRAMS, SHARED_PROGRAMS, PARTS = 2048, 256, 16
 
 
+def parts_of(programs: int, enough: int) -> int:
+    """How many programs share the work of each, so that there are no more than `enough`: a power of 2."""
+    count = 1
+    while count < PARTS and 2 * count * programs <= enough:
+        count *= 2
+    return count
+
+
+# --- matrix products --------------------------------------------------------------------------------------------------
+
+
+def product_shares(x: Tensor, weight: Tensor) -> Tensor | None:
+    """Shares of the sums of x W^T, in fp32: (S, N, H). None where one product of the library is as quick."""
+    (rows, depth), width = x.shape, len(weight)
+    shares = parts_of(max(1, width // WEIGHT_TILE), BUSY_TILES)
+    if rows > FEW_ROWS or shares < 2 or width % WEIGHT_TILE or depth % (DEPTH_TILE * shares) or x.element_size() != 2:
+        return None
+    wide = max(16, triton.next_power_of_2(rows))
+    stages = min(4, _shared_memory(x.device) // (x.element_size() * DEPTH_TILE * (WEIGHT_TILE + wide)))
+    if stages < 2 or not (x.is_contiguous() and weight.is_contiguous()):
+        return None
+    sums = torch.empty(shares, rows, width, device=x.device)
+    _product_shares[(width // WEIGHT_TILE, shares)](
+        x, weight, sums, rows, width, depth, depth // shares,
+        ROWS=wide, TILE=WEIGHT_TILE, DEPTH=DEPTH_TILE, num_warps=4, num_stages=stages,
+    )  # fmt: skip
+    return sums
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of a multiprocessor that a program can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@triton.jit
+def _product_shares(x, weight, sums, rows, width, depth, share, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
+    """The weights are the tall side of the tile: tensor cores want 64 rows, and the batch may have fewer."""
+    column, row = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, ROWS)
+    real = row[None, :] < rows
+    k = tl.program_id(1) * share + tl.arange(0, DEPTH)
+    weights = weight + column[:, None].to(tl.int64) * depth + k[None, :]
+    inputs = x + row[None, :] * depth + k[:, None]
+    total = tl.zeros((TILE, ROWS), tl.float32)
+    for _ in range(0, share, DEPTH):
+        total = tl.dot(tl.load(weights, eviction_policy="evict_first"), tl.load(inputs, mask=real, other=0.0), total)
+        weights += DEPTH
+        inputs += DEPTH
+    tl.store(sums + (tl.program_id(1) * rows + row[None, :]) * width + column[:, None], total, mask=real)
+
+
 # --- residual sum and norm --------------------------------------------------------------------------------------------
 
 
-def add_norm(x: Tensor, deltas: tuple[Tensor, ...], norms: tuple) -> tuple[Tensor, ...]:
+def add_norm(x: Tensor, deltas: tuple, norms: tuple) -> tuple[Tensor, ...]:
     """As kernels.add_norm: up to two deltas and two norms in one pass."""
     total = torch.empty_like(x) if deltas else x
     normed = [torch.empty_like(x) for _ in norms]
-    d1, d2 = (*deltas, x, x)[:2]
+    (d1, e1, s1), (d2, e2, s2) = (*map(_added_parts, deltas), (x, None, 1), (x, None, 1))[:2]
     one, other = norms[0], norms[-1]
     width = x.size(-1)
     block = triton.next_power_of_2(width)
     _add_norm[(len(x),)](
-        x, d1, d2, total,
+        x, d1, e1 if e1 is not None else x, d2, e2 if e2 is not None else x, total,
         one.weight, one.bias if one.bias is not None else one.weight, normed[0],
         other.weight, other.bias if other.bias is not None else other.weight, normed[-1],
-        width, one.eps,
-        DELTAS=len(deltas), NORMS=len(norms), RMS=one.rms, BIAS=one.bias is not None, BLOCK=block,
-        num_warps=min(8, max(1, block // 512)),
+        width, x.numel(), one.eps,
+        DELTAS=len(deltas), SHARES1=s1, BIAS1=e1 is not None, SHARES2=s2, BIAS2=e2 is not None,
+        NORMS=len(norms), RMS=one.rms, BIAS=one.bias is not None, BLOCK=block, num_warps=min(8, max(1, block // 512)),
     )  # fmt: skip
     return total, *normed
 
 
+def _added_parts(delta) -> tuple[Tensor, Tensor | None, int]:
+    """What a delta consists of: its sums, its bias, and how many shares the sums have."""
+    return (delta, None, 1) if isinstance(delta, Tensor) else (delta.sums, delta.bias, len(delta.sums))
+
+
 @triton.jit
 def _add_norm(
-    x, d1, d2, total, w1, b1, y1, w2, b2, y2, width, eps,
-    DELTAS: tl.constexpr, NORMS: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    x, d1, e1, d2, e2, total, w1, b1, y1, w2, b2, y2, width, size, eps,
+    DELTAS: tl.constexpr, SHARES1: tl.constexpr, BIAS1: tl.constexpr, SHARES2: tl.constexpr, BIAS2: tl.constexpr,
+    NORMS: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < width
     place = tl.program_id(0).to(tl.int64) * width + column
     sum_ = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     if DELTAS > 0:
-        sum_ += tl.load(d1 + place, mask=inside, other=0.0).to(tl.float32)
+        sum_ += _added(d1 + place, e1 + column, size, inside, SHARES1, BIAS1)
         if DELTAS > 1:
-            sum_ += tl.load(d2 + place, mask=inside, other=0.0).to(tl.float32)
+            sum_ += _added(d2 + place, e2 + column, size, inside, SHARES2, BIAS2)
         # The norm sees what the residual stream keeps
         kept = sum_.to(total.dtype.element_ty)
         tl.store(total + place, kept, mask=inside)
@@ -67,6 +127,16 @@ def _add_norm(
     _scale(normed, w1, b1, y1, place, column, inside, BIAS)
     if NORMS > 1:
         _scale(normed, w2, b2, y2, place, column, inside, BIAS)
+
+
+@triton.jit
+def _added(delta, bias, size, inside, SHARES: tl.constexpr, BIAS: tl.constexpr):
+    sum_ = tl.load(delta, mask=inside, other=0.0).to(tl.float32)
+    for n in tl.static_range(1, SHARES):
+        sum_ += tl.load(delta + n * size, mask=inside, other=0.0)
+    if BIAS:
+        sum_ += tl.load(bias, mask=inside, other=0.0).to(tl.float32)
+    return sum_
 
 
 @triton.jit
@@ -91,8 +161,8 @@ def attend(q, k, v, keys, values, slots, positions, rotary, alibi) -> Tensor:
     parts = torch.empty(batch * heads * count, wide + 2, device=q.device) if count > 1 else out
     tables = (*(rotary or (q, q)), alibi if alibi is not None else q)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
-    # ALiBi's numbers take registers from the tile: with a whole one, 15 programs fit on a multiprocessor where 16 do without
-    small = not shared and (count > 1 or alibi is not None)
+    # A whole tile of wide heads, or beside ALiBi's numbers, takes more than 128 registers: then 15 programs fit where 16 do without
+    small = not shared and (count > 1 or wide > 64 or alibi is not None)
     shape = {"KV_HEADS": kv_heads, "DIM": dim, "WIDE": wide, "TURNED": rotary[0].size(-1) if rotary else 0, "PARTS": count}
     shape |= {"BLOCK": max(16, CACHE_TILE // (2 if small else 1) // wide)}
     if shared:
@@ -104,14 +174,6 @@ def attend(q, k, v, keys, values, slots, positions, rotary, alibi) -> Tensor:
         q, k, v, keys, values, out, slots, positions, *tables, parts, _arrivals(q.device), *strides, length, dim**-0.5, **shape
     )
     return out
-
-
-def parts_of(programs: int, enough: int) -> int:
-    """How many programs share the cache of a row and head, where there are so many rows and heads: a power of 2."""
-    count = 1
-    while count < PARTS and 2 * count * programs <= enough:
-        count *= 2
-    return count
 
 
 @cache
