@@ -399,6 +399,21 @@ def test_stop_strings_end_a_response_with_the_token_that_completes_them(tokenize
     assert eos_and_pad(rollout, PAD, EOS, max(map(len, answers))) is None
 
 
+def test_the_reward_model_reads_eos_behind_a_stop_string():
+    """As behind a response that ended by itself; not behind one that the limit cut, nor past the limit."""
+    rollout = record([[5, 6], [7], [5], [6]], [[8, 9], [8, EOS], [8, 9, 10], [8, 9, 10, 11]])
+    assert rollout.as_judged(EOS, 4) is rollout
+    rollout.stopped = torch.tensor([True, False, False, True])
+    judged = rollout.as_judged(EOS, 4)
+    assert judged.lengths.tolist() == [3, 2, 3, 4] and judged.ended.tolist() == [True, True, False, False]
+    assert judged.responses[0, :3].tolist() == [8, 9, EOS] and judged.responses[3, :4].tolist() == [8, 9, 10, 11]
+    assert rollout.lengths.tolist() == [2, 2, 3, 4]
+    reward = scalar("opt")
+    with torch.no_grad():
+        by_itself = final_scores(reward, record([[5, 6]], [[8, 9, EOS]]))
+        torch.testing.assert_close(final_scores(reward, judged)[:1], by_itself, rtol=1e-5, atol=1e-6)
+
+
 def test_gather_on_one_rank_is_the_rollout_itself(alone):
     rollout = record(PROMPTS, ANSWERS)
     same = rollout.gather(PAD, alone)

@@ -136,7 +136,7 @@ def score(models: Models, reader: Reader, rollout: Rollout, with_values: bool) -
             ref_logprobs[rows, :width] = response_logprobs(ref, part)[0]
         if with_values:
             values[rows, :width] = response_values(models.critic, part)
-        scores[rows] = final_scores(models.reward, part)
+        scores[rows] = final_scores(models.reward, part.as_judged(reader.eos, reader.max_response))
     rollout.ref_logprobs, rollout.values = tables.to(CPU)
     rollout.scores = scores.to(CPU)
 

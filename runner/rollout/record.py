@@ -66,6 +66,15 @@ class Rollout:
         """(B,) bool: the response came to an end, and not to the limit."""
         return self.ended if self.stopped is None else self.ended | self.stopped
 
+    def as_judged(self, eos: int, most: int) -> "Rollout":
+        """With EOS behind a stop string, within `most` tokens: the reward model has learnt to judge a response at its EOS."""
+        if self.stopped is None:
+            return self
+        closed = self.stopped & (self.lengths < most)
+        at = torch.arange(self.responses.size(1) + 1) == self.lengths.unsqueeze(1)
+        responses = widen(self.responses, at.size(1), 0).masked_fill(at & closed.unsqueeze(1), eos)
+        return Rollout(self.prompts, self.prompt_lengths, responses, self.lengths + closed, self.ended | closed)
+
     def sequences(self) -> tuple[Tensor, Tensor]:
         """Prompt and response in one row, and its attention mask. (B, P + R) each."""
         ids = torch.cat([self.prompts, self.responses], dim=1)
