@@ -1,10 +1,10 @@
 """One PPO iteration of OPT-1.3B with OPT-350M reward model and critic, phase by phase, against its floor and against HF generate.
 
-    python benchmarks/ppo_step.py --out rows.jsonl        # 16 to 256 prompts x (256 + 256), fixed and varied lengths
+    python benchmarks/ppo_step.py --out rows.jsonl        # 16 to 512 prompts x (256 + 256), fixed and varied lengths
     python benchmarks/ppo_step.py --tiny                  # seconds on a CPU
     python benchmarks/ppo_step.py --model opt13b model.actor.lora.dim=64 hardware.gradient_checkpointing.actor=true
 
-Random weights, EOS disabled, one optimizer step of actor and critic. 256 prompts go through 64 slots, refilled as rows end. Varied:
+Random weights, EOS disabled, one optimizer step of actor and critic. 512 prompts go through 64 slots, refilled as rows end. Varied:
 each response is cut at a length drawn from 16 to 256, mean 100. The floor is the least time for the same tokens on this card, from its
 copy and matmul rates as measured in this run: weights and cache read once per decode step, and every forward and backward at the
 matmul rate.
@@ -36,7 +36,7 @@ def main() -> None:
         lambda p: p.add_argument("--rounds", type=int, default=3, help="measured after one to warm up"),
         lambda p: p.add_argument("--model", help="another preset of conf/model: one row, of 64 prompts"),
     )
-    sizes, length = (((4, 4), (6, 4)), 12) if args.tiny else (((64, 64), (16, 16), (128, 128), (256, 64), (256, 256)), 256)
+    sizes, length = (((4, 4), (6, 4)), 12) if args.tiny else (((64, 64), (16, 16), (128, 128), (256, 256), (512, 64)), 256)
     print(f"copy {rates()['copy'] / 1e12:.3g} TB/s, matmul {rates()['matmul'] / 1e12:.4g} TFLOP/s, measured", flush=True)
     for size, slots in sizes[:1] if args.model else sizes:
         measure(size, slots, length, "graph", args)

@@ -17,7 +17,7 @@ from runner.rollout.sampling import uniforms
 from runner.watch import stop
 
 # Batches that the decode engine samples in a row: between two rows of them a run can be stopped
-WAVE = 4
+WAVE = 8
 # The trainer reads every so manyth row of a rollout again, to see whether it agrees with the sampler
 PROBE = 8
 
