@@ -17,8 +17,8 @@ from runner.config import Dataset, Source
 from runner.data import toy
 from runner.errors import UserError
 
-# Raise it when an adapter, the encoder or the split changes what becomes of a row
-VERSION = 2
+# Raise it when an adapter, the encoder, the split or the order of the sources changes what becomes of a row
+VERSION = 3
 
 
 class BrokenRow(Exception):
@@ -26,9 +26,9 @@ class BrokenRow(Exception):
 
 
 def sources_of(dataset: Dataset) -> dict[str, Source]:
-    """All sources by name, the plain paths of `sft_only` among them."""
+    """All sources by name, the plain paths of `sft_only` among them, in the order of their names: the same key means the same rows."""
     extra = {f"sft_only_{i}": plain_source(path, sft_only=True) for i, path in enumerate(dataset.sft_only)}
-    return dict(dataset.sources) | extra
+    return dict(sorted((dict(dataset.sources) | extra).items()))
 
 
 def plain_source(path: str, sft_only: bool) -> Source:
@@ -38,7 +38,7 @@ def plain_source(path: str, sft_only: bool) -> Source:
 
 def data_key(dataset: Dataset) -> dict:
     """What identifies the examples of all stages: sources by content, and how they are split."""
-    sources = [[_described(s), content_key(s, dataset.toy_rows)] for _, s in sorted(sources_of(dataset).items())]
+    sources = [[_described(s), content_key(s, dataset.toy_rows)] for s in sources_of(dataset).values()]
     rest = {k: v for k, v in asdict(dataset).items() if k in ("split", "holdout", "on_bad_row", "max_rows")}
     return {"version": VERSION, "sources": sources} | rest
 
