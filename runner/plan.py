@@ -17,7 +17,7 @@ from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.checks.paths import is_local, no_folder
 from runner.checks.trust import check_weights, read_settings
 from runner.config import PARENTS, Config, ModelPart
-from runner.data.sources import data_key, sources_of
+from runner.data.sources import content_key, data_key, plain_source, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.durable.manifest import steps_done
 from runner.durable.resume import Unfinished, forced, unfinished
@@ -25,7 +25,7 @@ from runner.errors import UserError
 from runner.families import FAMILIES
 
 # Raise it when the code changes what a step computes
-VERSION = 4
+VERSION = 5
 
 # Settings that do not shape the result
 NOT_HASHED = ("use", "eval_every", "eval_examples", "eval_prompts")
@@ -142,26 +142,44 @@ def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dic
         shapes |= {"actor": {"lora": asdict(model.actor.lora)}, "reward": {"lora": asdict(model.reward.lora)}}
     else:
         part = "actor" if stage == "sft" else "reward"
-        shapes[part] = asdict(getattr(model, part))
-    if any(p.init == "random" for p in (model.actor, model.reward)):
-        shapes["tokenizer_vocab"] = model.tokenizer_vocab
+        shapes |= _first_weights(cfg, part)
     block = {k: v for k, v in asdict(getattr(cfg, stage)).items() if k not in NOT_HASHED}
     facts = {"version": VERSION, "seed": cfg.seed, "model": shapes, "dataset": data, stage: block}
     if stage == "ppo":
         facts["rollout"] = asdict(cfg.rollout)
+        if cfg.ppo.ptx_coef:
+            texts = [content_key(plain_source(path, sft_only=True), 0) for path in cfg.dataset.pretrain]
+            facts["dataset"] = data | {"pretrain": texts}
     return facts | {"parents": {name: step.key for name, step in parents.items()}}
+
+
+def _first_weights(cfg: Config, name: str) -> dict:
+    """What the actor or the reward model begins with: random weights and a tokenizer of this data, a folder's files, or a hub model."""
+    part = getattr(cfg.model, name)
+    lora = {"lora": asdict(part.lora)}
+    if part.init == "random":
+        return {name: lora | {"init": "random", "shape": part.shape}, "tokenizer_vocab": cfg.model.tokenizer_vocab}
+    if is_local(part.path):
+        return {name: lora | {"path": _files(f"model.{name}.path", part.path)}}
+    return {name: lora | {"path": part.path, "revision": part.revision}}
+
+
+def _files(key: str, path: str) -> list[list]:
+    """What a local checkpoint, typed under `key`, holds: name, size and time of each file. Where it lies does not count."""
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise UserError(no_folder(key, path))
+    if not (folder / "config.json").exists():
+        inside = f". Type {key}={folder / 'model'}" if (folder / "model" / "config.json").exists() else ""
+        raise UserError(f"{key}={path} is no Hugging Face checkpoint: there is no {folder / 'config.json'}{inside}")
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
 
 
 def _pinned_facts(stage: str, path: str) -> dict:
     """A pinned checkpoint by what it holds: a folder by its files, a hub model by its name."""
     if not is_local(path):
         return {"use": path}
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        raise UserError(no_folder(f"{stage}.use", path))
-    if not (folder / "config.json").exists():
-        inside = f". Type {stage}.use={folder / 'model'}" if (folder / "model" / "config.json").exists() else ""
-        raise UserError(f"{stage}.use={path} is no Hugging Face checkpoint: there is no {folder / 'config.json'}{inside}")
+    folder, files = Path(path).expanduser(), _files(f"{stage}.use", path)
     settings = read_settings(folder / "config.json")
     if (family := settings.get("model_type")) not in FAMILIES:
         raise UserError(f"{stage}.use={path} is a model of type {family or 'unknown'}, and this runner knows {', '.join(FAMILIES)}")
@@ -170,7 +188,7 @@ def _pinned_facts(stage: str, path: str) -> dict:
         wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"
         raise UserError(f"{stage}.use={path} holds {kind}, but {stage} is {wanted}: name the folder of such a one")
     check_weights(folder)
-    return {"use": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]}
+    return {"use": files}
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------

@@ -474,7 +474,7 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
     assert "take the data and the model of the run that sft.use comes from" in message and "reward.use=..." in message
     assert "longer than the 256 positions of ./actor" in refused(*folders, "model.reward.path=./actor", "model.max_prompt_tokens=250")
     assert "type model.family=opt" in refused(*folders, "model.family=llama", "stage=sft")
-    assert "model.actor.path=./runs cannot be loaded" in refused(*folders, "model.actor.path=./runs", "stage=sft")
+    assert "model.actor.path=./runs is no Hugging Face checkpoint" in refused(*folders, "model.actor.path=./runs", "stage=sft")
     message = refused(*folders, "model.actor.path=/models/opt", "stage=sft")
     assert "model.actor.path=/models/opt: this folder does not exist" in message and "Repo id" not in message
 
@@ -586,6 +586,8 @@ def test_every_command_of_the_readme_makes_a_plan(tmp_path, monkeypatch):
     for preset in code_blocks("yaml"):
         (tmp_path / preset.splitlines()[0].removeprefix("# ")).write_text(preset)
     monkeypatch.setattr(runner.plan, "data_key", lambda dataset: {})
+    monkeypatch.setattr(runner.plan, "content_key", lambda source, toy_rows: "")
+    monkeypatch.setattr(runner.plan, "_files", lambda key, path: [])
     monkeypatch.setattr(runner.plan, "_pinned_facts", lambda stage, path: {})
     lines = [line for block in code_blocks("bash") for line in block.splitlines() if line.startswith("python run.py")]
     assert len(lines) > 25

@@ -1,0 +1,185 @@
+"""The key of a step: everything that shapes its result is in it, and what is not in it is here, with the reason."""
+
+from collections.abc import Iterator
+from dataclasses import Field, fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+from tiny import configured
+
+from runner.config import Config
+from runner.data.sources import data_key, plain_source, sources_of
+from runner.door import _bare
+from runner.errors import UserError
+from runner.plan import plan
+
+ALL = {"sft", "reward", "ppo"}
+
+# The steps whose own facts a key belongs to; of a block and a key in it, the longer name counts
+KEYED = {
+    "seed": ALL,
+    "model": ALL,
+    "model.tokenizer_vocab": {"reward"},  # a pretrained actor brings its tokenizer along
+    "model.actor": {"sft"},
+    "model.actor.lora": {"sft", "ppo"},
+    "model.reward": {"reward"},
+    "model.reward.lora": {"reward", "ppo"},
+    "dataset": ALL,
+    "dataset.pretrain": {"ppo"},
+    "rollout": {"ppo"},
+    "sft": {"sft"},
+    "reward": {"reward"},
+    "ppo": {"ppo"},
+}
+
+# Keys that no step's key holds
+UNKEYED = {
+    "name": "a label",
+    "stage": "says which steps there are",
+    "store": "where they lie",
+    "resume": "goes_on_from is in the key where a step did (tests/test_resume.py)",
+    "time_limit": "when to stop; what was stopped goes on alike (tests/test_exact_resume.py)",
+    "max_restarts": "how often to go on",
+    "dry_run": "trains nothing",
+    "debug": "how errors are shown",
+    "invariants": "what is said of a broken run, or whether it ends",
+    "hardware": "where and how fast: the global batch is split exactly (tests/test_engine.py), other digits are accepted",
+    "checkpoint": "what is kept; model_best/ is beside the model, and no step starts from it",
+    "wandb": "who is told",
+    "model.name": "a label",
+    "model.recipe": "read by interpolation: its values stand in the stage blocks",
+    "model.trust_remote_code": "refuses a checkpoint or loads it; the weights are the same",
+    "model.actor.shape": "pretrained: the checkpoint has its own, this one is for the forecast",
+    "model.reward.path": "random weights: nothing is read from there",
+    "model.reward.revision": "random weights, likewise",
+    "dataset.name": "a label",
+    "dataset.path": "read by interpolation: it stands in the sources, and counts by its content",
+    "dataset.fields": "read by interpolation: they stand in the sources",
+    **{f"{stage}.eval_every": "evaluations draw no random number of training, and change no weight" for stage in ALL},
+    **{f"{stage}.eval_examples": "likewise" for stage in ("sft", "reward")},
+    "ppo.eval_prompts": "likewise: ppo.calibration_prompts are counted apart (tests/test_heldout.py)",
+}
+
+# Other values of keys whose kind alone does not tell one
+OTHER = {
+    "resume": "new",
+    "invariants": "warn",
+    "time_limit": "90",
+    "use": "a/b",
+    "lr_schedule": "linear",
+    "betas": [0.5, 0.5],
+    "kl_estimator": "k2",
+    "engine": "hf",
+    "family": "bloom",
+    "attention": "eager",
+    "on_bad_row": "skip",
+    "model.actor.init": "random",
+    "model.reward.init": "pretrained",
+    "dataset.sources.mine.path": "a/b",
+}
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory) -> Config:
+    """Everything that a key could matter to: a pretrained model and a random one, data of each kind, the mixture of text."""
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("mine", "more", "text"):
+        (folder / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
+    made = configured("model.actor.init=pretrained", "model.actor.path=facebook/opt-125m", "ppo.ptx_coef=0.5")
+    sources = dict(made.dataset.sources) | {"mine": plain_source(str(folder / "mine.jsonl"), False)}
+    texts = {"sft_only": [str(folder / "more.jsonl")], "pretrain": [str(folder / "text.jsonl")]}
+    return replace(made, store=str(folder / "store"), dataset=replace(made.dataset, sources=sources, **texts))
+
+
+def leaves(block, prefix: str = "") -> Iterator[tuple[str, object, Field]]:
+    """(dotted key, value, field) of every key of a block. Blocks that are excused as a whole are one key."""
+    for f in fields(block):
+        key, value = prefix + f.name, getattr(block, f.name)
+        if key not in UNKEYED and is_dataclass(value):
+            yield from leaves(value, f"{key}.")
+        elif key == "dataset.sources":
+            for name, source in value.items():
+                yield from leaves(source, f"{key}.{name}.")
+        else:
+            yield key, value, f
+
+
+def another(key: str, value: object, f: Field) -> object:
+    """Another valid value."""
+    for name in (key, f.name):
+        if name in OTHER:
+            return OTHER[name]
+    if value is None:
+        value = {int: 3, float: 0.5, str: ""}[_bare(f.type)]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value * 2 or 1 if isinstance(value, int) else value / 2 or 0.5
+    return {str: lambda: value + "x", list: lambda: [*value, "x"], dict: lambda: value | {"x": 1}}[type(value)]()
+
+
+def put(block, key: str, value: object):
+    """A copy of the block with another value, which its checks see."""
+    head, _, rest = key.partition(".")
+    inner = block[head] if isinstance(block, dict) else getattr(block, head)
+    inner = put(inner, rest, value) if rest else value
+    return block | {head: inner} if isinstance(block, dict) else replace(block, **{head: inner})
+
+
+def own_facts(cfg: Config) -> dict[str, dict]:
+    return {step.stage: {k: v for k, v in step.facts.items() if k != "parents"} for step in plan(cfg)}
+
+
+def longest(key: str, table: dict):
+    parts = key.split(".")
+    return next((table[name] for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in table), None)
+
+
+def test_every_key_of_the_configuration_is_in_a_steps_key_or_excused(cfg):
+    before, wrong = own_facts(cfg), {}
+    for key, value, f in leaves(cfg):
+        if is_dataclass(value) or key == "stage":  # a whole block that is excused; and who asks for other steps gets others
+            continue
+        after = own_facts(put(cfg, key, another(key, value, f)))
+        found = {stage for stage in ALL if before[stage] != after[stage]}
+        expected = set() if key in UNKEYED else longest(key, KEYED)
+        if found != expected:
+            wrong[key] = f"is in the keys of {sorted(found)}, and not of {sorted(expected)}"
+    assert not wrong
+
+
+def test_the_list_of_excuses_names_keys_that_there_are(cfg):
+    assert UNKEYED.keys() <= {key for key, _, _ in leaves(cfg)}
+
+
+def test_the_same_key_means_the_same_rows_in_the_same_order(cfg):
+    dataset = cfg.dataset
+    turned = replace(dataset, sources=dict(reversed(dataset.sources.items())))
+    assert list(turned.sources) != list(dataset.sources)
+    assert data_key(turned) == data_key(dataset)
+    assert list(sources_of(turned).items()) == list(sources_of(dataset).items())
+
+
+def test_text_that_is_not_mixed_in_does_not_count(cfg):
+    off = put(cfg, "ppo.ptx_coef", 0.0)
+    assert own_facts(put(off, "dataset.pretrain", ["a/b"])) == own_facts(off)
+
+
+def test_a_local_base_model_counts_by_its_files_and_not_by_where_it_lies(cfg, tmp_path):
+    def facts(folder: Path) -> dict[str, dict]:
+        return own_facts(put(cfg, "model.actor.path", str(folder)))
+
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "config.json").write_text("{}")
+    (first / "model.safetensors").write_text("weights")
+    before = facts(first)
+    moved = first.rename(tmp_path / "moved")
+    assert facts(moved) == before
+    (moved / "model.safetensors").write_text("other weights")
+    assert {stage for stage in ALL if facts(moved)[stage] != before[stage]} == {"sft"}
+    with pytest.raises(UserError, match=r"model.actor.path=.*/first: this folder does not exist .*there are: .*moved"):
+        facts(first)
+    (moved / "config.json").rename(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"model.actor.path=.*/moved is no Hugging Face checkpoint: there is no .*/moved/config.json"):
+        facts(moved)
