@@ -327,7 +327,7 @@ def save_model(wrapper: Wrapper, folder: Path, tokenizer, *, dtype: torch.dtype,
 
     The folder is whole or absent.
 
-    extra: facts that go into config.json, such as the mean and standard deviation of a reward model's scores.
+    extra: facts that go into config.json, such as the units in which a critic's values are to be read.
     """
     state = full_state_dict(wrapper, dtype)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:

@@ -63,6 +63,10 @@ class State:
         """What a checkpoint holds. Called after every iteration: rows that never change are not copied."""
         return vars(self) | {"progress": asdict(self.progress)}
 
+    def scales(self) -> dict[str, float]:
+        """In which units the actor is paid and the critic is read: (x - mean) / std of what their models say."""
+        return {name: getattr(self, name) for name in ("score_mean", "score_std", "value_mean", "value_std")}
+
     def calibrate(self, rollout: Rollout, normalize: bool) -> None:
         """From the SFT actor's responses: the scale of the scores, and where the critic begins.
 
@@ -168,11 +172,11 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     # 9. Export, and the facts for the summary
     after, ppo_rows = evaluator(total, state)
     with log.phase("export"):
-        exports = export(cfg, step.folder, models, ema, tokenizer, best=lambda: checkpoints.load_best(after["score"]))
+        exports = export(cfg, step.folder, models, ema, tokenizer, state.scales(), best=lambda: checkpoints.load_best(after["score"]))
     samples = paired(state.sft_rows, ppo_rows)
     log.samples(total, samples)
     facts = {"before": state.before, "after": after, "eval_prompts": len(ppo_rows), "samples": samples[:3], "exports": exports}
-    log.result({"steps": total, "data": counts, "tokens": state.tokens, **facts})
+    log.result({"steps": total, "data": counts, "tokens": state.tokens, **state.scales(), **facts})
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -288,12 +292,15 @@ def decoding(cfg: Config, models: Models, actor: flops.Work, stats) -> dict[str,
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
-def export(cfg: Config, folder: Path, models: Models, ema: Ema | None, tokenizer, best) -> dict[str, str | None]:
-    """Save actor, critic, averaged actor and adapters, and after `best()`, if that loads one, the best actor. Collective."""
+def export(cfg: Config, folder: Path, models: Models, ema: Ema | None, tokenizer, scales: dict, best) -> dict[str, str | None]:
+    """Save actor, critic, averaged actor and adapters, and after `best()`, if that loads one, the best actor. Collective.
+
+    scales: State.scales, by which the critic's values are to be read; they stand in its config.json.
+    """
     options = {"dtype": engine.DTYPES[cfg.hardware.precision], "max_new_tokens": cfg.model.max_response_tokens}
     actor, critic = models.actor.module, models.critic.module
     save_model(actor, folder / "model", tokenizer, **options)
-    save_model(critic, folder / "critic", tokenizer, **options)
+    save_model(critic, folder / "critic", tokenizer, extra=scales, **options)
     if ema:
         with ema.swapped_in():
             save_model(actor, folder / "model_ema", tokenizer, **options)
