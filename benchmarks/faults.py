@@ -34,7 +34,8 @@ COMMON = ["experiment=debug", "debug=false", "name=faults", "dataset.toy_rows=30
 COMMON += ["checkpoint.every=1", "hardware.micro_batch={sft: 8, reward: 8, ppo: 4, rollout: 8, score: 8}"]
 SFT = ["stage=sft", "sft.max_steps=10", "sft.eval_every=4", "sft.dropout=0.1"]
 REWARD = ["stage=reward", "reward.max_steps=10", "reward.eval_every=4", "checkpoint.keep_best=1"]
-PPO = ["ppo.max_steps=5", "ppo.eval_every=2", "ppo.rollout_batch=32", "ppo.eval_prompts=8", "ppo.ppo_epochs=2", "ppo.ema_decay=0.9"]
+PPO = ["ppo.max_steps=5", "ppo.eval_every=2", "ppo.rollout_batch=32", "ppo.eval_prompts=8", "ppo.calibration_prompts=8"]
+PPO += ["ppo.ppo_epochs=2", "ppo.ema_decay=0.9"]
 PPO += ["ppo.ptx_coef=0.5", "ppo.kl_target=1.0", "ppo.kl_horizon=100"]
 TWO = ["hardware=cpu2", "hardware.zero={actor: 2, critic: 3}"]
 CASES = {"sft": SFT, "reward": REWARD, "ppo": PPO, "sft, 2 ranks": [*SFT, *TWO], "ppo, 2 ranks": [*PPO, *TWO]}

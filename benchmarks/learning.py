@@ -38,7 +38,7 @@ def main() -> None:
 
 
 # Real dialogues; one evaluation of 128 prompts is enough to see the direction
-HH = ["dataset=jsonl", "ppo.eval_prompts=128"]
+HH = ["dataset=jsonl", "ppo.eval_prompts=128", "ppo.calibration_prompts=128"]
 
 
 def run(options, overrides: list[str], seed: int, epochs: int) -> dict:

@@ -32,7 +32,7 @@ SHAPES = {
 }
 STEPS = {"sft": 20, "reward": 20, "ppo": 6}
 SHORT = [*(f"{stage}.max_steps={n}" for stage, n in STEPS.items()), *(f"{stage}.eval_every=0" for stage in STEPS)]
-SHORT += ["sft.eval_examples=8", "reward.eval_examples=8", "ppo.eval_prompts=8"]
+SHORT += ["sft.eval_examples=8", "reward.eval_examples=8", "ppo.eval_prompts=8", "ppo.calibration_prompts=8"]
 COMMON = ["dataset=jsonl", "wandb.mode=disabled", "checkpoint.every=0", "checkpoint.minutes=0", "name=shapes", *RANDOM, *SHORT]
 
 

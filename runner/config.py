@@ -384,6 +384,7 @@ class Ppo(Training):
     log_ratio_clamp: float
     whiten_advantages: bool
     early_stop_kl: Optional[float]
+    calibration_prompts: int
     normalize_scores: bool
     score_clip: float
     missing_eos_penalty: float
@@ -395,7 +396,7 @@ class Ppo(Training):
     def __post_init__(self):
         super().__post_init__()
         check_choice("ppo.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
-        check_least(self, 1, "rollout_batch", "minibatches", "ppo_epochs", "kl_horizon", "eval_prompts")
+        check_least(self, 1, "rollout_batch", "minibatches", "ppo_epochs", "kl_horizon", "calibration_prompts", "eval_prompts")
         check_least(self, 0, "actor_lr", "critic_lr", "actor_weight_decay", "critic_weight_decay", "critic_warmup")
         check_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "ptx_coef", "min_response_tokens")
         check(all(self.stop), f"ppo.stop={self.stop} holds an empty string, which every response begins with: leave it out")

@@ -131,6 +131,21 @@ def test_another_number_of_ranks_goes_on_alike(chain, resized):
         assert (found - expected).norm() < 1e-5 * (expected - before).norm()
 
 
+@pytest.mark.slow
+def test_ppo_asks_the_same_prompts_on_another_number_of_ranks_and_is_calibrated_alike(resized):
+    """An odd number of prompts, which two ranks cannot share, and another ppo.eval_prompts than at the beginning."""
+    folder, *_ = resized
+    one, two = (json.loads((folder / work / "result.json").read_text()) for work in ("ppo", "ppo_on_2"))
+    assert (one["steps"], one["eval_prompts"]) == (2, 7) and (two["steps"], two["eval_prompts"]) == (1, 3)
+    rows = [json.loads(line) for line in (folder / "ppo" / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 7 and all({"prompt", "sft", "ppo"} <= row.keys() for row in rows)
+    assert [s["sft"] for s in one["samples"]] == [s["sft"] for s in two["samples"]]  # three prompts are the first of seven
+    scales = ("score_mean", "score_std", "value_mean", "value_std")
+    assert [one[name] for name in scales] == pytest.approx([two[name] for name in scales], rel=1e-4)
+    exported = json.loads((folder / "ppo" / "critic" / "config.json").read_text())
+    assert [exported[name] for name in scales] == [one[name] for name in scales]
+
+
 @pytest.fixture(scope="module")
 def two_engines(alone):
     return {"actor": trainable(actor("opt"), 2), "critic": trainable(scalar("opt"), 2)}

@@ -57,7 +57,7 @@ UNKEYED = {
     "dataset.fields": "read by interpolation: they stand in the sources",
     **{f"{stage}.eval_every": "evaluations draw no random number of training, and change no weight" for stage in ALL},
     **{f"{stage}.eval_examples": "likewise" for stage in ("sft", "reward")},
-    "ppo.eval_prompts": "likewise: ppo.calibration_prompts are counted apart (tests/test_heldout.py)",
+    "ppo.eval_prompts": "likewise: ppo.calibration_prompts are counted apart (tests/test_checkpoint.py)",
 }
 
 # Other values of keys whose kind alone does not tell one

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 # Few and small steps of everything, with a checkpoint after each
 SMALL = ["experiment=debug", "debug=false", "name=test", "dataset.toy_rows=3000", "model.max_response_tokens=16"]
 SMALL += ["hardware.micro_batch.ppo=4", "hardware.micro_batch.sft=8"]
-SMALL_PPO = ["ppo.rollout_batch=32", "ppo.eval_prompts=8"]
+SMALL_PPO = ["ppo.rollout_batch=32", "ppo.eval_prompts=8", "ppo.calibration_prompts=8"]
 
 
 def command(store: Path, *overrides: str) -> list[str]:

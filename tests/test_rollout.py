@@ -15,6 +15,7 @@ from runner.rollout.collect import Models, Reader, final_scores, join, response_
 from runner.rollout.record import Rollout
 from runner.rollout.sampling import invert, uniforms
 from runner.rollout.stops import stop_at_strings
+from runner.stages.heldout import paired
 from runner.stages.invariants import eos_and_pad
 from runner.stages.ppo import State, fill_rewards
 
@@ -434,3 +435,13 @@ def test_gather_brings_rows_back_in_the_order_of_the_prompts(tmp_path):
         assert found.keys() == expected.keys()
         for name, value in found.items():
             assert torch.equal(value, expected[name]) and value.dtype == expected[name].dtype, name
+
+
+def test_only_answers_to_the_same_prompt_stand_side_by_side():
+    """resume=force may go on with other data: with other held-out prompts, and another number of them."""
+
+    def rows(*prompts: str) -> list[dict]:
+        return [{"prompt": p, "response": p * 2, "score": 0.0, "judge": None} for p in prompts]
+
+    assert [pair["prompt"] for pair in paired(rows("a", "b"), rows("a", "b"))] == ["a", "b"]
+    assert [pair["prompt"] for pair in paired(rows("a", "b", "c"), rows("a", "x"))] == ["a"]

@@ -110,6 +110,10 @@ class Rollout:
                 picked[name] = value[:, :width]
         return Rollout(**picked)
 
+    def first(self, count: int) -> "Rollout":
+        """The first `count` rows, or all if there are fewer."""
+        return self.rows(torch.arange(min(count, len(self))))
+
     def gather(self, pad: int, device: torch.device) -> "Rollout":
         """The rows of all ranks, on every rank's CPU, in the order of the prompts (rank r holds every world-th row). Collective.
 

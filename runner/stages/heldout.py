@@ -7,9 +7,9 @@ import numpy as np
 from runner import ranks
 from runner.config import Config
 from runner.data import toy
-from runner.data.batches import subset
 from runner.metrics import RunLog
 from runner.rollout.collect import Models, Reader, collect
+from runner.rollout.record import Rollout
 from runner.stages import invariants
 from runner.tokenizer import decode_response
 
@@ -17,28 +17,31 @@ from runner.tokenizer import decode_response
 EVAL_EPISODE = 2**40
 
 
-class Evaluator:
-    """Samples and scores responses to held-out prompts. The random numbers never change: differences are the actor's."""
+class HeldOut:
+    """Samples and scores responses to held-out prompts. The random numbers never change: differences are the actor's.
+
+    The prompts have one order, whatever the number of ranks: fewer are the first of more, and are answered alike.
+    """
 
     def __init__(self, cfg: Config, held, tokenizer, models: Models, reader: Reader, log: RunLog):
-        self.cfg, self.tokenizer, self.models, self.reader, self.log = cfg, tokenizer, models, reader, log
-        count = min(cfg.ppo.eval_prompts, len(held))
-        # Every rank answers equally many; with fewer prompts than ranks, some are asked twice
-        count = max(count // ranks.world(), 1) * ranks.world()
-        picked = np.resize(subset(len(held), count), count)
-        chosen = held.select(picked)
-        self.prompts = chosen["input_ids"]
-        self.turns = [json.loads(text) for text in chosen["turns"]]
+        self.cfg, self.held, self.tokenizer, self.models, self.reader, self.log = cfg, held, tokenizer, models, reader, log
+        self.order = np.random.default_rng(0).permutation(len(held))
         self.judged = any(source.adapter == "toy" for source in cfg.dataset.sources.values())
 
-    def __call__(self, done: int, state, calibrate: bool = False) -> tuple[dict, list[dict]]:
-        """Returns mean facts, and one row per prompt. calibrate: scores and values are measured by these responses. Collective."""
+    def sample(self, done: int, count: int, with_values: bool = False) -> Rollout:
+        """Scored responses to the first `count` prompts, or to as many as there are, in order. Collective."""
+        rows = self.order[:count]
+        # Every rank answers equally many: some prompts are asked again, and these answers are left out
+        asked = np.resize(rows, -(-len(rows) // ranks.world()) * ranks.world())
+        prompts, episodes = self.held.select(asked)["input_ids"], [EVAL_EPISODE + int(row) for row in asked]
         with self.log.phase("eval"):
-            episodes = [EVAL_EPISODE + n for n in range(len(self.prompts))]
-            rollout = collect(self.models, self.reader, list(self.prompts), self.cfg.seed, episodes, with_values=calibrate)
+            rollout = collect(self.models, self.reader, list(prompts), self.cfg.seed, episodes, with_values=with_values)
+        rollout = rollout.first(len(rows))
         invariants.check(self.log, f"the evaluation after {done} iterations", invariants.of_rollout(self.cfg, self.reader, rollout))
-        if calibrate:
-            state.calibrate(rollout, self.cfg.ppo.normalize_scores)
+        return rollout
+
+    def evaluate(self, done: int, state, rollout: Rollout) -> tuple[dict, list[dict]]:
+        """Mean facts of responses to the first prompts, which are recorded, and one row per prompt. state: has the scale of the scores."""
         scores = (rollout.scores - state.score_mean) / state.score_std
         responses = [
             decode_response(self.tokenizer, ids[:n]) for ids, n in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)
@@ -56,13 +59,17 @@ class Evaluator:
         headline = f"held-out score {facts['score']:+z.2f}  kl {facts['kl']:z.2f}  length {facts['length']:.0f}{judge}"
         metrics = {f"eval/{k}": v for k, v in facts.items() if v is not None}
         self.log.record(done, metrics | {"episode": done * self.cfg.ppo.rollout_batch}, headline)
-        asked = [t[-1]["content"] for t in self.turns]
+        asked = [json.loads(turns)[-1]["content"] for turns in self.held.select(self.order[: len(rollout)])["turns"]]
         rows = zip(asked, responses, scores.tolist(), judged, strict=True)
         return facts, [{"prompt": p, "response": r, "score": s, "judge": j} for p, r, s, j in rows]
 
+    def ask_again(self, done: int, state) -> tuple[dict, list[dict]]:
+        """`evaluate` the prompts that the SFT actor was asked, whatever ppo.eval_prompts a resumed run has. Collective."""
+        return self.evaluate(done, state, self.sample(done, len(state.sft_rows)))
+
 
 def paired(before: list[dict], after: list[dict]) -> list[dict]:
-    """SFT's response beside PPO's, for every held-out prompt."""
+    """SFT's response beside PPO's, for every held-out prompt that both were asked: resume=force may have brought other data."""
     return [
         {
             "prompt": old["prompt"],
@@ -73,5 +80,6 @@ def paired(before: list[dict], after: list[dict]) -> list[dict]:
             "sft_judge": old["judge"],
             "ppo_judge": new["judge"],
         }
-        for old, new in zip(before, after, strict=True)
+        for old, new in zip(before, after, strict=False)
+        if old["prompt"] == new["prompt"]
     ]

@@ -39,7 +39,7 @@ from runner.rollout.record import CPU, Rollout
 from runner.rollout.stops import stop_at_strings
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reward, tokenizer_for
-from runner.stages.heldout import Evaluator, paired
+from runner.stages.heldout import HeldOut, paired
 from runner.stages.ppo_update import Mixture, Progress, update
 from runner.watch.finite import check_finite
 from runner.watch.stop import Stopped
@@ -98,7 +98,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     work = {name: flops.count(e.module.hf) for name, e in (("actor", models.actor), ("critic", models.critic))}
     ema = Ema(models.actor.module, ppo.ema_decay) if ppo.ema_decay else None
     reader = build_reader(cfg, models, tokenizer, log)
-    evaluator = Evaluator(cfg, held, tokenizer, models, reader, log)
+    held_out = HeldOut(cfg, held, tokenizer, models, reader, log)
 
     # 3. Go on from the newest checkpoint, if there is one; otherwise see what the SFT actor can do
     checkpoints = Checkpoints(step.folder, step.key, cfg, {"actor": models.actor, "critic": models.critic}, log, average=ema)
@@ -107,7 +107,9 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     unfinished = Rollout(**tensors).to(CPU) if tensors else None  # a run that stopped in the middle of an update
     log.begin(first, total)
     if state.before is None:
-        state.before, state.sft_rows = evaluator(0, state, calibrate=True)
+        responses = held_out.sample(0, max(ppo.calibration_prompts, ppo.eval_prompts), with_values=True)
+        state.calibrate(responses.first(ppo.calibration_prompts), ppo.normalize_scores)
+        state.before, state.sft_rows = held_out.evaluate(0, state, responses.first(ppo.eval_prompts))
     models.critic.module.normalise(state.value_mean, state.value_std)
     frozen = {"reward": models.reward} | ({"ref": models.ref} if models.ref else {})
     warm = ppo.critic_warmup + warmup_steps(ppo.warmup, max(1, total - ppo.critic_warmup))
@@ -165,12 +167,12 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         log.histogram(done, "rollout/scores", rollout.scores.tolist())
         score = None
         if ppo.eval_every and done % ppo.eval_every == 0 and done < total:
-            score = evaluator(done, state)[0]["score"]
+            score = held_out.ask_again(done, state)[0]["score"]
         checkpoints.after(done, total, state.facts(), score)
     checkpoints.finish()
 
     # 9. Export, and the facts for the summary
-    after, ppo_rows = evaluator(total, state)
+    after, ppo_rows = held_out.ask_again(total, state)
     with log.phase("export"):
         exports = export(cfg, step.folder, models, ema, tokenizer, state.scales(), best=lambda: checkpoints.load_best(after["score"]))
     samples = paired(state.sft_rows, ppo_rows)

@@ -1,10 +1,12 @@
 """Training that goes on with other numbers of ranks and other ZeRO stages than it began with.
 
 `python resize.py <folder>` walks through CHAINS: one group of ranks takes two optimizer steps and saves, the next restores and takes
-two more. tests/test_checkpoint.py compares <folder>/<chain>.pt with four steps in one go. Ranks are forked, as in update.py.
+two more. tests/test_checkpoint.py compares <folder>/<chain>.pt with four steps in one go. PPO does so too, with an odd number of
+held-out prompts. Ranks are forked, as in update.py.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from runner.ema import Ema
 from runner.losses import sft_loss
 from runner.metrics import RunLog
 from runner.plan import engine_configs
+from runner.stages import ppo
 from runner.stages.build import load_actor, tokenizer_for
 
 # (ranks, ZeRO stage) of the first two steps, and of the last two
@@ -67,6 +70,19 @@ def train(folder: Path, work: Path, zero: int, begin: int, last: int, device: to
         return found, weights(trained)
 
 
+# (folder, ranks, half, iterations, ppo.eval_prompts): the first goes on with one rank more and other prompts to evaluate on
+CALIBRATED = [("ppo", 1, 0, 1, 7), ("ppo", 2, 1, 2, 3), ("ppo_on_2", 2, 0, 1, 3)]
+
+
+def iterate(folder: Path, work: Path, iterations: int, eval_prompts: int, device: torch.device) -> None:
+    """PPO up to so many iterations, from the newest checkpoint. Five prompts are for calibration."""
+    work.mkdir(exist_ok=True)
+    cfg, prompts = configuration(ranks.world(), 0), {"eval_prompts": eval_prompts, "calibration_prompts": 5}
+    small = {"rollout_batch": 8, "max_steps": iterations, "eval_every": 0, "ptx_coef": 0.0, "actor_lr": 1e-3, "critic_lr": 1e-3}
+    cfg = replace(cfg, ppo=replace(cfg.ppo, **small, **prompts), checkpoint=replace(cfg.checkpoint, every=1))
+    ppo.train(cfg, inputs(folder, "ppo", work), RunLog(cfg, "ppo", work, {}, device), device)
+
+
 def segments(folder: Path, half: int):
     """The work of one rank in the first or second half of all chains that have as many ranks there."""
 
@@ -78,6 +94,9 @@ def segments(folder: Path, half: int):
                 found = train(folder, work, zero, STEPS * half, STEPS * (half + 1), device)
                 if half and ranks.rank() == 0:
                     torch.save(found, folder / f"{name(chain)}.pt")
+        for work, world, when, *options in CALIBRATED:
+            if (world, when) == (ranks.world(), half):
+                iterate(folder, folder / work, *options, device)
 
     return run
 
