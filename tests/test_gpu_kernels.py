@@ -6,9 +6,8 @@ from tiny import EOS, NAMES, PAD, actor, rows
 
 from runner import losses
 from runner.data.batches import pad
-from runner.rollout import hf, kernels
+from runner.rollout import graph, hf, kernels
 from runner.rollout.forms import network_of
-from runner.rollout.graph import Decoder
 from runner.rollout.kernels import Norm
 from runner.rollout.sampling import uniforms
 
@@ -140,13 +139,14 @@ def test_sampler(vocabulary, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_decoding_in_graphs_is_transformers_generate(name):
+def test_decoding_in_graphs_is_transformers_generate(name, monkeypatch):
     """fp32: token for token, with rows that end, are replaced, and a batch that shrinks."""
+    monkeypatch.setattr(graph, "GRAPHS", (1, 2, 4))
     torch.backends.cuda.matmul.allow_tf32 = False
     model, prompts = actor(name).eval().to("cuda"), rows([5, 1, 9, 3, 7, 12, 2], seed=1)
     uniform = uniforms(7, list(range(7)), 20)
     ids, mask = (x.to("cuda") for x in pad(prompts, PAD, left=True))
     expected = hf.generate(model, ids, mask.sum(1), uniform, pad=PAD, eos=EOS)
-    found = Decoder(network_of(model.hf), model.sampling, prompts, uniform, slots=4, pad=PAD, eos=EOS).run()
+    found = graph.Decoder(network_of(model.hf), model.sampling, prompts, uniform, slots=4, pad=PAD, eos=EOS).run()
     assert torch.equal(found.responses, expected.responses)
     torch.testing.assert_close(found.sampled_logprobs, expected.sampled_logprobs, rtol=1e-3, atol=1e-4)

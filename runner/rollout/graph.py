@@ -31,8 +31,9 @@ STRIDE = {"cuda": 8, "cpu": 1}
 REFILL = 1 / 8
 # Tokens of prompts that are read in one forward
 PREFILL_TOKENS = 16384
-# A batch shrinks to the smallest of these that holds it
-BATCHES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# A batch shrinks to the smallest of these that holds it. They are few, since recording a graph takes 20 ms and a lane that rests costs its
+# share of the products alone. Without graphs a batch is as small as it can be
+GRAPHS = (16, 64, 128, 256, 512)
 
 
 @dataclass
@@ -122,7 +123,7 @@ class Decoder:
                 continue
             if not any(awake):
                 return self._finish()
-            smaller = next((size for size in BATCHES if size >= sum(awake)), batch)
+            smaller = next((size for size in GRAPHS if size >= sum(awake)), batch) if self.device.type == "cuda" else sum(awake)
             if smaller < batch:
                 self.lanes.wake_first()
                 batch = smaller
