@@ -95,9 +95,9 @@ def attend(
     Returns: (B, heads * D); noise on rows that rest.
     """
     if on_triton(q):
-        from runner.rollout import triton_kernels
+        from runner.rollout import triton_attention
 
-        return triton_kernels.attend(q, k, v, keys, values, slots, positions, rotary, alibi)
+        return triton_attention.attend(q, k, v, keys, values, slots, positions, rotary, alibi)
     awake = positions >= 0
     places = positions.clamp(min=0)
     if rotary is not None:
