@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -185,25 +186,48 @@ def free_memory(device: torch.device) -> float:
 def align_overflow(*engines) -> None:
     """fp16: when one engine overflows in this optimizer step, the others skip it too. Call it before `step`, at the boundary.
 
-    A skipped update of one model alone would let actor and critic drift apart. The others skip because their gradients are
-    made infinite, which also lowers their loss scale once; it recovers.
+    A skipped update of one model alone would let actor and critic drift apart. The others skip because they are told of an overflow of
+    their own, which also lowers their loss scale once; it recovers.
     """
     if not engines[0].fp16_enabled():
         return
-    overflowed = torch.tensor(
-        [any(not g.isfinite().all() for g in _gradients(e)) for e in engines], dtype=torch.int32, device=engines[0].device
-    )
+    overflowed = torch.tensor([_overflowed(e) for e in engines], dtype=torch.int32, device=engines[0].device)
     dist.all_reduce(overflowed, op=dist.ReduceOp.MAX)
     if overflowed.any():
         for one in engines:
-            for gradient in _gradients(one):
-                gradient.fill_(torch.inf)
+            _overflow(one)
 
 
-def _gradients(engine):
-    """The gradients that this rank will step with: whole ones, or its ZeRO partitions."""
-    partitions = getattr(engine.optimizer, "averaged_gradients", None) or {}
-    for tensors in partitions.values():
-        yield from (t for t in tensors or [] if t is not None)
-    if not partitions:
+def _overflowed(engine) -> bool:
+    """Whether what this rank will step with, whole gradients or its ZeRO partitions, is not finite."""
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return not zero.grad_partitions_flat_buffer.isfinite().all()
+    if _offloads(engine):  # its gradients are in fp32 on the CPU, and were looked at on their way
+        return zero.local_overflow
+    return any(not g.isfinite().all() for g in _gradients(engine))
+
+
+def _overflow(engine) -> None:
+    """Make DeepSpeed believe that this step has overflowed."""
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        zero.inf_or_nan_tracker.fill_(True)
+    elif _offloads(engine):
+        zero.local_overflow = True
+    else:
+        for gradient in _gradients(engine):
+            gradient.fill_(torch.inf)
+
+
+def _offloads(engine) -> bool:
+    return getattr(engine.optimizer, "cpu_offload", False)
+
+
+def _gradients(engine) -> Iterator[Tensor]:
+    """The gradients that this rank will step with: whole ones, or its partitions of ZeRO 1 and 2."""
+    if engine.zero_optimization_stage():
+        for tensors in engine.optimizer.averaged_gradients.values():
+            yield from (t for t in tensors or [] if t is not None)
+    else:
         yield from (p.grad for p in engine.module.parameters() if p.grad is not None)

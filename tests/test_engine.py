@@ -10,11 +10,12 @@ import deepspeed
 import numpy as np
 import pytest
 import torch
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from safetensors.torch import load_file
 from tiny import EOS, NAMES, PAD, actor, causal, config, family, predictions, rows
 from trained import bits, run_worker, train, trainable
-from workers import update
+from workers import overflow, update
 
 from runner import engine
 from runner.config import Lora
@@ -539,3 +540,10 @@ def test_the_exported_model_of_a_stage_is_its_engines(folder, on_one_rank):
     on_one_rank(0)
     state = load_file(folder / "sft-1x0" / "model" / "model.safetensors")
     assert "lm_head.weight" not in state and state["model.decoder.embed_tokens.weight"].shape == (320, 32)
+
+
+@pytest.mark.parametrize("stage, offload", overflow.KINDS)
+def test_an_overflow_of_one_engine_stops_both(stage, offload, alone, monkeypatch):
+    """A CPU multiplies in fp16, though slowly, and DeepSpeed would have none of it. On GPUs: tests/test_gpu.py."""
+    monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self: True)
+    overflow.check(stage, offload, alone)
