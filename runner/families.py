@@ -9,7 +9,6 @@ class Family:
 
     attention: tuple[str, ...]  # implementations: ours (runner/attention.py), then those that transformers has
     position_ids: bool  # False: takes none (ALiBi)
-    layers: str  # name of the list of decoder layers, below the body
     lora_targets: tuple[str, ...]  # linear layers that get adapters
     dropouts: tuple[str, ...]  # config fields that hold a dropout probability
     kept: tuple[float, float]  # what a layer keeps of a token for its backward pass: so many values of the hidden size, and of the MLP's
@@ -20,7 +19,6 @@ FAMILIES = {
     "opt": Family(
         ("packed", "sdpa", "eager", "flash_attention_2"),
         True,
-        "decoder.layers",
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
         ("dropout", "attention_dropout", "activation_dropout"),
         (8, 1),
@@ -29,7 +27,6 @@ FAMILIES = {
     "bloom": Family(
         ("packed", "eager"),
         False,
-        "h",
         ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
         ("hidden_dropout", "attention_dropout"),
         (8, 2),
@@ -38,7 +35,6 @@ FAMILIES = {
     "llama": Family(
         ("packed", "sdpa", "eager", "flash_attention_2"),
         True,
-        "layers",
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         ("attention_dropout",),
         (12, 4),
@@ -47,7 +43,6 @@ FAMILIES = {
     "gpt_neox": Family(
         ("packed", "sdpa", "eager", "flash_attention_2"),
         True,
-        "layers",
         ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
         ("attention_dropout", "hidden_dropout"),
         (10, 2),

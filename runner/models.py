@@ -135,12 +135,6 @@ class Scalar(Wrapper):
         values = self.hf.score(self.hidden_states(ids, mask)).squeeze(-1)
         return packing.spread((values - self.mean) / self.std, mask)
 
-    def last(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Value at the last real token of each sequence. (B, T) -> (B,)."""
-        values = self(ids, mask)
-        last = (mask * torch.arange(mask.size(1), device=mask.device)).argmax(-1, keepdim=True)
-        return values.gather(1, send(last, values.device)).squeeze(1)
-
 
 class Fp32Linear(nn.Linear):
     """The scalar head: weights as stored, arithmetic in fp32, because values differ by less than bf16 can tell."""

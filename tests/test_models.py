@@ -126,19 +126,21 @@ def test_logprobs_are_those_of_transformers(name):
         torch.testing.assert_close(logprobs(model, [row], left=True), expected, rtol=1e-5, atol=1e-5)
 
 
+def last(model: Scalar, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The value at the last real token of each sequence. (B, T) -> (B,)."""
+    end = (mask * torch.arange(mask.size(1))).argmax(-1, keepdim=True)
+    return model(ids, mask).gather(1, end).squeeze(1)
+
+
 @every_family
 def test_padding_changes_neither_scalars_nor_gradients(name):
     model = scalar(name)
-
-    def last(rows, left=False):
-        return model.last(*pad(rows, PAD, left))
-
-    alone = torch.cat([last([row]) for row in ROWS])
+    alone = torch.cat([last(model, *pad([row], PAD)) for row in ROWS])
     weights = WEIGHTS[: len(ROWS)]
     expected = gradients(model, (alone * weights).sum())
     assert alone.std() > 0.1
     for left in (False, True):
-        padded = last(ROWS, left)
+        padded = last(model, *pad(ROWS, PAD, left))
         torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
         assert largest(expected, gradients(model, (padded * weights).sum())) < 1e-5
 
@@ -150,7 +152,7 @@ def test_scalars_are_those_of_transformers(name, left):
     ids, mask = pad(ROWS, PAD, left)
     with torch.no_grad():
         expected = model.hf(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
-        torch.testing.assert_close(model.last(ids, mask), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(last(model, ids, mask), expected, rtol=1e-5, atol=1e-5)
 
 
 @every_family
@@ -159,16 +161,16 @@ def test_scalars_are_read_at_every_position(name):
     model, row = scalar(name), ROWS[0]
     with torch.no_grad():
         values = model(*pad([row], PAD))[0]
-        expected = torch.cat([model.last(*pad([row[: n + 1]], PAD)) for n in range(len(row))])
+        expected = torch.cat([last(model, *pad([row[: n + 1]], PAD)) for n in range(len(row))])
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_last_finds_the_last_real_token_with_mixed_padding():
+def test_scalars_of_rows_that_are_padded_on_different_sides():
     model = scalar("llama")
     ids = torch.tensor([[PAD, PAD, 5, 6], [7, 8, 9, PAD]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
     with torch.no_grad():
-        found, alone = model.last(ids, mask), [model.last(*pad([row], PAD)) for row in ([5, 6], [7, 8, 9])]
+        found, alone = last(model, ids, mask), [last(model, *pad([row], PAD)) for row in ([5, 6], [7, 8, 9])]
     torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
@@ -420,13 +422,13 @@ def test_exported_reward_model_is_a_plain_classifier(name, with_lora, tokenizer,
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert (loaded.config.num_labels, loaded.config.score_mean) == (1, 1.5)
     with torch.no_grad():
-        expected = model.last(*pad(ROWS, PAD))
+        expected = last(model, *pad(ROWS, PAD))
     torch.testing.assert_close(plain_outputs(loaded).squeeze(-1), expected, rtol=1e-4, atol=1e-4)
     check_tokenizer(tmp_path, tokenizer)
     # ... and the critic begins exactly there
     again = Scalar(load_scalar(str(tmp_path), tokenizer, fresh_head=False, **options()), family(name))
     with torch.no_grad():
-        torch.testing.assert_close(again.last(*pad(ROWS, PAD)), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(last(again, *pad(ROWS, PAD)), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("with_lora", [False, True])
