@@ -95,8 +95,6 @@ def _write_inputs(cfg: Config, step: Step, inputs: dict) -> None:
     if step.earlier and cfg.resume == "force" and steps_done(step.folder) is None:
         adopt(step.folder, step.key, step.earlier)
     write_facts(step.folder, cfg.name, step.key, step.facts)
-    for old in logs.glob("error_rank*.json"):
-        old.unlink()
     facts = {"stage": step.stage, "key": step.key, "parents": step.parents, **inputs}
     write_text(step.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(cfg))))
     write_text(step.folder / "step.json", json.dumps(facts, indent=2))
