@@ -107,7 +107,7 @@ def _environment(cfg: Config) -> dict[str, str]:
     # ninja and torchrun of this environment, also when its python was called by its full path
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     # More threads than cores slow gloo ranks down five- to tenfold
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // cfg.hardware.gpus)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // cfg.hardware.gpus)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     # torchrun passes a signal on and waits as long for the workers to save. Unasked it would not handle SIGUSR1, and kill after 30 s
     environment["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"

@@ -365,6 +365,22 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(loss, norm, 
     assert saved[1]["chosen_ids"] == [1, 2] and saved[1]["chosen_text"] == "w1 w2" and saved[1]["rejected_text"] == "w3"
 
 
+@pytest.mark.parametrize(
+    ("allotted", "quota", "expected"),
+    [({0, 5, 9}, None, 3), ({0}, "max 100000", 1), (set(range(64)), "400000 100000", 4), ({0, 1}, "800000 100000", 2), ({0}, "5 100", 1)],
+)
+def test_cores_are_those_that_we_may_use(allotted, quota, expected, tmp_path, monkeypatch):
+    """Of a shared node SLURM allots some, and a container has a quota."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: allotted)
+    file = tmp_path / "cpu.max"
+    if quota:
+        file.write_text(quota)
+    monkeypatch.setattr(machine, "_cgroup_files", lambda name: [tmp_path / name])
+    assert machine.cores() == expected
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert launch._environment(configured("hardware=cpu2"))["OMP_NUM_THREADS"] == str(max(1, expected // 2))
+
+
 def test_finite_numbers_pass_and_so_does_an_overflow_of_fp16(tmp_path):
     finite.check_finite(configured(), tmp_path, "sft", 1, 0.5, 1.0, (), None)
     fp16 = configured("hardware=v100")

@@ -1,6 +1,7 @@
-"""What the machine says about its memory and disks. Linux; elsewhere the answers are "unknown"."""
+"""What the machine says about its cores, memory and disks. Linux; elsewhere the answers are "unknown"."""
 
 import errno
+import os
 import re
 import shutil
 import sys
@@ -29,6 +30,16 @@ def memory_limit() -> int:
         with suppress(OSError, ValueError):  # "max": none
             return min(machine, int(path.read_text()))
     return machine
+
+
+def cores() -> int:
+    """CPU cores that we may use, at least one: those that SLURM or taskset allot us, or what the control group's quota comes to."""
+    allotted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for path in _cgroup_files("cpu.max"):  # of version 2
+        with suppress(OSError, ValueError):  # "max 100000": none
+            quota, period = map(int, path.read_text().split())
+            return min(allotted, max(1, quota // period))
+    return allotted
 
 
 def _cgroup_files(name: str) -> list[Path]:
