@@ -186,7 +186,9 @@ class Checkpoints:
             fill(path, manifest, "average", self.average.shards(), kinds=("weight",))
         self._restore_random(path, manifest)
         self.log.restore(manifest["log"])
-        self.saved, self.best = path.name, max((s for s, _ in scored(complete(self.folder))), default=-np.inf)
+        self.saved = path.name
+        # As rank 0 sees it: it decides whether all save
+        self.best = ranks.first(lambda: max((score for score, _ in scored(complete(self.folder))), default=-np.inf))
         shared = path / "shared.safetensors"
         tensors = safe_tensors(shared, self.log.device) if shared.exists() else {}
         return manifest["step"], manifest["state"], tensors
