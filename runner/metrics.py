@@ -1,10 +1,12 @@
 """Where numbers go: metrics.jsonl always, the console now and then, W&B on top. Only rank 0 writes.
 
-metrics.jsonl is the truth: one flat JSON object per line, flushed. A run that resumes drops what came after its checkpoint.
+metrics.jsonl is the truth: one flat JSON object per line, flushed. What is not finite (the gradient norm of a step that fp16 skipped)
+is left out, for JSON has no word for it. A run that resumes drops what came after its checkpoint.
 Metric names are an API; README.md lists them.
 """
 
 import json
+import math
 import os
 import secrets
 import time
@@ -182,8 +184,9 @@ class RunLog:
         row |= {f"invariants/{name}": count for name, count in self.broken.items() if count}
         self.broken = Counter(dict.fromkeys(self.broken, 0))  # the names stay: each is said once
         row = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+        row = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
         self._told -= 1
         if self.wandb and self._told < 0:
             self.wandb.log(row)

@@ -17,10 +17,11 @@ from tiny import actor, causal, configured, scalar
 from trained import bits, run_worker, train, trainable
 from workers import resize, update
 
+from runner import ranks
 from runner.config import Lora
 from runner.durable import checkpoint
 from runner.durable.checkpoint import Checkpoints
-from runner.durable.manifest import write_manifest
+from runner.durable.manifest import scored, write_manifest
 from runner.ema import Ema
 from runner.errors import UserError
 from runner.metrics import RunLog
@@ -396,3 +397,34 @@ def test_lines_logged_after_the_checkpoint_go(two_engines, tmp_path):
         file.write('{"step": 1, "eval/loss": 2}\n{"step": 2}\n{"st')
     checkpoints(tmp_path, two_engines).restore()
     assert lines.read_text() == '{"step": 1}\n'
+
+
+def test_what_is_not_finite_is_left_out_of_the_log(two_engines, tmp_path):
+    """JSON has no word for it, and strict readers refuse Python's: the gradient norm of a step that fp16 skipped."""
+
+    def refuse(word: str):
+        raise ValueError(word)
+
+    made = checkpoints(tmp_path, two_engines)
+    made.log.log(1, {"a": 1.0, "grad_norm": float("inf"), "b": torch.tensor(float("nan")), "c": 2})
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert {"a": 1.0, "c": 2}.items() <= row.items() and not {"grad_norm", "b"} & row.keys()
+
+
+def test_rank_0_says_what_the_best_score_is(two_engines, tmp_path, monkeypatch):
+    """A network disk may show others something else, and a best score means that all ranks save together."""
+    first = ranks.first
+    views = []
+
+    def as_rank_0(make):
+        views.append("rank 0")
+        found = first(make)
+        views.pop()
+        return found
+
+    save(checkpoints(tmp_path, two_engines), 1, {}, score=2.5)
+    monkeypatch.setattr(ranks, "first", as_rank_0)
+    monkeypatch.setattr(checkpoint, "scored", lambda paths: scored(paths) if views else [])
+    made = checkpoints(tmp_path, two_engines)
+    made.restore()
+    assert made.best == 2.5

@@ -383,6 +383,16 @@ def test_an_update_that_stops_in_the_middle_goes_on_alike(folder, alone, monkeyp
     assert torch.equal(update.weights(models.actor), expected[1]) and torch.equal(update.weights(models.critic), expected[2])
 
 
+def test_a_step_that_fp16_skips_has_no_norm():
+    ones = dict.fromkeys(("tokens", "value_loss", "value_clipfrac", "ratio_error", "real", "slots"), 1.0)
+    ones |= dict.fromkeys(("approxkl", "clipfrac", "entropy", "policy_loss", "ratio", "ptx_tokens", "ptx_loss"), 1.0)
+    progress = ppo_update.Progress()
+    for norm in (2.0, float("inf"), 4.0):
+        progress.add(ones, {"grad_norm/actor": float("inf"), "grad_norm/critic": norm})
+    found = progress.metrics()
+    assert found["grad_norm/critic"] == 3.0 and "grad_norm/actor" not in found and found["policy/updates"] == 3
+
+
 def test_in_the_warmup_of_the_critic_the_actor_rests(folder, alone):
     cfg, models, rollout = ppo_models(folder, alone, critic_warmup=1)
     before = [update.weights(one) for one in (models.actor, models.critic)]

@@ -1,5 +1,6 @@
 """The update of PPO: several passes over a rollout, in minibatches of one optimizer step of critic and actor each."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,9 @@ class Progress:
             }
         if self.totals["ptx_tokens"]:
             facts["loss/ptx_avg"] = self.totals["ptx_loss"] / self.totals["ptx_tokens"]
-        return facts | {name: float(np.mean(values)) for name, values in self.norms.items() if values}
+        # A step that fp16 has skipped for an overflow has an infinite norm
+        norms = {name: [norm for norm in values if math.isfinite(norm)] for name, values in self.norms.items()}
+        return facts | {name: float(np.mean(finite)) for name, finite in norms.items() if finite}
 
 
 def update(
