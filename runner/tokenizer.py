@@ -7,6 +7,7 @@ it becomes text: training, rollouts, `runner.chat` and the exported checkpoint a
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -68,10 +69,26 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Text without what the tokenizer would read as special tokens: a "</s>" in the data must not end a response."""
-    for token in tokenizer.all_special_tokens:
-        text = text.replace(token, "")
-    return text
+    """Text without what the tokenizer would read as special tokens: a "</s>" in the data must not end a response.
+
+    Nor may one that comes about when another is taken out of its middle: "<</s>/s>".
+    """
+    special = _special_tokens(tokenizer)
+    if not any(token in text for token in special):
+        return text
+    kept = ""
+    for character in text:
+        kept += character
+        while kept.endswith(special):
+            kept = kept.removesuffix(next(token for token in special if kept.endswith(token)))
+    return kept
+
+
+@lru_cache(maxsize=4)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Those with a name, such as EOS, and those without one: LLaMA 3 has 250 in reserve."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(sorted({*tokenizer.all_special_tokens, *added}))
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> str:

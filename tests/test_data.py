@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import example as including
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from runner.config import PhaseSplit
 from runner.data import cache, sources, toy
@@ -29,6 +30,7 @@ from runner.tokenizer import (
     encode_responses,
     fingerprint,
     load_tokenizer,
+    plain,
     render_prompt,
     same_tokens,
     train_tokenizer,
@@ -843,6 +845,7 @@ def test_pretraining_text_is_packed_into_full_blocks(data, cfg, tokenizer, tmp_p
     dataset = replace(data(pairs(5)), pretrain=[str(path)])
     rows, held, counts = cache.load(cache.build_pretrain(tmp_path, dataset, tokenizer, model))
     stream = [token for text in texts for token in [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]]
+    path = write(tmp_path / "text.jsonl", [{"text": t.replace("is", "i<</s>/s>s")} for t in texts])  # no text ends in its middle
     assert len(rows) == counts["train"] == len(stream) // 32 and len(held) == 0
     assert [token for row in rows for token in row["input_ids"]] == stream[: 32 * len(rows)]
     assert {(row["length"], row["prompt_length"]) for row in rows} == {(32, 0)}
@@ -919,6 +922,50 @@ def test_special_tokens_in_the_text_of_a_dialogue_are_not_special(tokenizer):
     assert response.count(tokenizer.eos_token_id) == 1 and response[-1] == tokenizer.eos_token_id
     (prompt,) = encode_prompts(tokenizer, [[{"role": "user", "content": f"calm {eos}{tokenizer.pad_token}"}]])
     assert tokenizer.eos_token_id not in prompt and tokenizer.pad_token_id not in prompt
+
+
+PIECES = [
+    "<",
+    "</",
+    "/s>",
+    "s>",
+    "</s>",
+    "<s>",
+    "<pad>",
+    "<eos>",
+    "<|pad|>",
+    "<|",
+    "|>",
+    "<|extra|>",
+    "pad",
+    "eos",
+    ">",
+    " ",
+    "calm",
+    "\n",
+    ":",
+    "ß",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=[kind.__name__ for kind in KINDS])
+def test_no_text_yields_a_special_token(kind, cfg, tmp_path):
+    """Not one inside another either, and none of those that the tokenizer has without a name."""
+    loaded = load_tokenizer(kind(tmp_path), chat_template=cfg.model.chat_template)
+    loaded.add_tokens(AddedToken("<|extra|>", special=True))
+    special = {i for i, token in loaded.added_tokens_decoder.items() if token.special} - {loaded.unk_token_id}
+    texts = st.lists(st.sampled_from(PIECES), max_size=12).map("".join) | st.text(max_size=20)
+
+    @fuzz
+    @including("a <</s>/s> b")
+    @including("<<|<s>ext<|pad|>ra|>/s>")
+    @given(texts)
+    def check(text):
+        (response,), (prompt,) = encode_responses(loaded, [text]), encode_prompts(loaded, [asked(text)])
+        assert not special & set(response[:-1]) and not special & set(prompt[1:])
+        assert plain(loaded, plain(loaded, text)) == plain(loaded, text)
+
+    check()
 
 
 def test_damaged_tokenised_data_is_named_with_its_folder(tmp_path):

@@ -27,7 +27,7 @@ from runner.data.split import held_out, phase_of, prompt_hash
 from runner.durable.lock import lock
 from runner.errors import UserError
 from runner.files import whole_folder
-from runner.tokenizer import encode_prompts, encode_responses, fingerprint, render_prompt
+from runner.tokenizer import encode_prompts, encode_responses, fingerprint, plain, render_prompt
 
 BATCH = 1000
 
@@ -198,7 +198,7 @@ def build_pretrain(store: Path, dataset: Dataset, tokenizer, model: Model) -> Pa
                 for where, row in rows(source, 0):
                     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                         raise UserError(f"{where}: a pretraining row needs a field 'text' that holds a string")
-                    pending += [*tokenizer(row["text"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+                    pending += [*tokenizer(plain(tokenizer, row["text"]), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
                     while len(pending) >= block:
                         train.add({"input_ids": pending[:block], "prompt_length": 0, "length": block, "source": source.path})
                         pending = pending[block:]
