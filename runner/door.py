@@ -1,10 +1,11 @@
 """The door: the only way from composed YAML to a Config, so that a wrong key, type or value dies before anything is started."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -26,7 +27,7 @@ def load(composed: DictConfig | str | Path) -> Config:
     try:
         if missing := next(open_keys(OmegaConf.to_container(composed)), None):
             raise UserError(f"{missing} has no value: type {missing}=...")
-        values = OmegaConf.to_container(composed, resolve=True)
+        values = expand_home(OmegaConf.to_container(composed, resolve=True))
         secrets.refuse_in_config(values)
         chosen = values.get("stage")
         for stage in STAGES:  # an experiment may fill blocks that the chosen stage does not read
@@ -46,6 +47,19 @@ def load(composed: DictConfig | str | Path) -> Config:
         raise UserError(f"{error.full_key}: {what}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+# Keys, in whatever block, whose values are paths or lists of paths
+PATHS = ("store", "path", "use", "hostfile", "sft_only", "pretrain")
+
+
+def expand_home(node: Any, key: str = "") -> Any:
+    """Values with the home folder in place of the ~ that paths begin with: the shell leaves that of `model.actor.path="~/m"` alone."""
+    if isinstance(node, dict):
+        return {name: expand_home(value, name) for name, value in node.items()}
+    if isinstance(node, list):
+        return [expand_home(value, key) for value in node]
+    return os.path.expanduser(node) if key in PATHS and isinstance(node, str) else node
 
 
 def check_kinds(values: dict, node: type = Config, prefix: str = "") -> None:

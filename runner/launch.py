@@ -42,7 +42,7 @@ def launch(cfg: Config, step: Step, inputs: dict | None, run_dir: Path) -> bool:
     if step.done:  # no lock: the store may be somebody else's, and read-only
         _link(run_dir / step.stage, step.folder)
         return False
-    with lock(Path(cfg.store).expanduser().absolute() / "locks" / step.folder.name, f"step {step.folder.name}") as held:
+    with lock(Path(cfg.store).absolute() / "locks" / step.folder.name, f"step {step.folder.name}") as held:
         _link(run_dir / step.stage, step.folder)
         if step.done:
             return False

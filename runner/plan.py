@@ -7,7 +7,6 @@ network, nothing is started.
 
 import hashlib
 import json
-import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -63,7 +62,7 @@ def plan(cfg: Config) -> list[Step]:
             raise UserError(f"stage={cfg.stage} needs the block {stage}: leave out ~{stage}")
         accumulation(cfg, stage)
         parents = {parent: steps[parent] for parent in PARENTS[stage]}
-        pinned = _expanded(getattr(cfg, stage).use)
+        pinned = getattr(cfg, stage).use
         facts = _pinned_facts(stage, pinned) if pinned else _facts(cfg, stage, data, parents)
         models = {name: step.model for name, step in parents.items()}
         steps[stage] = _going_on(cfg, Step(stage, _key(facts), _folder(cfg, stage, _key(facts)), pinned, models, facts))
@@ -80,7 +79,7 @@ def _key(facts: dict) -> str:
 
 
 def _folder(cfg: Config, stage: str, key: str) -> Path:
-    return Path(cfg.store).expanduser().absolute() / f"{stage}-{key}"
+    return Path(cfg.store).absolute() / f"{stage}-{key}"
 
 
 def _going_on(cfg: Config, step: Step) -> Step:
@@ -114,11 +113,6 @@ def _check_whole(step: Step) -> None:
         check_weights(step.folder / "model")
     except UserError as error:
         raise UserError(f"{_shown(step.folder)} says DONE, but {error}. Delete the folder, and it is trained anew") from error
-
-
-def _expanded(path: str | None) -> str | None:
-    """The shell leaves the ~ of `sft.use=~/model` alone."""
-    return os.path.expanduser(path) if path else path
 
 
 def _check_share(cfg: Config, stage: str) -> None:
@@ -166,7 +160,7 @@ def _first_weights(cfg: Config, name: str) -> dict:
 
 def _files(key: str, path: str) -> list[list]:
     """What a local checkpoint, typed under `key`, holds: name, size and time of each file. Where it lies does not count."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.exists():
         raise UserError(no_folder(key, path))
     if not (folder / "config.json").exists():
@@ -179,7 +173,7 @@ def _pinned_facts(stage: str, path: str) -> dict:
     """A pinned checkpoint by what it holds: a folder by its files, a hub model by its name."""
     if not is_local(path):
         return {"use": path}
-    folder, files = Path(path).expanduser(), _files(f"{stage}.use", path)
+    folder, files = Path(path), _files(f"{stage}.use", path)
     settings = read_settings(folder / "config.json")
     if (family := settings.get("model_type")) not in FAMILIES:
         raise UserError(f"{stage}.use={path} is a model of type {family or 'unknown'}, and this runner knows {', '.join(FAMILIES)}")
@@ -232,7 +226,7 @@ def command(cfg: Config, folder: Path) -> str:
 def missing_hostfile(cfg: Config) -> str | None:
     """What to do about the file that names the machines, if the launch command reads it and it is not there."""
     h = cfg.hardware
-    if h.nodes == 1 or "{hostfile}" not in h.launch or Path(h.hostfile).expanduser().is_file():
+    if h.nodes == 1 or "{hostfile}" not in h.launch or Path(h.hostfile).is_file():
         return None
     return (
         f"hardware.hostfile={h.hostfile} does not exist (looked from {Path.cwd()}): write one line `machine slots={h.gpus}` into it for "

@@ -62,7 +62,7 @@ def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
 
 
 def _writable(store: str) -> Path:
-    path = Path(store).expanduser().absolute()
+    path = Path(store).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -292,7 +292,7 @@ def _first_line(error: Exception) -> str:
 
 def _cannot_load(key: str, path: str, why: str) -> str:
     if is_local(path):
-        return f"{key}={path} cannot be loaded: {why}" if Path(path).expanduser().exists() else no_folder(key, path)
+        return f"{key}={path} cannot be loaded: {why}" if Path(path).exists() else no_folder(key, path)
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         return (
             f"model {path} is not in the local Hugging Face cache, and the hub cannot be reached. Download it where there is a network "

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -289,6 +290,18 @@ def test_hub_names_and_folders_are_told_apart(here):
     (here / "models").mkdir()
     assert not any(map(is_local, ("gpt2", "facebook/opt-125m", "Dahoas/rm-static")))
     assert all(map(is_local, ("runs/store", "runs/store/sft-1/model", "a/b/c", "models/opt", "./gpt2", "~/gpt2", "pairs.jsonl", "models")))
+
+
+def test_a_tilde_is_the_home_folder_in_every_path_and_nowhere_else(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    paths = ["store", "model.actor.path", "model.reward.path", "sft.use", "reward.use", "dataset.path", "hardware.hostfile"]
+    lists = ["dataset.sft_only", "dataset.pretrain"]
+    words = [f'{key}="~/x.jsonl"' for key in paths] + [f'{key}=["~/x.jsonl"]' for key in lists]
+    cfg = configured("dataset=jsonl", "model.actor.init=pretrained", "model.reward.init=pretrained", 'ppo.stop=["~/"]', *words)
+    assert [attrgetter(key)(cfg) for key in paths] == ["/home/ann/x.jsonl"] * len(paths)
+    assert [attrgetter(key)(cfg) for key in lists] == [["/home/ann/x.jsonl"]] * len(lists)
+    assert {source.path for source in cfg.dataset.sources.values()} == {"/home/ann/x.jsonl"}
+    assert cfg.ppo.stop == ["~/"]
 
 
 def test_a_preset_with_weights_of_ones_own_takes_random_ones_too():

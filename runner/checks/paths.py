@@ -12,7 +12,7 @@ def is_local(path: str) -> bool:
 
     A hub name has one slash at most, so more of them are folders; so is what would lie in a folder that is here.
     """
-    found = Path(path).expanduser()
+    found = Path(path)
     if found.exists() or path.startswith((".", "/", "~", "runs/", "checkpoints/")) or path.endswith(SUFFIXES):
         return True
     return path.count("/") > 1 or ("/" in path and found.parent.is_dir())
@@ -20,7 +20,7 @@ def is_local(path: str) -> bool:
 
 def no_folder(key: str, path: str) -> str:
     """The message for the folder of a model, named under `key`, that does not exist."""
-    found = Path(path).expanduser()
+    found = Path(path)
     gone = next(p for p in (found, *found.parents) if p.parent.is_dir())  # the part of it that is missing
     folders = sorted(p.name for p in gone.parent.iterdir() if p.is_dir())
     near = [gone.parent / name / found.relative_to(gone) for name in difflib.get_close_matches(gone.name, folders, n=3)]

@@ -86,7 +86,7 @@ def content_key(source: Source, toy_rows: int) -> str:
 
 
 def _existing(path: str) -> Path:
-    found = Path(path).expanduser()
+    found = Path(path)
     if not found.exists():
         there = sorted(p.name for p in found.parent.glob("*") if p.name.endswith(SUFFIXES) and p.exists()) if found.parent.is_dir() else []
         near = difflib.get_close_matches(found.name, there, n=3) or [name for name in there if Path(name).suffixes == found.suffixes]

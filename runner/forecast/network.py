@@ -104,7 +104,7 @@ def _shape(part: ModelPart, pinned: str | None) -> dict:
     if part.init == "random" and not pinned:
         return part.shape
     path = pinned or part.path
-    settings = Path(path).expanduser() / "config.json"
+    settings = Path(path) / "config.json"
     if is_local(path) and settings.exists():
         return read_settings(settings)
     return _described().get(path, {})

@@ -75,7 +75,7 @@ def naming_full_disks(store: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        full = disk_full(Path(error.filename or store).expanduser().absolute())
+        full = disk_full(Path(error.filename or store).absolute())
         raise UserError(f"{full}. {MORE_SPACE} What was saved is intact: the same command goes on from it") from error
 
 
