@@ -17,6 +17,10 @@ class Ema:
         self.decay = decay
         self.names = [n for n, p in model.named_parameters() if p.requires_grad]
         self.live = [p for p in model.parameters() if p.requires_grad]
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin with the weights as they are now."""
         self.shadow = [self._local(p).float().clone() for p in self.live]
 
     @staticmethod

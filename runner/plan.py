@@ -19,7 +19,7 @@ from runner.config import PARENTS, Config, ModelPart
 from runner.data.sources import content_key, data_key, plain_source, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.durable.manifest import steps_done
-from runner.durable.resume import Unfinished, forced, unfinished
+from runner.durable.resume import Unfinished, check_forced, forced, unfinished
 from runner.errors import UserError
 from runner.families import FAMILIES
 
@@ -98,6 +98,7 @@ def _going_on(cfg: Config, step: Step) -> Step:
         return step
     if cfg.resume != "force":
         return replace(step, earlier=earlier)
+    check_forced(step.stage, earlier)
     origin = {"step": earlier.folder.name, "at": earlier.steps, "changed": earlier.describe()}
     facts = step.facts | {"goes_on_from": origin}
     return replace(step, key=_key(facts), folder=_folder(cfg, step.stage, _key(facts)), facts=facts, earlier=earlier)

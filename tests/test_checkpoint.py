@@ -95,6 +95,20 @@ def test_a_resumed_run_is_the_same_bit_for_bit(zero, lora, precision, alone, tmp
     assert all(torch.equal(a, b) for a, b in zip(ema.shadow, other.shadow, strict=True))
 
 
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_an_average_that_no_checkpoint_holds_begins_with_its_weights(zero, alone, tmp_path, capsys):
+    """resume=force with ppo.ema_decay switched on, and off again."""
+    first, second = trainable(actor("opt"), zero), trainable(actor("opt", seed=1), zero)
+    save(checkpoints(tmp_path, {"actor": first}), 2, {})
+    ema = Ema(second.module, 0.9)
+    checkpoints(tmp_path, {"actor": second}, ema).restore()
+    assert "step_2 holds no averaged weights: the average begins with the weights that it holds" in capsys.readouterr().out
+    with ema.swapped_in():
+        assert all(torch.equal(t, bits(second)[n]) for n, t in bits(first).items())
+    save(checkpoints(tmp_path, {"actor": first}, Ema(first.module, 0.9)), 3, {})
+    assert checkpoints(tmp_path, {"actor": second}).restore()[0] == 3
+
+
 @pytest.mark.parametrize("before, after", [(0, 3), (3, 0), (2, 1), (1, 3)])
 def test_another_zero_stage_goes_on_alike(before, after, alone, tmp_path):
     """Shards are named and placed, not laid out as one stage has them."""

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from tiny import configured
 
 from runner.durable.lock import lock
-from runner.durable.manifest import complete, damage, read_manifest, sealed, write_manifest
+from runner.durable.manifest import SHARED, complete, damage, read_manifest, sealed, write_manifest
 from runner.durable.resume import adopt, differences, refuse, write_facts
 from runner.errors import UserError
 from runner.plan import Step, plan
@@ -110,6 +110,38 @@ def test_force_goes_on_from_there_and_says_so_in_the_key(tmp_path):
     finish(forced)
     interrupt(planned(tmp_path, "sft.lr=0.7", "resume=new"))
     assert planned(tmp_path, *changed, "resume=force").folder == forced.folder
+
+
+def test_an_unfinished_rollout_is_not_adopted(tmp_path, capsys):
+    """It is of the old configuration: its divisor, its prompts, its reward model."""
+    old = planned(tmp_path)
+    interrupt(old)
+    source = old.folder / "checkpoints" / "step_12"
+    manifest = read_manifest(source)
+    (source / SHARED).write_bytes(b"rollout")
+    write_manifest(source, manifest | {"files": manifest["files"] | {SHARED: sealed(source / SHARED)}})
+    source.rename(source.with_name("step_12_3"))
+    forced = planned(tmp_path, "sft.lr=0.5", "resume=force")
+    forced.folder.mkdir()
+    adopt(forced.folder, forced.key, forced.earlier)
+    (checkpoint,) = complete(forced.folder)
+    # Under the name of whole iterations: step_12_1, which may follow, is newer
+    assert checkpoint.name == "step_12" and damage(checkpoint) is None and not (checkpoint / SHARED).exists()
+    assert "unfinished rollout of step_12_3" in capsys.readouterr().err
+
+
+def test_the_scale_of_the_scores_cannot_be_forced(tmp_path):
+    """It is measured once, when PPO begins, and the critic has learnt in it."""
+
+    def ppo(*overrides: str) -> Step:
+        return plan(replace(configured("sft.use=facebook/opt-125m", "reward.use=x/rm", *overrides), store=str(tmp_path)))[-1]
+
+    interrupt(ppo())
+    assert ppo("ppo.normalize_scores=false").earlier and ppo("ppo.normalize_scores=false", "resume=new").earlier is None
+    assert "goes_on_from" in ppo("ppo.kl_coef=0.2", "resume=force").facts
+    for key, value in (("ppo.normalize_scores", "false"), ("ppo.calibration_prompts", "7")):
+        with pytest.raises(UserError, match=rf"resume=force cannot go on from .* with {key}: .* -> {value}: .*resume=new"):
+            ppo(f"{key}={value}", "resume=force")
 
 
 def test_what_is_adopted_is_whole_and_comes_with_its_log(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from runner import ranks
 from runner.config import Config
-from runner.durable.manifest import complete, damage, read_manifest, remove, scored, sealed, write_manifest
+from runner.durable.manifest import SHARED, complete, damage, read_manifest, remove, scored, sealed, write_manifest
 from runner.durable.shards import MOMENTS, Shard, make_moments, publish, scaler_state, set_scaler_state, shards, steps_taken
 from runner.errors import UserError
 from runner.files import put_in_place
@@ -108,7 +108,7 @@ class Checkpoints:
                 f"{s.name}|{kind}|{s.start}": t.detach().to("cpu", copy=True).contiguous() for s in mine for kind, t in s.tensors.items()
             }
         if shared and ranks.rank() == 0:
-            files["shared.safetensors"] = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in shared.items()}
+            files[SHARED] = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in shared.items()}
         return files
 
     def _make_room(self, mine: int) -> None:
@@ -183,13 +183,13 @@ class Checkpoints:
         for name, engine in self.engines.items():
             self._load_engine(path, manifest, name, engine)
         if self.average:
-            fill(path, manifest, "average", self.average.shards(), kinds=("weight",))
+            self._load_average(path, manifest)
         self._restore_random(path, manifest)
         self.log.restore(manifest["log"])
         self.saved = path.name
         # As rank 0 sees it: it decides whether all save
         self.best = ranks.first(lambda: max((score for score, _ in scored(complete(self.folder))), default=-np.inf))
-        shared = path / "shared.safetensors"
+        shared = path / SHARED
         tensors = safe_tensors(shared, self.log.device) if shared.exists() else {}
         return manifest["step"], manifest["state"], tensors
 
@@ -240,6 +240,13 @@ class Checkpoints:
         fill(path, manifest, name, shards(engine), kinds=("weight", *MOMENTS) if steps else ("weight",))
         publish(engine)
         set_scaler_state(engine, manifest["scalers"][name])
+
+    def _load_average(self, path: Path, manifest: dict) -> None:
+        """A run that began without one, and was forced to go on with one, has none yet."""
+        if any(name.startswith("average.rank_") for name in manifest["files"]):
+            return fill(path, manifest, "average", self.average.shards(), kinds=("weight",))
+        self.average.restart()
+        self.log.say(f"{path.name} holds no averaged weights: the average begins with the weights that it holds")
 
     def _restore_random(self, path: Path, manifest: dict) -> None:
         """Random states as they were; on another number of ranks fresh ones (only dropout uses them)."""

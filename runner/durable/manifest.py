@@ -11,6 +11,8 @@ from runner.files import flush
 
 # Written last: a folder without it is no checkpoint
 MANIFEST = "manifest.json"
+# Tensors that all ranks hold alike: an unfinished rollout
+SHARED = "shared.safetensors"
 
 
 def complete(folder: Path) -> list[Path]:

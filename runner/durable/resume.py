@@ -7,17 +7,20 @@ hours to a forgotten override: the step that this name worked at last, if it is 
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.durable.lock import is_held, lock
-from runner.durable.manifest import newest_whole, read_manifest, steps_done, write_manifest
+from runner.durable.manifest import SHARED, newest_whole, read_manifest, steps_done, write_manifest
 from runner.errors import UserError
 from runner.files import whole_folder, write_text
 
 FACTS = "facts.json"
+# Settings that are read only when a stage begins
+FIXED = ("ppo.normalize_scores", "ppo.calibration_prompts")
 # Characters of a value in a list of differences
 SHOWN = 60
 
@@ -94,22 +97,39 @@ def refuse(stage: str, earlier: Unfinished) -> None:
     )
 
 
+def check_forced(stage: str, earlier: Unfinished) -> None:
+    """Raise UserError if a setting has changed that is read only when the stage begins: no checkpoint goes on with another."""
+    lines = [line for key, line in zip(earlier.differences, earlier.describe(), strict=True) if key in FIXED]
+    if lines:
+        raise UserError(
+            f"resume=force cannot go on from {earlier.folder} with {', '.join(lines)}: the scale of the scores is fixed when PPO begins, "
+            "and the critic has learnt in it. Type the old value, or resume=new"
+        )
+
+
 def adopt(folder: Path, key: str, earlier: Unfinished) -> None:
-    """Begin the step `key` from the newest whole checkpoint of another one, whose files are linked where the disk can do that."""
+    """Begin the step `key` from the newest whole checkpoint of another one, whose files are linked where the disk can do that.
+
+    An unfinished rollout stays behind: its prompts, its responses and its minibatches are of the old configuration. The weights are kept
+    as they are, in the middle of its update.
+    """
     with lock(earlier.folder.parent / "locks" / earlier.folder.name, f"step {earlier.folder.name}"):
         source = newest_whole(earlier.folder)
         if source is None:
             raise UserError(f"no checkpoint in {earlier.folder} is whole any more: type resume=new to begin anew")
         manifest = read_manifest(source) | {"key": key}
+        name = f"step_{manifest['step']}"
+        if manifest["files"].pop(SHARED, None):
+            print(f"the unfinished rollout of {source.name} was made with the old configuration: another is sampled", file=sys.stderr)
         lines = (earlier.folder / "metrics.jsonl").read_bytes()[: manifest["log"]["bytes"]]
         # The checkpoint last: where it is, the step has been adopted
         write_text(folder / "metrics.jsonl", lines.decode())
-        with whole_folder(folder / "checkpoints" / source.name) as work:
-            for name in manifest["files"]:
+        with whole_folder(folder / "checkpoints" / name) as work:
+            for file in manifest["files"]:
                 try:
-                    os.link(source / name, work / name)
+                    os.link(source / file, work / file)
                 except OSError:
-                    shutil.copyfile(source / name, work / name)
+                    shutil.copyfile(source / file, work / file)
             write_manifest(work, manifest)
 
 

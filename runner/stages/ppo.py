@@ -104,6 +104,8 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     checkpoints = Checkpoints(step.folder, step.key, cfg, {"actor": models.actor, "critic": models.critic}, log, average=ema)
     first, saved, tensors = checkpoints.restore()
     state = State(**saved | {"progress": Progress(**saved["progress"])}) if saved else State(kl_coef=ppo.kl_coef)
+    if ppo.kl_target is None:  # no controller, and no state: resume=force may have brought another one
+        state.kl_coef = ppo.kl_coef
     unfinished = Rollout(**tensors).to(CPU) if tensors else None  # a run that stopped in the middle of an update
     log.begin(first, total)
     if state.before is None:
