@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from runner import faults
-from runner.checks.secrets import redact
+from runner.checks.secrets import find, redact
 from runner.config import Config
 from runner.durable.lock import lock
 from runner.durable.manifest import steps_done
@@ -23,11 +23,15 @@ from runner.errors import UserError
 from runner.files import write_text
 from runner.plan import Step, command, engine_configs
 from runner.watch import machine, stop
-from runner.worker import LAUNCHER_PID, WORKERS_LOCK
+from runner.worker import ENVIRONMENT, LAUNCHER_PID, WORKERS_LOCK
 
 ROOT = Path(__file__).parent.parent
 # Set by a surrounding torchrun or srun: a worker must not take them for its own
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+# How the names begin of what the workers need on every machine. Over ssh DeepSpeed passes on PYTHONPATH, NCCL's and little else
+INHERITED = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "OMP_", "DS_ACCELERATOR", "GLOO_", "TORCH_", "PYTORCH_", "TRITON_")
+INHERITED += ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
 def launch(cfg: Config, step: Step, inputs: dict | None, run_dir: Path) -> bool:
@@ -87,7 +91,7 @@ def _link(name: Path, target: Path) -> None:
 
 
 def _write_inputs(cfg: Config, step: Step, inputs: dict) -> None:
-    """The worker's whole knowledge: config.yaml, step.json, ds_config.json."""
+    """The worker's whole knowledge: config.yaml, step.json, environment.json, ds_config.json."""
     logs = step.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     for old in (*logs.glob("error_rank*.json"), *logs.glob("rank_*.alive"), step.folder / stop.NOTE):
@@ -98,7 +102,14 @@ def _write_inputs(cfg: Config, step: Step, inputs: dict) -> None:
     facts = {"stage": step.stage, "key": step.key, "parents": step.parents, **inputs}
     write_text(step.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(cfg))))
     write_text(step.folder / "step.json", json.dumps(facts, indent=2))
+    write_text(step.folder / ENVIRONMENT, json.dumps(inherited(_environment(cfg)), indent=2))
     write_text(step.folder / "ds_config.json", json.dumps(engine_configs(cfg, step.stage), indent=2))
+
+
+def inherited(environment: dict[str, str]) -> dict[str, str]:
+    """What of an environment is for the workers of all machines, without whatever looks like a secret: it lies in a file."""
+    wanted = {name: value for name, value in environment.items() if name.startswith(INHERITED) and not name.endswith(SECRET)}
+    return {name: value for name, value in wanted.items() if not find(f"{name}={value}")}
 
 
 def _environment(cfg: Config) -> dict[str, str]:

@@ -224,8 +224,9 @@ class RunLog:
         return run
 
 
-def has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
+def has_wandb_key(in_file: bool = False) -> bool:
+    """in_file: what the environment holds does not count."""
+    if os.environ.get("WANDB_API_KEY") and not in_file:
         return True
     netrc = Path("~/.netrc").expanduser()
     return netrc.exists() and "api.wandb.ai" in netrc.read_text(errors="replace")

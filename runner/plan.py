@@ -15,7 +15,7 @@ from pathlib import Path
 from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.checks.paths import is_local, no_folder
 from runner.checks.trust import check_weights, read_settings
-from runner.config import PARENTS, Config, ModelPart
+from runner.config import PARENTS, Config, Hardware, ModelPart
 from runner.data.sources import content_key, data_key, plain_source, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.durable.manifest import steps_done
@@ -224,10 +224,15 @@ def command(cfg: Config, folder: Path) -> str:
         raise UserError(f"hardware.launch holds {error}: it knows {known}; write other braces doubled") from error
 
 
+def over_ssh(h: Hardware) -> bool:
+    """Whether the launch command goes to other machines by itself. Their workers inherit next to nothing of our environment."""
+    return h.nodes > 1 and "{hostfile}" in h.launch
+
+
 def missing_hostfile(cfg: Config) -> str | None:
     """What to do about the file that names the machines, if the launch command reads it and it is not there."""
     h = cfg.hardware
-    if h.nodes == 1 or "{hostfile}" not in h.launch or Path(h.hostfile).is_file():
+    if not over_ssh(h) or Path(h.hostfile).is_file():
         return None
     return (
         f"hardware.hostfile={h.hostfile} does not exist (looked from {Path.cwd()}): write one line `machine slots={h.gpus}` into it for "

@@ -27,7 +27,7 @@ from runner.data.sources import data_key, sources_of
 from runner.durable.lock import lock
 from runner.errors import UserError, did_you_mean
 from runner.files import whole_folder
-from runner.plan import Step, missing_hostfile
+from runner.plan import Step, missing_hostfile, over_ssh
 
 # Fewer iterations of PPO than this are said to be few
 FEW_ITERATIONS = 5
@@ -41,6 +41,7 @@ def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
     _check_devices(cfg)
     _check_wandb(cfg)
     _go_offline_without_network(cfg, steps)
+    _check_hub_token(cfg)
 
     from runner.data import cache
 
@@ -105,10 +106,28 @@ def _check_wandb(cfg: Config) -> None:
         return
     from runner.metrics import has_wandb_key
 
+    if over_ssh(cfg.hardware) and not has_wandb_key(in_file=True):
+        raise UserError(
+            "wandb.mode=online, but there is no API key in ~/.netrc, and WANDB_API_KEY does not reach workers that "
+            f"hardware={cfg.hardware.name} starts over ssh: type `wandb login` once. Without a key: wandb.mode=offline or disabled"
+        )
     if not has_wandb_key():
         raise UserError(
             "wandb.mode=online, but there is no API key: set WANDB_API_KEY, or type `wandb login` once. "
             "Without one: wandb.mode=offline (upload later with `wandb sync`) or wandb.mode=disabled"
+        )
+
+
+def _check_hub_token(cfg: Config) -> None:
+    """HF_TOKEN opens gated models to us alone, where the workers do not inherit it. After we may have gone offline: it imports the hub."""
+    if not over_ssh(cfg.hardware) or not os.environ.get("HF_TOKEN") or os.environ.get("HF_HUB_OFFLINE") == "1":
+        return
+    from huggingface_hub.constants import HF_TOKEN_PATH
+
+    if not Path(HF_TOKEN_PATH).exists():
+        raise UserError(
+            f"HF_TOKEN does not reach workers that hardware={cfg.hardware.name} starts over ssh: type `hf auth login` once, which keeps "
+            f"the token in {HF_TOKEN_PATH}; or name folders that all machines see; or unset HF_TOKEN, if no model is gated"
         )
 
 

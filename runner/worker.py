@@ -14,6 +14,7 @@ from runner.files import write_text
 from runner.watch import heartbeat, stop
 
 WORKERS_LOCK = "logs/workers.lock"
+ENVIRONMENT = "environment.json"
 # Of the launcher on this machine, in the environment
 LAUNCHER_PID = "RLHF_RUNNER_PID"
 
@@ -23,6 +24,7 @@ def main(folder: Path) -> None:
     stop.die_with_parent(signal.SIGKILL, os.getppid())
     if LAUNCHER_PID in os.environ:
         os.kill(int(os.environ[LAUNCHER_PID]), 0)  # raises if it is gone, and torchrun with it, before the kernel could be told
+    inherit(folder)
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         # Rank 0's lines go to the launcher; the others each have a file
@@ -37,6 +39,13 @@ def main(folder: Path) -> None:
     except BaseException as error:
         report(folder, rank, error)
         raise
+
+
+def inherit(folder: Path) -> None:
+    """Take over what the launcher's environment has, where ssh has lost it. Before torch reads its number of threads."""
+    if (file := folder / ENVIRONMENT).exists():
+        for name, value in json.loads(file.read_text()).items():
+            os.environ.setdefault(name, value)
 
 
 def work(folder: Path) -> None:

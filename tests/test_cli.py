@@ -433,6 +433,23 @@ def test_wandb_online_without_a_key_is_said_before_data_is_read(here, refused, m
     assert not (here / "runs" / "store").exists()
 
 
+def test_over_ssh_secrets_must_lie_in_files(here, refused, monkeypatch):
+    """The workers inherit no secret of the environment."""
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    (here / "hostfile").write_text("one slots=8\n")
+    words = ("model=opt13b", "hardware=gpu64", "dataset=toy")
+    lost = "does not reach workers that hardware=gpu64 starts over ssh: type"
+    assert f"WANDB_API_KEY {lost} `wandb login`" in refused(*words, "wandb.mode=online")
+    monkeypatch.setattr("runner.prepare.hub_answers", lambda: True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(here / "token"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "a1B2" * 8)
+    assert f"HF_TOKEN {lost} `hf auth login`" in refused(*words)
+
+
 def test_a_store_that_cannot_be_made_is_said(refused, here):
     (here / "file").write_text("")
     assert "store=file/store cannot be made (Not a directory): type store=" in refused("store=file/store")

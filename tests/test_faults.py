@@ -410,3 +410,20 @@ def test_weights_that_became_nan_are_never_saved(stage, tmp_path, alone):
     assert len(batch.read_text().splitlines()) == getattr(cfg, stage).global_batch
     assert not (step.folder / "checkpoints" / f"step_{bad}").exists() and not (step.folder / "model").exists()
     shutil.rmtree(tmp_path)
+
+
+def test_workers_on_other_machines_inherit_what_is_harmless(tmp_path, monkeypatch):
+    """Over ssh a worker starts with the environment of a login; secrets are in no file."""
+    secrets = {"HF_TOKEN": "hf_" + "a1B2" * 8, "WANDB_API_KEY": "0123456789" * 4, "HTTPS_PROXY": "http://ann:pears12@proxy:3128"}
+    plain = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/shared/hf", "TOKENIZERS_PARALLELISM": "false", "WANDB_BASE_URL": "https://wandb.here"}
+    for name, value in (secrets | plain | {"OMP_NUM_THREADS": "3", "EDITOR": "vi", "RANK": "5"}).items():
+        monkeypatch.setenv(name, value)
+    cfg, step = made(tmp_path)
+    launch._write_inputs(cfg, step, {})
+    text = (step.folder / worker.ENVIRONMENT).read_text()
+    assert not any(value in text for value in secrets.values())
+    found = json.loads(text)
+    assert (plain | {"OMP_NUM_THREADS": "3"}).items() <= found.items() and not {"EDITOR", "RANK", "PATH"} & found.keys()
+    monkeypatch.setattr(os, "environ", {"HF_HOME": "/of/this/machine"})
+    worker.inherit(step.folder)
+    assert os.environ["HF_HUB_OFFLINE"] == "1" and os.environ["OMP_NUM_THREADS"] == "3" and os.environ["HF_HOME"] == "/of/this/machine"
