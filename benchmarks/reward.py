@@ -14,7 +14,8 @@ from runner.data.batches import pair_batch
 from runner.losses import pairwise_loss
 from runner.plan import engine_configs
 from runner.stages.build import load_reward
-from runner.stages.reward import counted, last_scores
+from runner.stages.pairs import counted
+from runner.stages.reward import last_scores
 
 
 def main() -> None:

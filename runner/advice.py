@@ -87,7 +87,7 @@ def memory(cfg: Config, stage: str, seen: Seen) -> Iterator[Suggestion]:
     if peak is None or not seen.room(cfg):
         return
     busy, room = seen.step("update" if stage == "ppo" else "train"), f"{peak:.0f} of {cfg.hardware.memory_gb:.0f} GB were used"
-    keys = {"sft": ("actor",), "reward": ("critic",), "ppo": ("actor", "critic")}[stage]
+    keys = {"reward": ("critic",), "ppo": ("actor", "critic")}.get(stage, ("actor",))
     on = [key for key in keys if getattr(cfg.hardware.gradient_checkpointing, key)]
     if on:
         # One forward of four: forward, forward again, and a backward of two

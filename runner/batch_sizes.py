@@ -18,7 +18,7 @@ def steps_of(per_epoch: int, epochs: float, max_steps: int | None) -> int:
 
 
 def step_batch(cfg: Config, stage: str) -> int:
-    """Sequences (reward: pairs) per optimizer step over all ranks."""
+    """Sequences (reward, dpo: pairs) per optimizer step over all ranks."""
     return cfg.ppo.rollout_batch // cfg.ppo.minibatches if stage == "ppo" else getattr(cfg, stage).global_batch
 
 

@@ -22,7 +22,7 @@ def find(path: str) -> str:
     folder = Path(path).expanduser()
     if not folder.exists() and path.count("/") < 2 and not path.startswith((".", "/", "~", "runs")):
         return path
-    inside = [folder / name for name in ("", "model", "ppo/model", "sft/model") if (folder / name / "config.json").is_file()]
+    inside = [folder / name for name in ("", "model", "ppo/model", "dpo/model", "sft/model") if (folder / name / "config.json").is_file()]
     if not inside:
         raise UserError(f"{path} {'is no checkpoint: it has no config.json' if folder.exists() else 'does not exist'}. {instead()}")
     if inside[0] != folder:
@@ -32,8 +32,8 @@ def find(path: str) -> str:
 
 def instead() -> str:
     """What to type: the actor trained last under runs/store, if there is one."""
-    actors = [p.parent for stage in ("ppo", "sft") for p in Path("runs/store").glob(f"{stage}-*/model/config.json")]
-    newest = max(actors, key=lambda p: p.stat().st_mtime, default="FOLDER (the model/ of an SFT or PPO step)")
+    actors = [p.parent for stage in ("ppo", "dpo", "sft") for p in Path("runs/store").glob(f"{stage}-*/model/config.json")]
+    newest = max(actors, key=lambda p: p.stat().st_mtime, default="FOLDER (the model/ of an SFT, DPO or PPO step)")
     return f"Type python -m runner.chat {newest}"
 
 
@@ -152,7 +152,7 @@ def talk(tokenizer, model, longest: int | None, temperature: float | None, famil
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m runner.chat", description="Talk to an exported actor. /clear begins anew, /quit ends.")
-    parser.add_argument("path", help="folder of an SFT or PPO model (or of its step, or of a run), or a Hugging Face id")
+    parser.add_argument("path", help="folder of an SFT, DPO or PPO model (or of its step, or of a run), or a Hugging Face id")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: what the model was trained with")
     parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="default 0.7; 1 is what PPO has trained")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")

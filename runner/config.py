@@ -9,9 +9,11 @@ from typing import Any, Dict, List, Optional
 
 from runner.families import FAMILIES
 
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "dpo", "ppo")
 # Stages whose models a stage starts from
-PARENTS = {"sft": (), "reward": (), "ppo": ("sft", "reward")}
+PARENTS = {"sft": (), "reward": (), "dpo": ("sft",), "ppo": ("sft", "reward")}
+# Whose share of the prompts a stage learns from: DPO and reward model take the same pairs, and nothing is trained on both
+SHARES = {"sft": "sft", "reward": "reward", "dpo": "reward", "ppo": "ppo"}
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -101,6 +103,8 @@ class SizeRecipe:
     sft_batch: int
     reward_lr: float
     reward_batch: int
+    dpo_lr: float
+    dpo_batch: int
     actor_lr: float
     critic_lr: float
     rollout_batch: int
@@ -226,6 +230,7 @@ class Offload:
 class MicroBatch:
     sft: int
     reward: int
+    dpo: int
     ppo: int
     rollout: int
     score: int
@@ -324,37 +329,51 @@ class Training:
 
 @dataclass
 class Supervised(Training):
-    """What SFT and reward model have beside it."""
+    """What SFT, reward model and DPO have beside it."""
 
     global_batch: int
     lr: float
     weight_decay: float
-    dropout: Optional[float]
     eval_examples: int
 
     def __post_init__(self):
         super().__post_init__()
         check_least(self, 0, "lr", "weight_decay")
         check_least(self, 1, "global_batch", "eval_examples")
-        check_share(self, "dropout")
 
 
 @dataclass
 class Sft(Supervised):
+    dropout: Optional[float]
     prompt_loss: float
 
     def __post_init__(self):
         super().__post_init__()
+        check_share(self, "dropout")
         check(0 <= self.prompt_loss <= 1, f"sft.prompt_loss={self.prompt_loss} must be in [0, 1]")
 
 
 @dataclass
 class Reward(Supervised):
+    dropout: Optional[float]
     center_coef: float
 
     def __post_init__(self):
         super().__post_init__()
+        check_share(self, "dropout")
         check_least(self, 0, "center_coef")
+
+
+@dataclass
+class Dpo(Supervised):
+    beta: float
+    label_smoothing: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_above(self, 0, "beta")
+        smoothing = self.label_smoothing
+        check(0 <= smoothing < 0.5, f"dpo.label_smoothing={smoothing} must be 0 (off) or more, and below 0.5, where pairs say nothing")
 
 
 @dataclass
@@ -471,6 +490,7 @@ class Config:
     wandb: Wandb
     sft: Optional[Sft] = None
     reward: Optional[Reward] = None
+    dpo: Optional[Dpo] = None
     ppo: Optional[Ppo] = None
 
     def __post_init__(self):

@@ -19,7 +19,7 @@ TOP_LEVEL_KEYS = frozenset(
 
 # What the runner itself decides: setting it by hand would contradict the plan
 OURS = {
-    "train_batch_size": "sft.global_batch, reward.global_batch, ppo.rollout_batch",
+    "train_batch_size": "sft.global_batch, reward.global_batch, dpo.global_batch, ppo.rollout_batch",
     "train_micro_batch_size_per_gpu": "hardware.micro_batch",
     "gradient_accumulation_steps": "hardware.micro_batch (it is derived)",
     "optimizer": "the stage's lr, betas, eps and weight_decay",

@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import deepspeed
@@ -102,6 +102,11 @@ def frozen(wrapper: nn.Module, ds_config: dict, device: torch.device) -> nn.Modu
         engine.eval()  # returns nothing
         return engine
     return wrapper.to(device)
+
+
+def reference(actor, ref: nn.Module | None):
+    """(model, context) whose log-probabilities are the reference's: ref, or the actor without its adapters where there is none."""
+    return (actor, actor.module.without_adapter()) if ref is None else (ref, nullcontext())
 
 
 def set_learning_rate(engine, share: float) -> None:

@@ -176,7 +176,7 @@ def _knob(stage: str, phase: str, traceback: str) -> str | None:
     """The micro batch that bounds the memory of a phase; None where none does (building, saving)."""
     if stage == "ppo" and phase in ("rollout", "eval"):
         return "score" if re.search(r"collect\.py.*in score\b", traceback) else "rollout"
-    return {"train": stage, "eval": stage, "update": "ppo"}.get(phase)
+    return {"train": stage, "reference": stage, "eval": stage, "update": "ppo"}.get(phase)
 
 
 def _memory_refused(end: End) -> tuple[str, str]:

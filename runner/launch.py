@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from runner import faults
 from runner.checks.secrets import find, redact
-from runner.config import Config
+from runner.config import STAGES, Config
 from runner.durable.lock import lock
 from runner.durable.manifest import steps_done
 from runner.durable.resume import adopt, write_facts
@@ -186,7 +186,7 @@ def _relay(lines, log) -> list[str]:
         if not progress and not line.startswith("["):
             continue
         text = line.removeprefix("~").rstrip("\n")
-        if not text.startswith(("[sft]", "[reward]", "[ppo]")):
+        if not text.startswith(tuple(f"[{stage}]" for stage in STAGES)):
             continue
         try:
             if live:

@@ -1,4 +1,4 @@
-"""The mathematics of SFT, reward modelling and PPO: pure functions of tensors.
+"""The mathematics of SFT, reward modelling, DPO and PPO: pure functions of tensors.
 
 Shapes: B sequences, R response tokens, N tokens or pairs in a flat list. Everything is fp32. `mask` is 1 on real response
 tokens, EOS included, and 0 on padding; it comes from lengths, never from token ids.
@@ -7,7 +7,8 @@ Losses are returned as sums. The caller divides by the number of tokens (or pair
 ranks, so that the result depends neither on the number of GPUs nor on the micro batch.
 
 Sources: InstructGPT (arXiv 2203.02155), PPO (1707.06347), GAE (1506.02438), Bradley-Terry reward models (2009.01325),
-the N implementation details of RLHF with PPO (2403.17031), dual clip (1912.09729), k1/k2/k3 (Schulman, "Approximating KL").
+DPO (2305.18290), the N implementation details of RLHF with PPO (2403.17031), dual clip (1912.09729), k1/k2/k3 (Schulman,
+"Approximating KL").
 """
 
 import math
@@ -160,6 +161,18 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, center_coef: float) -> Tenso
     A pair only fixes a difference; center_coef * (chosen + rejected)^2 fixes the mean (arXiv 2312.09244).
     """
     return (-F.logsigmoid(chosen - rejected) + center_coef * (chosen + rejected).square()).sum()
+
+
+# --- DPO --------------------------------------------------------------------------------------------------------------
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, label_smoothing: float) -> Tensor:
+    """-log sigmoid(chosen - rejected), summed over pairs (N,) of implicit rewards: beta * (log actor - log reference) of the responses.
+
+    label_smoothing: the probability that a label is wrong; then the loss is what is expected of it (conservative DPO).
+    """
+    margin = chosen - rejected
+    return -((1 - label_smoothing) * F.logsigmoid(margin) + label_smoothing * F.logsigmoid(-margin)).sum()
 
 
 # --- PPO --------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.checks.paths import is_local, no_folder
 from runner.checks.trust import check_weights, read_settings
-from runner.config import PARENTS, Config, Hardware, ModelPart
+from runner.config import PARENTS, SHARES, Config, Hardware, ModelPart
 from runner.data.sources import content_key, data_key, plain_source, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.durable.manifest import steps_done
@@ -118,13 +118,13 @@ def _check_whole(step: Step) -> None:
 
 def _check_share(cfg: Config, stage: str) -> None:
     """A stage without a share of the prompts has nothing to learn from."""
-    dataset = cfg.dataset
+    dataset, share = cfg.dataset, SHARES[stage]
     demonstrations = stage == "sft" and any(source.sft_only for source in sources_of(dataset).values())
-    if getattr(dataset.split, stage) or demonstrations:
+    if getattr(dataset.split, share) or demonstrations:
         return
-    others = f"give it a share, for example dataset.split.{stage}=1, or pin a checkpoint with {stage}.use=..."
+    others = f"give it a share, for example dataset.split.{share}=1, or pin a checkpoint with {stage}.use=..."
     only = "type stage=sft, " if stage != "sft" and not (dataset.split.reward or dataset.split.ppo) else ""
-    raise UserError(f"dataset={dataset.name} leaves no rows to stage {stage}, for dataset.split.{stage}=0: {only}{others}")
+    raise UserError(f"dataset={dataset.name} leaves no rows to stage {stage}, for dataset.split.{share}=0: {only}{others}")
 
 
 def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dict:
@@ -135,6 +135,8 @@ def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dic
     shapes |= {"max_prompt_tokens": model.max_prompt_tokens, "max_response_tokens": model.max_response_tokens}
     if stage == "ppo":  # it takes its weights from its parents; of the model block it reads the adapters only
         shapes |= {"actor": {"lora": asdict(model.actor.lora)}, "reward": {"lora": asdict(model.reward.lora)}}
+    elif stage == "dpo":
+        shapes["actor"] = {"lora": asdict(model.actor.lora)}
     else:
         part = "actor" if stage == "sft" else "reward"
         shapes |= _first_weights(cfg, part)
@@ -198,9 +200,11 @@ def engine_configs(cfg: Config, stage: str) -> dict[str, dict]:
     if stage == "reward":
         return {"reward": training_config(cfg, "critic", micro, gas, block.grad_clip)}
     # The ptx mixture adds as many micro batches of text to every step of the actor
-    configs = {"actor": training_config(cfg, "actor", micro, gas * (2 if block.ptx_coef else 1), block.grad_clip)}
-    configs["critic"] = training_config(cfg, "critic", micro, gas, block.grad_clip)
-    for name in ("ref", "reward"):
+    texts = stage == "ppo" and block.ptx_coef
+    configs = {"actor": training_config(cfg, "actor", micro, gas * (2 if texts else 1), block.grad_clip)}
+    if stage == "ppo":
+        configs["critic"] = training_config(cfg, "critic", micro, gas, block.grad_clip)
+    for name in ("ref", "reward") if stage == "ppo" else ("ref",):
         if getattr(cfg.hardware.zero, name) == 3 and not (name == "ref" and shares_reference(cfg.model.actor)):
             configs[name] = frozen_config(cfg, name)
     return configs

@@ -52,7 +52,7 @@ def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
     for step in missing:
         part = "reward" if step.stage == "reward" else "actor"
         path, tokenizer = tokenizers[part]
-        base = base_model(cfg, store, part, tokenizer) if step.stage != "ppo" else None
+        base = None if step.parents else base_model(cfg, store, part, tokenizer)
         data = cache.build(store, cfg.dataset, step.stage, tokenizer, cfg.model)
         inputs[step.stage] = {"tokenizer": path, "base": base, "data": str(data), "ptx": None}
         _check_amounts(cfg, step.stage, data)

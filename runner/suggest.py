@@ -148,8 +148,9 @@ def _fits(pattern: list[str], parts: list[str]) -> bool:
 def _chosen_stage(argv: list[str], conf: Path) -> str:
     named = [a.removeprefix("stage=") for a in argv if a.startswith("stage=")]
     for argument in argv:
-        if argument.startswith("experiment=") and not named:
-            path = conf / "experiment" / f"{argument.removeprefix('experiment=')}.yaml"
+        if argument.startswith(("experiment=", "sweep=")) and not named:
+            group, _, name = argument.partition("=")
+            path = conf / group / f"{name}.yaml"
             defaults = read_yaml(path).get("defaults", []) if path.exists() else []
             named = [d["override /stage"] for d in defaults if isinstance(d, dict) and "override /stage" in d]
     return named[-1].split(",")[0] if named else "ppo"

@@ -56,7 +56,7 @@ def work(folder: Path) -> None:
     from runner import engine, ranks
     from runner.door import load
     from runner.metrics import RunLog
-    from runner.stages import ppo, reward, sft
+    from runner.stages import dpo, ppo, reward, sft
     from runner.stages.build import Inputs
 
     cfg = load(folder / "config.yaml")
@@ -71,7 +71,7 @@ def work(folder: Path) -> None:
     torch.manual_seed(cfg.seed + ranks.rank())
     log = RunLog(cfg, inputs.stage, folder, inputs.parents, device)
     try:
-        {"sft": sft, "reward": reward, "ppo": ppo}[inputs.stage].train(cfg, inputs, log, device)
+        {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}[inputs.stage].train(cfg, inputs, log, device)
     except stop.Stopped as stopped:
         log.close()
         leave(folder, stop.NOTE, json.dumps({"reason": str(stopped), **heartbeat.now}))

@@ -120,23 +120,20 @@ def pad(rows: list[list[int]], fill: int, left: bool = False) -> tuple[Tensor, T
 def sft_batch(rows: list[dict | None], fill: int, prompt_loss: float) -> dict[str, Tensor]:
     """SFT rows (None: empty slot) -> ids, mask (B, T); index, targets, weights (N,): the next-token predictions that count."""
     ids, mask = pad([row["input_ids"] if row else [] for row in rows], fill)
-    index, targets, weights = [], [], []
-    for i, row in enumerate(rows):
-        if row is None:
-            continue
-        first = 1 if prompt_loss else max(1, row["prompt_length"])
-        columns = torch.arange(first, row["length"])
-        index.append(i * ids.size(1) + columns - 1)
-        targets.append(ids[i, columns])
-        weights.append(torch.where(columns < row["prompt_length"], prompt_loss, 1.0))
-    empty = [torch.empty(0, dtype=torch.long)]
-    return {
-        "ids": ids,
-        "mask": mask,
-        "index": torch.cat(index or empty),
-        "targets": torch.cat(targets or empty),
-        "weights": torch.cat(weights or [torch.empty(0)]).float(),
-    }
+    starts = [(1 if prompt_loss else max(1, row["prompt_length"])) if row else 0 for row in rows]
+    prompts, ends = ([row[name] if row else 0 for row in rows] for name in ("prompt_length", "length"))
+    found = next_tokens(ids, starts, ends)
+    weights = torch.where(torch.arange(ids.size(1)) < torch.tensor(prompts).unsqueeze(1), prompt_loss, 1.0)
+    return {"ids": ids, "mask": mask, **found, "weights": weights.float()[found["meant"]]}
+
+
+def next_tokens(ids: Tensor, starts: list[int], ends: list[int]) -> dict[str, Tensor]:
+    """Of each row of ids (B, T) the tokens from its start to before its end, as predictions: meant (B, T) bool, where they stand;
+    targets (N,), the tokens, row after row; index (N,), the positions before them in the flattened (B * T)."""
+    columns = torch.arange(ids.size(1))
+    meant = (columns >= torch.tensor(starts).unsqueeze(1)) & (columns < torch.tensor(ends).unsqueeze(1))
+    where = meant.flatten().nonzero().squeeze(1)
+    return {"meant": meant, "targets": ids.flatten()[where], "index": where - 1}
 
 
 def loss_weights(lengths: np.ndarray, prompts: np.ndarray, prompt_loss: float) -> np.ndarray:
@@ -147,9 +144,20 @@ def loss_weights(lengths: np.ndarray, prompts: np.ndarray, prompt_loss: float) -
 
 def pair_batch(rows: list[dict | None], fill: int) -> dict[str, Tensor]:
     """Reward rows -> ids, mask (2B, T), the chosen first, then the rejected; real: the pairs that are no empty slots."""
-    both = [row["chosen_ids"] if row else [] for row in rows] + [row["rejected_ids"] if row else [] for row in rows]
-    ids, mask = pad(both, fill)
+    ids, mask = pad(_both(rows), fill)
     return {"ids": ids, "mask": mask, "real": torch.tensor([i for i, row in enumerate(rows) if row], dtype=torch.long)}
+
+
+def preference_batch(rows: list[dict | None], fill: int) -> dict[str, Tensor]:
+    """As `pair_batch`, with the predictions of all response tokens; see `next_tokens`."""
+    batch = pair_batch(rows, fill)
+    starts = 2 * [max(1, row["prompt_length"]) if row else 0 for row in rows]
+    return batch | next_tokens(batch["ids"], starts, list(map(len, _both(rows))))
+
+
+def _both(rows: list[dict | None]) -> list[list[int]]:
+    """The token lists of pairs, empty ones for empty slots: first all chosen, then all rejected."""
+    return [row[name] if row else [] for name in ("chosen_ids", "rejected_ids") for row in rows]
 
 
 def pick(dataset, numbers: np.ndarray) -> list[dict | None]:

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from runner.config import Dataset, Model, Source
+from runner.config import SHARES, Dataset, Model, Source
 from runner.data.adapters import BadRow, Dropped, Example, Unmapped, adapt
 from runner.data.sources import VERSION, BrokenRow, content_key, data_key, plain_source, rows, sources_of
 from runner.data.split import held_out, phase_of, prompt_hash
@@ -172,17 +172,18 @@ class Encoder:
 
 
 def build(store: Path, dataset: Dataset, stage: str, tokenizer, model: Model) -> Path:
-    """The cache folder of a stage, made if it is not there. Jobs side by side build it once."""
-    facts = data_key(dataset) | {"stage": stage, "tokenizer": fingerprint(tokenizer)}
+    """The cache folder of a stage, made if it is not there. Jobs side by side build it once, and DPO shares the reward model's."""
+    share = SHARES[stage]
+    facts = data_key(dataset) | {"stage": share, "tokenizer": fingerprint(tokenizer)}
     facts |= {"max_prompt_tokens": model.max_prompt_tokens, "max_response_tokens": model.max_response_tokens}
 
     def fill(folder: Path) -> None:
         counts = Counts()
-        encoder = Encoder(stage, tokenizer, model, counts)
-        made = _encoded(examples(dataset, stage, counts), encoder, f"tokenising {dataset.name} for {stage}")
+        encoder = Encoder(share, tokenizer, model, counts)
+        made = _encoded(examples(dataset, share, counts), encoder, f"tokenising {dataset.name} for {stage}")
         _write(folder, stage, dataset, made, counts)
 
-    return _cached(store, f"{stage}-{_short_hash(facts)}", fill)
+    return _cached(store, f"{share}-{_short_hash(facts)}", fill)
 
 
 def build_pretrain(store: Path, dataset: Dataset, tokenizer, model: Model) -> Path:
@@ -300,8 +301,8 @@ def _write(folder: Path, stage: str, dataset: Dataset, made: Iterator[tuple[dict
 
 
 def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
-    if (share := getattr(dataset.split, stage)) == 0:
-        return f"dataset.split.{stage}={share:g}"
+    if (share := getattr(dataset.split, SHARES[stage])) == 0:
+        return f"dataset.split.{SHARES[stage]}={share:g}"
     every = [(source, example) for source in sources_of(dataset).values() for example in adapted(dataset, source, Counts())]
     if stage != "sft" and every and all(is_demonstration(*one) for one in every):
         beside = f"dataset.sft_only=[{dataset.path or 'FILE'}]"

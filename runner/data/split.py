@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-from runner.config import STAGES, PhaseSplit
+from runner.config import PhaseSplit
 
 
 def prompt_hash(turns: Sequence[dict]) -> int:
@@ -20,12 +20,13 @@ def prompt_hash(turns: Sequence[dict]) -> int:
 
 def phase_of(number: int, split: PhaseSplit) -> str:
     """The stage that owns a prompt hash, in proportion to the shares."""
-    point, total, edge = number / 2**64, split.sft + split.reward + split.ppo, 0.0
-    for stage in STAGES:
-        edge += getattr(split, stage) / total
+    shares = {"sft": split.sft, "reward": split.reward, "ppo": split.ppo}
+    point, total, edge = number / 2**64, sum(shares.values()), 0.0
+    for stage, share in shares.items():
+        edge += share / total
         if point < edge:
             return stage
-    return max(STAGES, key=lambda stage: getattr(split, stage))
+    return max(shares, key=shares.get)
 
 
 def held_out(number: int, holdout: float) -> bool:

@@ -37,7 +37,7 @@ def step_seconds(cfg: Config, stage: str, prompt: float, response: float) -> flo
         lengths, logits = [prompt + response] * rows, 0.0 if net.scalar else rows * response
         work = net.work(lora)
         again = flops.forward(work, lengths) if getattr(h.gradient_checkpointing, engine) else 0.0
-        at_once = micro_positions(cfg, stage) * h.world_size * (2 if stage == "reward" else 1)
+        at_once = micro_positions(cfg, stage) * h.world_size * (2 if stage in ("reward", "dpo") else 1)
         micros = math.ceil(sum(lengths) / at_once)
         busy = (flops.training(work, lengths, logits) + again) / rate
         return max(busy, micros * net.layers * TRAIN_LAUNCHES) + _offloaded(cfg, net, lora)
@@ -45,6 +45,9 @@ def step_seconds(cfg: Config, stage: str, prompt: float, response: float) -> flo
     batch = step_batch(cfg, stage)
     if stage in ("sft", "reward"):
         return training("actor", batch) if stage == "sft" else training("critic", 2 * batch)
+    if stage == "dpo":  # the reference reads the pairs too
+        pairs, work = [prompt + response] * 2 * batch, actor.work(cfg.model.actor.lora)
+        return training("actor", len(pairs)) + flops.forward(work, pairs, len(pairs) * response) / rate
     ppo, rows = cfg.ppo, cfg.ppo.rollout_batch
     update = ppo.ppo_epochs * ppo.minibatches * (training("actor", batch * (2 if ppo.ptx_coef else 1)) + training("critic", batch))
     whole, work = [prompt + response] * rows, actor.work(cfg.model.actor.lora)

@@ -145,11 +145,10 @@ def adapters(cfg: Config, stage: str) -> tuple[Words, Config]:
 
 
 def frozen_models_in_cpu_memory(cfg: Config, stage: str) -> tuple[Words, Config]:
-    if stage != "ppo":
-        return {}, cfg
-    words, changed = _zero(cfg, replace(cfg.hardware.zero, ref=3, reward=3))
-    moved = replace(cfg.hardware.offload, ref=True, reward=True)
-    return words | {"hardware.offload.ref": "true", "hardware.offload.reward": "true"}, _with(changed, offload=moved)
+    frozen = {"ppo": ("ref", "reward"), "dpo": ("ref",)}.get(stage, ())
+    words, changed = _zero(cfg, replace(cfg.hardware.zero, **dict.fromkeys(frozen, 3)))
+    moved = replace(cfg.hardware.offload, **dict.fromkeys(frozen, True))
+    return words | {f"hardware.offload.{name}": "true" for name in frozen}, _with(changed, offload=moved)
 
 
 def weights_in_cpu_memory(cfg: Config, stage: str) -> tuple[Words, Config]:
@@ -170,7 +169,7 @@ CHANGES: tuple[Change, ...] = (
 
 
 def _engines(stage: str) -> tuple[str, ...]:
-    return {"sft": ("actor",), "reward": ("critic",), "ppo": ("actor", "critic")}[stage]
+    return {"reward": ("critic",), "ppo": ("actor", "critic")}.get(stage, ("actor",))
 
 
 def _zero(cfg: Config, wanted: ZeroStages) -> tuple[Words, Config]:

@@ -83,10 +83,11 @@ def moments(cfg: Config, stage: str) -> dict[str, float]:
     actor, reward = networks(cfg)
     if stage == "ppo":
         return _of_ppo(cfg, actor, reward)
-    net, part, engine = (actor, cfg.model.actor, "actor") if stage == "sft" else (reward, cfg.model.reward, "critic")
+    net, part, engine = (reward, cfg.model.reward, "critic") if stage == "reward" else (actor, cfg.model.actor, "actor")
     model, tokens = trainee(cfg, engine, net, part.lora), micro_positions(cfg, stage) * (1 if stage == "sft" else 2)
     kept = activations(cfg, net, tokens, getattr(cfg.hardware.gradient_checkpointing, engine))
-    return {"states": model.trains, "train": model.trains + max(kept, model.step)}
+    states = model.trains + (frozen(cfg, "ref", actor) if stage == "dpo" else 0.0)
+    return {"states": states, "train": states + max(kept, model.step)}
 
 
 def _of_ppo(cfg: Config, actor: Network, reward: Network) -> dict[str, float]:
@@ -109,11 +110,13 @@ def host_bytes(cfg: Config, stage: str) -> float:
     (actor, reward), h, size = networks(cfg), cfg.hardware, itemsize(cfg)
     trains = {"sft": [(actor, cfg.model.actor.lora)], "reward": [(reward, cfg.model.reward.lora)]}
     both = [*trains["sft"], *trains["reward"]]
+    trains["dpo"] = trains["sft"]
     # Moments, fp32 copies and gradients
     found = 16 * sum(net.trained(lora) for net, lora in trains.get(stage, both)) if h.offload.optimizer else 0
     found += size * actor.weights if h.offload.params and stage != "reward" else 0
-    if stage == "ppo":
+    if stage in ("ppo", "dpo"):
         found += size * (actor.weights if h.offload.ref and not shares_reference(cfg.model.actor) else 0)
+    if stage == "ppo":
         found += size * (reward.weights if h.offload.reward else 0)
     return found / h.nodes
 

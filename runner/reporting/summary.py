@@ -28,7 +28,9 @@ STAGE_HEADER = ("stage", "state", "time", "steps", "train", "eval", "truncated",
 CHANGE_HEADER = ("", "before", "after", "change", "during training")
 # Fewer pairs, prompts or steps carry no verdict
 CALIBRATION_PAIRS, SURE_PROMPTS, SFT_STEPS = 100, 32, 20
-TRY_NEXT = {"sft": "sft.epochs=1,2,4", "reward": "reward.epochs=1,2", "ppo": "ppo.kl_coef=0.02,0.05,0.1"}
+# Nats by which DPO may make the chosen answers less likely before a word is said of it
+FALLEN = 20.0
+TRY_NEXT = {"sft": "sft.epochs=1,2,4", "reward": "reward.epochs=1,2", "dpo": "dpo.beta=0.03,0.1,0.3", "ppo": "ppo.kl_coef=0.02,0.05,0.1"}
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def spent(trained: Iterable[Trained]) -> float:
 def sections(name: str, trained: Sequence[Trained], run_dir: Path, overrides: Sequence[str], took: float) -> list[Section]:
     parts = [stages_section(name, trained, took), *time_sections(trained)]
     steps = next((t.result["steps"] for t in trained if t.step.stage == "sft" and "steps" in t.result), None)
-    describe = {"sft": sft_sections, "reward": reward_sections, "ppo": partial(ppo_sections, sft_steps=steps)}
+    describe = {"sft": sft_sections, "reward": reward_sections, "dpo": dpo_sections, "ppo": partial(ppo_sections, sft_steps=steps)}
     for t in trained:
         parts += describe[t.step.stage](t) if t.result else []
     return [*parts, places_section(trained, run_dir), next_section(trained, overrides)]
@@ -213,8 +215,30 @@ def sft_sections(t: Trained) -> list[Section]:
 
 
 def reward_sections(t: Trained) -> list[Section]:
+    below = "Choosing the longer answer does better: PPO against this reward model teaches length."
+    return [pair_section("Reward model", "reward model", t, pair_notes(t.result, below))]
+
+
+def dpo_sections(t: Trained) -> list[Section]:
+    below = "Choosing the longer answer does better: more pairs or more training may help."
+    return [pair_section("DPO", "implicit reward", t, [*pair_notes(t.result, below), *dpo_notes(t.result)])]
+
+
+def dpo_notes(r: dict) -> list[str]:
+    """How far the actor has gone, and whether it has only learnt what not to say."""
+    chosen, rejected = r.get("chosen_logratio"), r.get("rejected_logratio")
+    if None in (chosen, rejected):
+        return []
+    notes = [f"Against the SFT model the chosen answers are {num(chosen, '+')} nats likelier, the rejected ones {num(rejected, '+')}."]
+    if chosen < -FALLEN:
+        notes.append("The chosen answers, too, have become much less likely: try a larger dpo.beta or a smaller learning rate.")
+    return notes
+
+
+def pair_section(name: str, scorer: str, t: Trained, notes: list[str]) -> Section:
+    """How often the chosen response of a held-out pair scored higher."""
     r = t.result
-    lines = [("reward model", r.get("accuracy")), ("longer is better (baseline)", r.get("longer_is_better"))]
+    lines = [(scorer, r.get("accuracy")), ("longer is better (baseline)", r.get("longer_is_better"))]
     by_source = r.get("accuracy_by_source") or {}
     if len(by_source) > 1:
         lines += [(f"on {source} ({num(n)} pairs)", accuracy) for source, (accuracy, n) in by_source.items()]
@@ -222,16 +246,16 @@ def reward_sections(t: Trained) -> list[Section]:
     rows[0][3] = f"{pct(r.get('accuracy_low'))} to {pct(r.get('accuracy_high'))}"
     if curve := sparkline(t.curves.get("train/accuracy", ())):
         rows.append(["during training", curve, "", ""])
-    title = f"Reward model on {num(r.get('eval_pairs'))} held-out pairs"
-    return [Section(title, header=("", "", "accuracy", "95 % interval"), rows=rows, notes=reward_notes(r))]
+    title = f"{name} on {num(r.get('eval_pairs'))} held-out pairs"
+    return Section(title, header=("", "", "accuracy", "95 % interval"), rows=rows, notes=notes)
 
 
-def reward_notes(r: dict) -> list[str]:
+def pair_notes(r: dict, below: str) -> list[str]:
+    """What to think of the accuracy. below: said where choosing the longer answer does better."""
     accuracy, baseline, pairs = r.get("accuracy"), r.get("longer_is_better"), r.get("eval_pairs")
     notes = []
     if None not in (accuracy, baseline, pairs):
         inside = "It is not told apart from choosing the longer answer: more pairs or more training may help."
-        below = "Choosing the longer answer does better: PPO against this reward model teaches length."
         # Two standard errors of the difference: the baseline, too, is known from these pairs only
         lead, doubt = accuracy - baseline, 2 * math.sqrt((accuracy * (1 - accuracy) + baseline * (1 - baseline)) / pairs)
         notes.append("It beats choosing the longer answer." if lead > doubt else below if lead < -doubt else inside)
@@ -314,11 +338,11 @@ def places_section(trained: Sequence[Trained], run_dir: Path) -> Section:
 def next_section(trained: Sequence[Trained], overrides: Sequence[str]) -> Section:
     steps = {t.step.stage: t.step for t in trained}
     last, commands = trained[-1].step.stage, []
-    talker = steps.get("ppo") or steps.get("sft")
+    talker = steps.get("ppo") or steps.get("dpo") or steps.get("sft")
     if talker:
         commands.append(("talk to it", f"python -m runner.chat {shlex.quote(short(talker.model))}"))
     commands.append(("change something", command_line("-m", *repeat(overrides, TRY_NEXT[last]))))
-    if last != "ppo" and feeds_the_rest(trained):
+    if last in ("sft", "reward") and feeds_the_rest(trained):
         commands.append(("train the rest", command_line(*repeat(overrides, "stage=ppo"))))
     for step in steps.values():
         if not step.pinned and any(step.folder.glob("wandb/offline-run-*")):

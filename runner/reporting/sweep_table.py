@@ -22,6 +22,7 @@ from runner.reporting.summary import override_key
 COLUMNS = (
     ("SFT ppl", ("sft/perplexity_after",), num),
     ("RM acc", ("reward/accuracy",), pct),
+    ("DPO acc", ("dpo/accuracy",), pct),
     ("score", ("ppo/before/score", "ppo/after/score"), num),
     ("KL", ("ppo/after/kl",), num),
     ("length", ("ppo/after/length",), num),

@@ -33,9 +33,7 @@ class Models:
 
     def reference(self):
         """(model, context) whose log-probabilities are the reference's."""
-        if self.ref is not None:
-            return self.ref, nullcontext()
-        return self.actor, self.actor.module.without_adapter()
+        return engine.reference(self.actor, self.ref)
 
 
 @dataclass

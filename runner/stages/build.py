@@ -1,15 +1,17 @@
-"""From the config to models in engines: what SFT, reward model and PPO build alike."""
+"""From the config to models in engines: what the stages build alike."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from runner import engine as engines
 from runner.checks.paths import is_local
 from runner.config import Config, Lora, ModelPart
 from runner.models import Actor, Scalar, add_lora, load_causal, load_scalar
+from runner.plan import shares_reference
 from runner.tokenizer import load_tokenizer
 
 
@@ -54,6 +56,16 @@ def load_actor(
     # Every rank must call the head equally often under ZeRO-3
     chunk = 0 if ds_config.get("zero_optimization", {}).get("stage") == 3 else cfg.hardware.logits_chunk
     return Actor(_finish(model, lora, checkpointing), cfg.model.family, chunk, **(sampling or {}))
+
+
+def load_reference(
+    cfg: Config, path: str, tokenizer, ds_config: dict, device: torch.device, sampling: dict | None = None
+) -> torch.nn.Module | None:
+    """The actor as it begins, frozen. None where the actor itself is that, without its adapters; see engine.reference."""
+    if shares_reference(cfg.model.actor):
+        return None
+    ref = load_actor(cfg, path, tokenizer, ds_config, dropout=0.0, lora=None, sampling=sampling)
+    return engines.frozen(ref, ds_config, device)
 
 
 def load_reward(

@@ -210,6 +210,20 @@ def first_ratio(error: float, precision: str) -> str | None:
     )
 
 
+def first_margin(error: float, precision: str) -> str | None:
+    """Before its first update DPO's actor is the reference: all margins are 0, and the loss is log 2.
+
+    error: mean over the responses' tokens of |log actor - log reference|, of whole responses in the first batch.
+    """
+    if error <= TOLERANCE[precision]:
+        return None
+    return (
+        f"actor and reference differ by {error:.2g} nats a token before the first update (bound {TOLERANCE[precision]:g} in {precision}): "
+        "the first loss is not log 2. They do not begin as the same SFT model, or do not read it alike: try "
+        "model.attention=eager, and report it with model and hardware"
+    )
+
+
 # --- the weights ------------------------------------------------------------------------------------------------------
 
 

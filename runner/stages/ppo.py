@@ -31,14 +31,14 @@ from runner.losses import (
 )
 from runner.metrics import RunLog
 from runner.models import save_adapter, save_model
-from runner.plan import engine_configs, shares_reference
+from runner.plan import engine_configs
 from runner.rollout import graph
 from runner.rollout.collect import Models, Reader, collect
 from runner.rollout.forms import side_by_side
 from runner.rollout.record import CPU, Rollout
 from runner.rollout.stops import stop_at_strings
 from runner.stages import invariants
-from runner.stages.build import Inputs, load_actor, load_reward, tokenizer_for
+from runner.stages.build import Inputs, load_actor, load_reference, load_reward, tokenizer_for
 from runner.stages.heldout import HeldOut, paired
 from runner.stages.ppo_update import Mixture, Progress, update
 from runner.watch.finite import check_finite
@@ -206,10 +206,7 @@ def build(cfg: Config, step: Inputs, tokenizer, device: torch.device) -> Models:
     critic = engine.trainable(
         critic, configs["critic"], lr=ppo.critic_lr, lora_lr=reward_part.lora.lr, weight_decay=ppo.critic_weight_decay, **options
     )
-    ref, ds_config = None, configs.get("ref", {})
-    if not shares_reference(actor_part):
-        ref = load_actor(cfg, step.parents["sft"], tokenizer, ds_config, dropout=0.0, lora=None, sampling=sampling)
-        ref = engine.frozen(ref, ds_config, device)
+    ref = load_reference(cfg, step.parents["sft"], tokenizer, configs.get("ref", {}), device, sampling)
     ds_config = configs.get("reward", {})
     reward = load_reward(cfg, step.parents["reward"], tokenizer, ds_config, dropout=0.0, lora=None, fresh_head=False)
     return Models(actor, critic, ref, engine.frozen(reward, ds_config, device))

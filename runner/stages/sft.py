@@ -14,10 +14,10 @@ from runner.data.batches import EMPTY, Batches, loss_weights, pick, send, sft_ba
 from runner.durable.checkpoint import Checkpoints
 from runner.losses import learning_rate, sft_loss, warmup_steps
 from runner.metrics import RunLog
-from runner.models import save_adapter, save_model
 from runner.plan import engine_configs
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, tokenizer_for
+from runner.stages.export import export
 from runner.watch.finite import check_finite, numbered
 
 
@@ -103,12 +103,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     # 6. Export, and the facts for the summary
     after = evaluation(total)
     with log.phase("export"):
-        options = {"dtype": engine.DTYPES[cfg.hardware.precision], "max_new_tokens": cfg.model.max_response_tokens}
-        save_model(wrapper, step.folder / "model", tokenizer, **options)
-        if part.lora.dim:
-            save_adapter(wrapper, step.folder / "adapter")
-        if checkpoints.load_best(-after["loss"]):
-            save_model(wrapper, step.folder / "model_best", tokenizer, **options)
+        export(cfg, step.folder, wrapper, tokenizer, part.lora, best=lambda: checkpoints.load_best(-after["loss"]))
     facts = {f"{k}_before": v for k, v in before.items()} | {f"{k}_after": v for k, v in after.items()}
     log.result({"steps": total, "data": counts, "tokens": tokens_seen, **facts})
 

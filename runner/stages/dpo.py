@@ -1,0 +1,131 @@
+"""DPO (arXiv 2305.18290): the SFT actor learns from pairs, held to what it was by an implicit reward; no reward model, no sampling.
+
+The reward of a response is beta * (log actor - log reference), summed over its tokens, EOS included; the reference is the frozen SFT
+actor. Both read without dropout, so that they begin alike.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runner import engine, flops, ranks
+from runner.batch_sizes import micro_positions
+from runner.config import Config
+from runner.data import cache
+from runner.data.batches import EMPTY, Batches, pick, preference_batch, send
+from runner.durable.checkpoint import Checkpoints
+from runner.losses import dpo_loss, learning_rate, warmup_steps
+from runner.metrics import RunLog
+from runner.packing import spread
+from runner.plan import engine_configs
+from runner.stages import invariants
+from runner.stages.build import Inputs, load_actor, load_reference, tokenizer_for
+from runner.stages.export import export
+from runner.stages.pairs import averages, counted, evaluation, tally
+from runner.watch.finite import check_finite, numbered
+
+
+def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
+    """Train the actor on the reward model's pairs and export it to <step folder>/model."""
+    dpo, part = cfg.dpo, cfg.model.actor
+
+    # 1. Data
+    tokenizer = tokenizer_for(cfg, step.tokenizer)
+    rows, held, counts = cache.load(Path(step.data))
+    lengths, micro = np.asarray(rows["length"]), cfg.hardware.micro_batch.dpo
+    batches = Batches(lengths, dpo.global_batch, micro_positions(cfg, "dpo"), world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
+    total = batches.steps(dpo.epochs, dpo.max_steps)
+
+    # 2. The actor in its engine, and its reference
+    configs = engine_configs(cfg, "dpo")
+    args = {"dropout": 0.0, "lora": replace(part.lora, dropout=0.0), "checkpointing": cfg.hardware.gradient_checkpointing.actor}
+    wrapper = load_actor(cfg, step.parents["sft"], tokenizer, configs["actor"], **args)
+    options = {"weight_decay": dpo.weight_decay, "betas": dpo.betas, "eps": dpo.eps}
+    actor = engine.trainable(wrapper, configs["actor"], lr=dpo.lr, lora_lr=part.lora.lr, **options)
+    ref = load_reference(cfg, step.parents["sft"], tokenizer, configs.get("ref", {}), device)
+    work = flops.count(wrapper.hf)
+    ref_work = flops.count(ref.hf) if ref else replace(work, body=work.body - work.body_trained)  # without its adapters
+
+    # 3. Go on from the newest checkpoint, if there is one
+    checkpoints = Checkpoints(step.folder, step.key, cfg, {"actor": actor}, log)
+    first, state, _ = checkpoints.restore()
+    log.begin(first, total)
+    watch = invariants.watch_weights(log, {"actor": actor}, {"ref": ref} if ref else {}, warmup_steps(dpo.warmup, total) + 2)
+
+    def score(pairs: list[dict | None]) -> tuple[Tensor, Tensor]:
+        batch = preference_batch(pairs, tokenizer.pad_token_id)
+        return implicit_rewards(actor, batch, reference_logprobs(actor, ref, batch), dpo.beta)
+
+    before = state.get("before") or evaluation(actor, score, held, dpo.eval_examples, micro, log, 0)
+
+    # 4. One optimizer step per turn
+    for s in range(first, total):
+        share = learning_rate(s, total, 1.0, dpo.lr_schedule, dpo.warmup, dpo.lr_end)
+        engine.set_learning_rate(actor, share)
+        here = batches.rows(s)
+        pairs = int((here != EMPTY).sum())
+        with log.phase("data"):
+            micros = [preference_batch(pick(rows, n), tokenizer.pad_token_id) for n in batches.micro_batches(s)]
+            sums = counted(micros, work, ref_work) | {"apart": 0.0}
+        with log.phase("reference"):
+            actor.eval()
+            known = [reference_logprobs(actor, ref, batch) for batch in micros]
+        with log.phase("train"):
+            actor.train()
+            for batch, ref_logprobs in zip(micros, known, strict=True):
+                chosen, rejected = implicit_rewards(actor, batch, ref_logprobs, dpo.beta)
+                # A micro batch of empty slots still takes part in the collective backward
+                real = send(batch["real"], device)
+                loss = dpo_loss(chosen[real], rejected[real], dpo.label_smoothing)
+                engine.backward(actor, loss, pairs, last=batch is micros[-1])
+                tally(sums, loss, chosen[real], rejected[real])
+                sums["apart"] += (chosen.detach().abs() + rejected.detach().abs()).sum() / dpo.beta
+            norm = engine.step(actor)
+        done = s + 1
+        whole = ranks.total(sums, device)
+        if s == 0:
+            findings = {"first_margin": invariants.first_margin(whole["apart"] / whole["logits"], cfg.hardware.precision)}
+            invariants.check(log, "step 1", findings)
+        metrics = averages(whole, pairs) | {"lr": engine.learning_rate(actor), "grad_norm": norm}
+        metrics["perf/padding_fraction"] = 0.0 if wrapper.packed else 1 - whole["tokens"] / whole["slots"]
+        check_finite(cfg, step.folder, step.stage, done, metrics["train/loss"], norm, numbered(rows, here), tokenizer)
+        headline = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.2f}  margin {metrics['train/margin']:.2f}"
+        log.log(done, metrics, headline, whole["tokens"], whole["work"])
+        watch(done)
+
+        # 5. Evaluate now and then; save, and leave if someone asked for it
+        found = None
+        if dpo.eval_every and done % dpo.eval_every == 0 and done < total:
+            found = evaluation(actor, score, held, dpo.eval_examples, micro, log, done)["accuracy"]
+        checkpoints.after(done, total, {"before": before}, found)
+    checkpoints.finish()
+
+    # 6. Export, and the facts for the summary
+    facts = evaluation(actor, score, held, dpo.eval_examples, micro, log, total)
+    with log.phase("export"):
+        export(cfg, step.folder, wrapper, tokenizer, part.lora, best=lambda: checkpoints.load_best(facts["accuracy"]))
+    facts |= {f"{name}_before": before[name] for name in ("accuracy", "eval_loss")}
+    facts |= {f"{name}_logratio": facts[f"{name}_mean"] / dpo.beta for name in ("chosen", "rejected")}
+    log.result({"steps": total, "data": counts, **facts})
+
+
+def response_logprobs(actor, batch: dict[str, Tensor]) -> Tensor:
+    """Log-probability of every response, EOS included: the chosen, then the rejected. (2B,), 0 for empty slots."""
+    logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
+    return spread(logprobs, batch["meant"]).sum(dim=1)
+
+
+@torch.no_grad()
+def reference_logprobs(actor, ref, batch: dict[str, Tensor]) -> Tensor:
+    """The same under the reference."""
+    model, context = engine.reference(actor, ref)
+    with context:
+        return response_logprobs(model, batch)
+
+
+def implicit_rewards(actor, batch: dict[str, Tensor], ref_logprobs: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """beta * (log actor - log reference) of the responses: chosen (B,), rejected (B,)."""
+    return (beta * (response_logprobs(actor, batch) - ref_logprobs)).chunk(2)

@@ -1,0 +1,110 @@
+"""Pairs of a chosen and a rejected response, whose scores should differ: what reward model and DPO count, log and evaluate alike."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runner import flops, ranks
+from runner.data.batches import pick, shard, subset
+from runner.losses import wilson_interval
+from runner.metrics import RunLog
+
+# Rows of pairs, None for empty slots -> scores of the chosen (B,) and of the rejected (B,)
+Score = Callable[[list[dict | None]], tuple[Tensor, Tensor]]
+
+
+# --- an optimizer step ------------------------------------------------------------------------------------------------
+
+
+def counted(micros: list[dict], work: flops.Work, reference: flops.Work | None = None) -> dict[str, float]:
+    """Real tokens of this rank's micro batches, those of them whose logits are made, the slots that hold them, and the FLOPs of training.
+
+    reference: of the frozen model that reads them too, where there is one.
+    """
+    lengths = torch.cat([batch["mask"].sum(dim=1).view(2, -1)[:, batch["real"]].flatten() for batch in micros])
+    logits = float(sum(len(batch.get("targets", ())) for batch in micros))
+    spent = flops.training(work, lengths, logits) + (flops.forward(reference, lengths, logits) if reference else 0.0)
+    return {"tokens": float(lengths.sum()), "logits": logits, "slots": sum(batch["ids"].numel() for batch in micros), "work": spent}
+
+
+def tally(sums: dict[str, Tensor], loss: Tensor, chosen: Tensor, rejected: Tensor) -> None:
+    """Add the loss and the scores of a micro batch's pairs (N,) to the sums of the optimizer step."""
+    wins = torch.heaviside(chosen - rejected, chosen.new_tensor(0.5))  # a tie is half a win
+    found = {"loss": loss, "correct": wins.sum(), "chosen": chosen.sum(), "rejected": rejected.sum()}
+    for name, value in found.items():
+        sums[name] = sums.get(name, 0.0) + value.detach()
+
+
+def averages(sums: dict[str, float], pairs: int) -> dict[str, float]:
+    """Metrics of an optimizer step, from the sums over its pairs."""
+    mean = {name: sums[name] / pairs for name in ("loss", "correct", "chosen", "rejected")}
+    metrics = {"train/loss": mean["loss"], "train/accuracy": mean["correct"], "train/margin": mean["chosen"] - mean["rejected"]}
+    return metrics | {"reward/chosen_mean": mean["chosen"], "reward/rejected_mean": mean["rejected"]}
+
+
+# --- held-out pairs ---------------------------------------------------------------------------------------------------
+
+
+def evaluation(model, score: Score, held, most: int, micro: int, log: RunLog, done: int) -> dict:
+    """Accuracy with its interval, loss, calibration and the length baseline on held-out pairs; recorded and returned. Collective."""
+    with log.phase("eval"):
+        model.eval()
+        scored = score_pairs(score, held, most, micro)
+    facts = pair_statistics(scored)
+    metrics = {"eval/accuracy": facts["accuracy"], "eval/loss": facts["eval_loss"]}
+    metrics |= {f"eval/accuracy/{name}": accuracy for name, (accuracy, _) in facts["accuracy_by_source"].items()}
+    low, high = facts["accuracy_low"], facts["accuracy_high"]
+    log.record(done, metrics, f"eval accuracy {facts['accuracy']:.3f} ({low:.3f} to {high:.3f}) on {facts['eval_pairs']} pairs")
+    log.histogram(done, "eval/scores", [s for pair in scored for s in pair[:2]])
+    return facts
+
+
+@torch.no_grad()
+def score_pairs(score: Score, held, most: int, micro: int) -> list[tuple[float, float, int, int, str]]:
+    """(chosen score, rejected score, chosen length, rejected length, source) of held-out pairs, on every rank. Collective."""
+    picked, scored = held.select(subset(len(held), most)), []
+    for numbers in shard(len(picked), micro, ranks.world(), ranks.rank()):
+        rows = pick(picked, numbers)
+        scored.append((rows, *score(rows)))
+    # Only now is the GPU waited for
+    mine = [
+        (good, bad, len(row["chosen_ids"]), len(row["rejected_ids"]), row["source"])
+        for rows, chosen, rejected in scored
+        for row, good, bad in zip(rows, chosen.tolist(), rejected.tolist(), strict=True)
+        if row is not None
+    ]
+    return [pair for part in ranks.every(mine) for pair in part]
+
+
+def pair_statistics(scored: list[tuple[float, float, int, int, str]]) -> dict:
+    """What the scores of held-out pairs say; see `score_pairs` for the fields."""
+    good, bad = np.array([p[0] for p in scored]), np.array([p[1] for p in scored])
+    wins = (good > bad) + 0.5 * (good == bad)
+    longer = np.array([(p[2] > p[3]) + 0.5 * (p[2] == p[3]) for p in scored])
+    sources = np.array([p[4] for p in scored])
+    low, high = wilson_interval(wins.sum(), len(wins))
+    return {
+        "accuracy": float(wins.mean()),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "eval_pairs": len(wins),
+        "eval_loss": float(np.logaddexp(0, bad - good).mean()),
+        "chosen_mean": float(good.mean()),
+        "rejected_mean": float(bad.mean()),
+        "longer_is_better": float(longer.mean()),
+        "accuracy_by_source": {str(s): [float(wins[sources == s].mean()), int((sources == s).sum())] for s in np.unique(sources)},
+        "calibration": calibration(good - bad),
+    }
+
+
+def calibration(margins: np.ndarray, bins: int = 5) -> list[dict]:
+    """How often the model is right against how sure it is: confidence is sigmoid(|margin|), in equal bins of 0.5 to 1."""
+    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
+    bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    return [
+        {"confidence": float(confidence[bin_of == b].mean()), "accuracy": float(right[bin_of == b].mean()), "n": int((bin_of == b).sum())}
+        for b in range(bins)
+        if (bin_of == b).any()
+    ]
