@@ -69,6 +69,12 @@ def test_room_in_memory_saves_the_recomputation():
     assert advise(on("h200", "hardware.gradient_checkpointing.actor=false"), "sft", rows, {"train": 10.0}) is None
 
 
+def test_dpo_is_advised_as_sft_is():
+    rows = steps(time_reference=0.2, time_train=0.8, perf_gpu_mem_peak_gb=30.0, perf_mfu=0.4)
+    on_h200 = on("h200", "stage=dpo", "hardware.gradient_checkpointing.actor=true")
+    assert "hardware.gradient_checkpointing.actor=false saves up to 20 %" in advise(on_h200, "dpo", rows, {"train": 10.0})
+
+
 def test_low_utilisation_with_room_asks_for_larger_micro_batches():
     cfg = on("h200", "hardware.gradient_checkpointing.actor=false", "sft.global_batch=64", "hardware.micro_batch.sft=8")
     rows = steps(time_train=1.0, perf_gpu_mem_peak_gb=30.0, perf_mfu=0.1)

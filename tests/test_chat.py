@@ -63,7 +63,11 @@ def test_a_step_folder_and_a_run_folder_lead_to_their_actor(step, tmp_path, caps
     assert chat.find(str(step / "model")) == str(step / "model")
     assert chat.find(str(step)) == str(step / "model")
     assert chat.find(str(tmp_path)) == str(tmp_path / "ppo" / "model")
-    assert capsys.readouterr().err.count("using") == 2  # it says so when it looks further
+    (tmp_path / "ppo").unlink()
+    (tmp_path / "sft").symlink_to(step)
+    (tmp_path / "dpo").symlink_to(step)
+    assert chat.find(str(tmp_path)) == str(tmp_path / "dpo" / "model")
+    assert capsys.readouterr().err.count("using") == 3  # it says so when it looks further
     assert chat.find("facebook/opt-125m") == "facebook/opt-125m"
 
 

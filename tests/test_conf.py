@@ -80,6 +80,12 @@ def test_stage_loads(stage):
     assert load(composed(f"stage={stage}")).stage == stage
 
 
+def test_dpo_has_the_rates_of_its_model():
+    cfg = load(composed("stage=dpo", "model=opt13b", "hardware=dgx8"))
+    assert (cfg.dpo.lr, cfg.dpo.global_batch, cfg.dpo.beta, cfg.reward, cfg.ppo) == (5e-7, 64, 0.1, None, None)
+    assert load(composed("stage=dpo", "experiment=debug")).dpo.max_steps == 2
+
+
 def test_groups_compose_together():
     cfg = load(composed("model=opt13b", "dataset=rm_static", "hardware=dgx8", "stage=reward"))
     assert (cfg.model.name, cfg.dataset.name, cfg.hardware.name) == ("opt13b", "rm_static", "dgx8")
@@ -91,7 +97,7 @@ def test_experiment_loads(experiment):
     config = composed(f"experiment={experiment}")
     cfg = load(config)
     assert cfg.name == experiment
-    batches = {stage: getattr(cfg, stage).global_batch for stage in ("sft", "reward") if getattr(cfg, stage)}
+    batches = {stage: getattr(cfg, stage).global_batch for stage in ("sft", "reward", "dpo") if getattr(cfg, stage)}
     if cfg.ppo:
         batches["ppo"] = cfg.ppo.rollout_batch // cfg.ppo.minibatches
     check_batches(cfg.model.name, config.hardware, batches)
@@ -140,7 +146,8 @@ def test_batches_divide(hardware):
             continue
         recipe = block("model", model).recipe
         minibatch = recipe.rollout_batch // composed().ppo.minibatches
-        check_batches(model, machine, {"sft": recipe.sft_batch, "reward": recipe.reward_batch, "ppo": minibatch})
+        batches = {"sft": recipe.sft_batch, "reward": recipe.reward_batch, "dpo": recipe.dpo_batch, "ppo": minibatch}
+        check_batches(model, machine, batches)
 
 
 @pytest.mark.parametrize("hardware", presets("hardware"))

@@ -20,7 +20,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 
 from runner.config import PhaseSplit
 from runner.data import cache, sources, toy
-from runner.data.batches import EMPTY, Batches, micro_sizes, pad, pair_batch, pick, sft_batch, shard, subset
+from runner.data.batches import EMPTY, Batches, micro_sizes, pad, pair_batch, pick, preference_batch, sft_batch, shard, subset
 from runner.data.cache import Counts, copies_of, examples
 from runner.data.split import held_out, phase_of, prompt_hash
 from runner.errors import UserError
@@ -290,6 +290,16 @@ def test_pair_batch():
     assert batch["ids"].tolist() == [[1, 2, 3], [9, 9, 9], [1, 4, 9], [9, 9, 9]]
     assert batch["mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]]
     assert batch["real"].tolist() == [0]
+
+
+def test_preference_batch_predicts_the_responses_with_their_ends_and_not_the_prompts():
+    """Width 5. Token j of row i is predicted at position 5 i + j - 1; rows 1 and 3 are the empty slot."""
+    rows = [{"chosen_ids": [1, 2, 3, 4, 5], "rejected_ids": [1, 2, 6], "prompt_length": 2}, None]
+    batch = preference_batch(rows, 9)
+    assert batch["targets"].tolist() == [3, 4, 5, 6]
+    assert batch["index"].tolist() == [1, 2, 3, 11]
+    assert batch["meant"].sum(1).tolist() == [3, 0, 1, 0]
+    assert preference_batch([None], 9)["targets"].shape == (0,)
 
 
 def test_pick():
@@ -745,7 +755,7 @@ def test_rows_without_a_rejected_response_all_serve_sft(data, build):
 
 def test_demonstrations_cannot_train_the_other_stages(data, build):
     alone = data([{"prompt": f"Say {i}", "response": "good"} for i in range(30)])
-    for stage in ("reward", "ppo"):
+    for stage in ("reward", "dpo", "ppo"):
         with pytest.raises(UserError, match=rf"stage {stage} has no rows .*no `rejected`.*Type stage=sft, or .*dataset.sft_only=\[FILE\]$"):
             build(alone, stage)
 
@@ -754,6 +764,13 @@ def test_a_single_prompt_is_named_as_the_cause(data, build):
     same = [{"prompt": "Say it", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(30)]
     with pytest.raises(UserError, match=r"30 train, 0 held out.*together have 1 different prompt, and a prompt serves one stage"):
         build(data(same, **only("sft"), holdout=1e-9), "sft")
+
+
+def test_dpo_reads_the_reward_models_pairs(data, cfg, tokenizer, tmp_path):
+    folders = {cache.build(tmp_path, data(pairs(60)), stage, tokenizer, cfg.model) for stage in ("reward", "dpo")}
+    assert len(folders) == 1
+    with pytest.raises(UserError, match=r"stage dpo has no rows to train on in dataset=mine: dataset.split.reward=0$"):
+        cache.build(tmp_path, data(pairs(30), split=PhaseSplit(1, 0, 1)), "dpo", tokenizer, cfg.model)
 
 
 def test_an_empty_share_says_so(data, build):

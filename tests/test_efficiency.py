@@ -14,11 +14,12 @@ from runner import flops, metrics
 from runner.flops import Work
 from runner.metrics import RunLog
 from runner.rollout.graph import Stats
-from runner.stages import ppo, reward, sft
+from runner.stages import dpo, ppo, reward, sft
 
 TRAIN = {
     "sft": (sft.train, {"data", "train"}),
     "reward": (reward.train, {"data", "train"}),
+    "dpo": (dpo.train, {"data", "reference", "train"}),
     "ppo": (ppo.train, {"rollout", "scoring", "update"}),
 }
 

@@ -16,10 +16,10 @@ from workers import update
 
 from runner.config import Config, Lora
 from runner.metrics import CLOCK, RunLog
-from runner.stages import ppo, reward, sft
+from runner.stages import dpo, ppo, reward, sft
 from runner.watch import stop
 
-TRAIN = {"sft": sft.train, "reward": reward.train, "ppo": ppo.train}
+TRAIN = {"sft": sft.train, "reward": reward.train, "dpo": dpo.train, "ppo": ppo.train}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,7 @@ def configuration(zero: int, adapters: bool) -> Config:
         hardware=replace(cfg.hardware, micro_batch=replace(cfg.hardware.micro_batch, rollout=1)),
         sft=replace(cfg.sft, max_steps=4, epochs=9, dropout=0.1, eval_every=2, eps=1e-8, lr=1e-3),
         reward=replace(cfg.reward, max_steps=4, epochs=9, dropout=0.1, eval_every=2, eps=1e-8, lr=1e-3),
+        dpo=replace(cfg.dpo, max_steps=4, epochs=9, eval_every=2, eps=1e-8, lr=1e-3),
         ppo=replace(ppo_block, early_stop_kl=None),
         checkpoint=replace(cfg.checkpoint, every=0, keep_best=1, background=True),
     )
@@ -66,6 +67,8 @@ KINDS = [
     ("sft", 0, False, 1),
     ("sft", 2, True, 2),
     ("reward", 3, False, 1),
+    ("dpo", 0, True, 1),
+    ("dpo", 3, False, 1),
     ("ppo", 0, False, 3),
     ("ppo", 0, False, 4),
     ("ppo", 3, True, 4),

@@ -124,6 +124,7 @@ LESS = [
         (ONE, "hardware.micro_batch.sft=1"),
         "hardware.zero.actor=1 hardware.zero.critic=1 hardware.offload.optimizer=true",
     ),
+    ("dpo", "reference", "", (ONE, "stage=dpo"), "hardware.micro_batch.dpo=1 (now 2)"),
     ("reward", "train", "", (ONE, "hardware.micro_batch.reward=1"), "hardware.gradient_checkpointing.critic=true"),
     (
         "ppo",

@@ -175,6 +175,26 @@ def test_averages_mixtures_and_offloading_are_counted():
     assert step_seconds(on("model=opt1.3b", H200, "rollout.engine=hf"), "ppo", 99, 99) > 1.3 * step_seconds(plain, "ppo", 99, 99)
 
 
+def test_dpo_is_sft_of_pairs_with_a_frozen_model_beside_it():
+    cfg, size = on("model=opt1.3b", H200, "stage=dpo", "dpo.global_batch=64", "sft.global_batch=128"), 2
+    weights = networks(cfg)[0].weights
+    assert moments(cfg, "dpo")["states"] - moments(cfg, "sft")["states"] == size * weights
+    # Half as many pairs as dialogues are as many sequences, read once more: a quarter of forward, forward again and backward
+    assert step_seconds(cfg, "dpo", 200, 200) == pytest.approx(1.25 * step_seconds(cfg, "sft", 200, 200), rel=0.01)
+    shared = on("model=opt1.3b", H200, "stage=dpo", "model.actor.lora.dim=8")
+    assert moments(shared, "dpo")["states"] == moments(shared, "sft")["states"]
+    moved = on("model=opt1.3b", H200, "stage=dpo", "hardware.zero.ref=3", "hardware.offload.ref=true")
+    assert host_bytes(moved, "dpo") == size * weights and moments(moved, "dpo")["states"] == moments(moved, "sft")["states"]
+
+
+@pytest.mark.parametrize("model", ["llama2_7b", "opt30b"])
+def test_what_it_says_to_type_makes_dpo_fit(model):
+    words = [f"model={model}", "hardware=a100_80g", "stage=dpo"]
+    said = warnings(on(*words), ["sft", "dpo"])[-1]
+    typed = shlex.split(said.partition(" (")[0].partition(". ")[0].removeprefix("Type "))
+    assert all(fits(on(*words, *typed), stage) for stage in ("sft", "dpo"))
+
+
 # --- what it says -----------------------------------------------------------------------------------------------------
 
 

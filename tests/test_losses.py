@@ -151,6 +151,30 @@ def test_pairwise_loss_of_extreme_scores_is_finite():
 # --- PPO --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "chosen, rejected, smoothing, expected",
+    [
+        ([0.0], [0.0], 0.0, 0.6931472),  # log 2
+        ([0.0], [0.0], 0.3, 0.6931472),  # whatever the smoothing
+        ([0.5], [-0.5], 0.0, 0.3132617),  # log(1 + e^-1)
+        ([-2.0], [-1.0], 0.0, 1.3132617),  # log(1 + e)
+        ([0.5], [-0.5], 0.1, 0.4132617),  # 0.9 * 0.3132617 + 0.1 * 1.3132617
+        ([0.0, 0.5], [0.0, -0.5], 0.0, 1.0064089),  # a sum
+    ],
+)
+def test_dpo_loss(chosen, rejected, smoothing, expected):
+    loss = losses.dpo_loss(torch.tensor(chosen), torch.tensor(rejected), smoothing)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_gradient_of_dpo_is_how_sure_it_is_of_the_wrong_order_less_the_share_of_wrong_labels():
+    """d loss / d margin = smoothing - sigmoid(-margin); it ends at the margin that such labels deserve: log(0.8 / 0.2)."""
+    chosen, rejected = torch.tensor([1.0, math.log(4.0)], requires_grad=True), torch.zeros(2, requires_grad=True)
+    losses.dpo_loss(chosen, rejected, 0.2).backward()
+    assert chosen.grad.tolist() == pytest.approx([0.2 - 0.2689414, 0.0], abs=1e-6)
+    assert torch.equal(chosen.grad, -rejected.grad)
+
+
 @pytest.mark.parametrize("estimator, expected", [("k1", 0.5), ("k2", 0.125), ("k3", 0.1065307)])  # k3: e^-0.5 - 1 + 0.5
 def test_kl_estimate(estimator, expected):
     close(losses.kl_estimate(torch.tensor([[-1.0]]), torch.tensor([[-1.5]]), estimator), [[expected]])

@@ -42,6 +42,15 @@ REWARD = COMMON | {
     "accuracy_by_source": {"toy": [0.712, 612]},
     "calibration": [{"confidence": 0.56, "accuracy": 0.55, "n": 300}, {"confidence": 0.88, "accuracy": 0.84, "n": 312}],
 }
+DPO = REWARD | {
+    "stage": "dpo",
+    "accuracy_before": 0.5,
+    "eval_loss_before": 0.693,
+    "eval_loss": 0.58,
+    "chosen_logratio": -3.2,
+    "rejected_logratio": -14.5,
+    "chosen_tokens": 30.0,
+}
 PPO = COMMON | {
     "stage": "ppo",
     "seconds": 161.0,
@@ -206,6 +215,21 @@ def test_writes_markdown_and_flat_facts(tmp_path):
     assert facts["overrides"] == ["ppo.kl_coef=0.1", "name=x"] and facts["seconds"] == 203
     assert facts["ppo/after/score"] == 1.31 and facts["reward/accuracy_low"] == 0.675 and facts["sft/state"] == "reused"
     assert not any(isinstance(value, dict) for value in facts.values())
+
+
+def test_dpo_says_how_well_it_orders_pairs_and_how_far_it_went(tmp_path):
+    steps = [make_step(tmp_path / "s", "sft", SFT), make_step(tmp_path / "s", "dpo", DPO)]
+    text = summary(steps, tmp_path / "run", overrides=["stage=dpo"])
+    assert "DPO on 612 held-out pairs" in text and row(text, "implicit reward").endswith("71.2 %  67.5 % to 74.7 %")
+    assert "The log-probability of a chosen answer moved by -3.20 nats, that of a rejected one by -14.5." in " ".join(text.split())
+    assert "become unlikely" not in text
+    assert row(text, "talk to it").endswith(f"runner.chat {steps[1].model}")
+    assert row(text, "change something").endswith("python run.py -m stage=dpo dpo.beta=0.03,0.1,0.3")
+    assert "train the rest" not in text  # it is no step on the way to PPO
+    facts = json.loads((tmp_path / "run/summary.json").read_text())
+    assert facts["dpo/accuracy"] == 0.712 and facts["dpo/eval_loss_before"] == 0.693
+    lost = [make_step(tmp_path / "t", "dpo", DPO | {"chosen_logratio": -64.0})]
+    assert "Chosen answers have become unlikely, too" in summary(lost, tmp_path / "again")
 
 
 @pytest.mark.parametrize(("stage", "epochs"), [("sft", "1,2,4"), ("reward", "1,2")])

@@ -28,8 +28,8 @@ STAGE_HEADER = ("stage", "state", "time", "steps", "train", "eval", "truncated",
 CHANGE_HEADER = ("", "before", "after", "change", "during training")
 # Fewer pairs, prompts or steps carry no verdict
 CALIBRATION_PAIRS, SURE_PROMPTS, SFT_STEPS = 100, 32, 20
-# Nats by which DPO may make the chosen answers less likely before a word is said of it
-FALLEN = 20.0
+# Nats per token of the chosen answers that DPO may take away before a word is said of it. At 2 the tiny model babbled, at 97 % accuracy
+FALLEN = 1.0
 TRY_NEXT = {"sft": "sft.epochs=1,2,4", "reward": "reward.epochs=1,2", "dpo": "dpo.beta=0.03,0.1,0.3", "ppo": "ppo.kl_coef=0.02,0.05,0.1"}
 
 
@@ -225,13 +225,13 @@ def dpo_sections(t: Trained) -> list[Section]:
 
 
 def dpo_notes(r: dict) -> list[str]:
-    """How far the actor has gone, and whether it has only learnt what not to say."""
-    chosen, rejected = r.get("chosen_logratio"), r.get("rejected_logratio")
-    if None in (chosen, rejected):
+    """How far the actor has gone: pairs in the right order tell nothing of what it says by itself."""
+    chosen, rejected, tokens = r.get("chosen_logratio"), r.get("rejected_logratio"), r.get("chosen_tokens")
+    if None in (chosen, rejected, tokens):
         return []
-    notes = [f"Against the SFT model the chosen answers are {num(chosen, '+')} nats likelier, the rejected ones {num(rejected, '+')}."]
-    if chosen < -FALLEN:
-        notes.append("The chosen answers, too, have become much less likely: try a larger dpo.beta or a smaller learning rate.")
+    notes = [f"The log-probability of a chosen answer moved by {num(chosen, '+')} nats, that of a rejected one by {num(rejected, '+')}."]
+    if chosen < -FALLEN * tokens:
+        notes.append("Chosen answers have become unlikely, too: read what it says. Try a smaller dpo.lr or a larger dpo.beta.")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""What a stage leaves in its folder: models in Hugging Face format."""
+"""What SFT, reward model and DPO leave in their folder: the model in Hugging Face format."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +13,9 @@ def export(cfg: Config, folder: Path, wrapper: Wrapper, tokenizer, lora: Lora, b
 
     best: gives the engine the weights of the best checkpoint, if that beats the end; says whether it did. Collective.
     """
-    export_model(cfg, folder / "model", wrapper, tokenizer)
+    options = {"dtype": engine.DTYPES[cfg.hardware.precision], "max_new_tokens": cfg.model.max_response_tokens}
+    save_model(wrapper, folder / "model", tokenizer, **options)
     if lora.dim:
         save_adapter(wrapper, folder / "adapter")
     if best():
-        export_model(cfg, folder / "model_best", wrapper, tokenizer)
-
-
-def export_model(cfg: Config, folder: Path, wrapper: Wrapper, tokenizer) -> None:
-    """Save one model, with its tokenizer. Collective."""
-    options = {"dtype": engine.DTYPES[cfg.hardware.precision], "max_new_tokens": cfg.model.max_response_tokens}
-    save_model(wrapper, folder, tokenizer, **options)
+        save_model(wrapper, folder / "model_best", tokenizer, **options)

@@ -63,14 +63,14 @@ def evaluation(model, score: Score, held, most: int, micro: int, log: RunLog, do
 
 @torch.no_grad()
 def score_pairs(score: Score, held, most: int, micro: int) -> list[tuple[float, float, int, int, str]]:
-    """(chosen score, rejected score, chosen length, rejected length, source) of held-out pairs, on every rank. Collective."""
+    """(chosen score, rejected score, tokens of the chosen, of the rejected, source) of held-out pairs, on every rank. Collective."""
     picked, scored = held.select(subset(len(held), most)), []
     for numbers in shard(len(picked), micro, ranks.world(), ranks.rank()):
         rows = pick(picked, numbers)
         scored.append((rows, *score(rows)))
     # Only now is the GPU waited for
     mine = [
-        (good, bad, len(row["chosen_ids"]), len(row["rejected_ids"]), row["source"])
+        (good, bad, *(len(row[name]) - row["prompt_length"] for name in ("chosen_ids", "rejected_ids")), row["source"])
         for rows, chosen, rejected in scored
         for row, good, bad in zip(rows, chosen.tolist(), rejected.tolist(), strict=True)
         if row is not None
@@ -93,6 +93,7 @@ def pair_statistics(scored: list[tuple[float, float, int, int, str]]) -> dict:
         "eval_loss": float(np.logaddexp(0, bad - good).mean()),
         "chosen_mean": float(good.mean()),
         "rejected_mean": float(bad.mean()),
+        "chosen_tokens": float(np.mean([p[2] for p in scored])),
         "longer_is_better": float(longer.mean()),
         "accuracy_by_source": {str(s): [float(wins[sources == s].mean()), int((sources == s).sum())] for s in np.unique(sources)},
         "calibration": calibration(good - bad),

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import traceback
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 from tiny import EOS, PAD, causal, classifier, configured, rows
 
 from runner import engine, ranks
-from runner.config import Config, ZeroStages
+from runner.config import SHARES, Config, Dpo, ZeroStages
 from runner.ema import Ema
 from runner.metrics import RunLog
 from runner.models import full_state_dict
 from runner.rollout.collect import Models, Reader, collect, response_logprobs
 from runner.rollout.record import Rollout
-from runner.stages import ppo, ppo_update, reward, sft
+from runner.stages import dpo, ppo, ppo_update, reward, sft
 from runner.stages.build import Inputs
 
 # So large that AdamW's step is smooth in the gradient: with a small one, a gradient of rounding noise moves a weight as far as any other
@@ -41,7 +41,7 @@ RESPONSES = [1, 9, 3, 2, 6, 4, 8, 5]
 
 def configuration(world: int, zero: int) -> Config:
     """Global batch 8, micro batch 2 of up to 27 tokens: on 1, 2 and 4 ranks up to 4, 2 and 1 micro batches are accumulated."""
-    overrides = [f"hardware.micro_batch.{name}=2" for name in ("sft", "reward", "ppo", "rollout", "score")]
+    overrides = [f"hardware.micro_batch.{name}=2" for name in ("sft", "reward", "dpo", "ppo", "rollout", "score")]
     # Vectors stay whole under ZeRO-3, matrices are partitioned. Its buckets of 4 GB are never given back, and a process of many
     # engines could then no longer fork
     buckets = {"stage3_param_persistence_threshold": 64, "reduce_bucket_size": 100_000}
@@ -53,6 +53,9 @@ def configuration(world: int, zero: int) -> Config:
     overrides += ["ppo.critic_lr=2.0", "ppo.rollout_batch=16", "ppo.minibatches=2"]
     cfg = configured("model.max_prompt_tokens=17", "model.max_response_tokens=10", "wandb.mode=disabled", "ppo.ptx_coef=0.5", *overrides)
     frozen = 3 if zero == 3 else 0
+    # stage=ppo has no such block. A beta at which the margins of these random texts neither vanish nor saturate
+    shared = {f.name: getattr(cfg.reward, f.name) for f in fields(cfg.reward) if f.name in Dpo.__dataclass_fields__}
+    cfg = replace(cfg, dpo=Dpo(**shared | {"beta": 0.1, "label_smoothing": 0.1}))
     return replace(cfg, hardware=replace(cfg.hardware, gpus=world, zero=ZeroStages(zero, zero, frozen, frozen)))
 
 
@@ -95,7 +98,7 @@ def inputs(folder: Path, stage: str, work: Path) -> Inputs:
         parents={"sft": actor, "reward": critic},
         tokenizer=str(folder / "tokenizer"),
         base=critic if stage == "reward" else actor,
-        data=str(folder / "data" / stage),
+        data=str(folder / "data" / SHARES[stage]),
         ptx=str(folder / "data" / "sft"),
     )
 
@@ -130,7 +133,7 @@ def weights(trained) -> Tensor:
 def updates(folder: Path, zero: int, device: torch.device) -> dict:
     """What each stage makes of the same weights and data: vectors of weights, and numbers that were logged."""
     cfg, found = configuration(ranks.world(), zero), {}
-    for stage, train in (("sft", sft.train), ("reward", reward.train)):
+    for stage, train in (("sft", sft.train), ("reward", reward.train), ("dpo", dpo.train)):
         work = folder / f"{stage}-{ranks.world()}x{zero}"
         work.mkdir(exist_ok=True)
         step = inputs(folder, stage, work)
