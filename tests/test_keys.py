@@ -13,7 +13,7 @@ from runner.door import _bare
 from runner.errors import UserError
 from runner.plan import plan
 
-ALL = {"sft", "reward", "ppo"}
+ALL = {"sft", "reward", "dpo", "ppo"}
 
 # The steps whose own facts a key belongs to; of a block and a key in it, the longer name counts
 KEYED = {
@@ -21,7 +21,7 @@ KEYED = {
     "model": ALL,
     "model.tokenizer_vocab": {"reward"},  # a pretrained actor brings its tokenizer along
     "model.actor": {"sft"},
-    "model.actor.lora": {"sft", "ppo"},
+    "model.actor.lora": {"sft", "dpo", "ppo"},
     "model.reward": {"reward"},
     "model.reward.lora": {"reward", "ppo"},
     "dataset": ALL,
@@ -29,6 +29,7 @@ KEYED = {
     "rollout": {"ppo"},
     "sft": {"sft"},
     "reward": {"reward"},
+    "dpo": {"dpo"},
     "ppo": {"ppo"},
 }
 
@@ -56,7 +57,7 @@ UNKEYED = {
     "dataset.path": "read by interpolation: it stands in the sources, and counts by its content",
     "dataset.fields": "read by interpolation: they stand in the sources",
     **{f"{stage}.eval_every": "evaluations draw no random number of training, and change no weight" for stage in ALL},
-    **{f"{stage}.eval_examples": "likewise" for stage in ("sft", "reward")},
+    **{f"{stage}.eval_examples": "likewise" for stage in ("sft", "reward", "dpo")},
     "ppo.eval_prompts": "likewise: ppo.calibration_prompts are counted apart (tests/test_checkpoint.py)",
 }
 
@@ -69,6 +70,7 @@ OTHER = {
     "lr_schedule": "linear",
     "betas": [0.5, 0.5],
     "kl_estimator": "k2",
+    "label_smoothing": 0.1,
     "engine": "hf",
     "family": "bloom",
     "attention": "eager",
@@ -88,7 +90,9 @@ def cfg(tmp_path_factory) -> Config:
     made = configured("model.actor.init=pretrained", "model.actor.path=facebook/opt-125m", "ppo.ptx_coef=0.5")
     sources = dict(made.dataset.sources) | {"mine": plain_source(str(folder / "mine.jsonl"), False)}
     texts = {"sft_only": [str(folder / "more.jsonl")], "pretrain": [str(folder / "text.jsonl")]}
-    return replace(made, store=str(folder / "store"), dataset=replace(made.dataset, sources=sources, **texts))
+    return replace(
+        made, store=str(folder / "store"), dpo=configured("stage=dpo").dpo, dataset=replace(made.dataset, sources=sources, **texts)
+    )
 
 
 def leaves(block, prefix: str = "") -> Iterator[tuple[str, object, Field]]:
@@ -127,7 +131,8 @@ def put(block, key: str, value: object):
 
 
 def own_facts(cfg: Config) -> dict[str, dict]:
-    return {step.stage: {k: v for k, v in step.facts.items() if k != "parents"} for step in plan(cfg)}
+    steps = [step for stage in ("dpo", "ppo") for step in plan(replace(cfg, stage=stage))]
+    return {step.stage: {k: v for k, v in step.facts.items() if k != "parents"} for step in steps}
 
 
 def longest(key: str, table: dict):

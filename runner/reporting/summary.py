@@ -216,7 +216,7 @@ def sft_sections(t: Trained) -> list[Section]:
 
 def reward_sections(t: Trained) -> list[Section]:
     below = "Choosing the longer answer does better: PPO against this reward model teaches length."
-    return [pair_section("Reward model", "reward model", t, pair_notes(t.result, below))]
+    return [pair_section("Reward model", "reward model", t, [*pair_notes(t.result, below), *calibration_notes(t.result)])]
 
 
 def dpo_sections(t: Trained) -> list[Section]:
@@ -259,7 +259,11 @@ def pair_notes(r: dict, below: str) -> list[str]:
         # Two standard errors of the difference: the baseline, too, is known from these pairs only
         lead, doubt = accuracy - baseline, 2 * math.sqrt((accuracy * (1 - accuracy) + baseline * (1 - baseline)) / pairs)
         notes.append("It beats choosing the longer answer." if lead > doubt else below if lead < -doubt else inside)
-    bins = [b for b in r.get("calibration") or () if b["n"]]
+    return notes
+
+
+def calibration_notes(r: dict) -> list[str]:
+    notes, bins = [], [b for b in r.get("calibration") or () if b["n"]]
     total = sum(b["n"] for b in bins)
     if total >= CALIBRATION_PAIRS:
         surest = max(bins, key=lambda b: b["confidence"])
