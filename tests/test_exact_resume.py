@@ -16,6 +16,7 @@ from workers import update
 
 from runner.config import Config, Lora
 from runner.metrics import CLOCK, RunLog
+from runner.rollout import collect
 from runner.stages import dpo, ppo, reward, sft
 from runner.watch import stop
 
@@ -90,6 +91,7 @@ class Stopper:
 @pytest.mark.parametrize("stage, zero, adapters, patience", KINDS)
 def test_stopping_again_and_again_changes_nothing(stage, zero, adapters, patience, folder, alone, tmp_path, monkeypatch):
     cfg = configuration(zero, adapters)
+    monkeypatch.setattr(collect, "WAVE", 4)  # two waves of four batches of one
     monkeypatch.setattr(stop, "asked", lambda: None)
     run(cfg, stage, folder, tmp_path / "straight", alone)
 
