@@ -4,6 +4,7 @@ Imports neither torch nor transformers, so that --help, --cfg, completion and dr
 in worker processes (runner/worker.py). README.md tells what to type.
 """
 
+import logging
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from runner.checks.flags import sweeps
 from runner.door import load
 from runner.durable.resume import refuse
 from runner.errors import UserError
@@ -52,10 +54,9 @@ def main(composed: DictConfig) -> None:
         tell(str(stopped))
         sys.exit(stop.RESUME_ME)
     except BrokenPipeError:
-        # `run.py dry_run=true | head`: who read us has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say_no_more()
     finally:
-        if HydraConfig.get().mode == RunMode.RUN:
+        if HydraConfig.get().mode == RunMode.RUN or composed.get("dry_run") is True:
             remove_unused(Path(HydraConfig.get().runtime.output_dir))
 
 
@@ -67,9 +68,6 @@ def run(composed: DictConfig) -> None:
 
     cfg = load(composed)
     stop.limit(cfg.time_limit_seconds)
-    sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweeps and cfg.resume == "force":
-        raise UserError("resume=force goes on from what was worked at last, which in a sweep may be any job's: force one run at a time")
     steps = plan(cfg)
     show(cfg, steps)
     if cfg.dry_run:
@@ -77,7 +75,7 @@ def run(composed: DictConfig) -> None:
         return show_details(cfg, steps)
     refuse_the_impossible(cfg, [step.stage for step in steps if not step.done])
     interrupted = next((step for step in steps if step.earlier), None)
-    if interrupted and cfg.resume == "auto" and not sweeps:
+    if interrupted and cfg.resume == "auto" and HydraConfig.get().mode == RunMode.RUN:
         refuse(interrupted.stage, interrupted.earlier)
 
     from runner.launch import launch
@@ -101,10 +99,9 @@ def tell(text: str) -> None:
         print(f"\n{text}", file=sys.stderr, flush=True)
 
 
-def elsewhere() -> str:
-    """The override that moves the folder of this command."""
-    sweeps = any(a in ("-m", "--multirun") or a.startswith(("sweep=", "hydra.mode=")) for a in sys.argv)
-    return "hydra.sweep.dir=/a/folder/of/yours" if sweeps else "hydra.run.dir=/a/folder/of/yours"
+def say_no_more() -> None:
+    """`run.py dry_run=true | head`: who read us has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Told(Exception):
@@ -113,6 +110,7 @@ class Told(Exception):
 
 if __name__ == "__main__":
     stop.listen()
+    logging.raiseExceptions = False  # --info goes through logging, which would print a traceback for each line that nobody reads
     try:
         sys.argv[1:] = check_overrides(sys.argv[1:], CONF)
     except UserError as error:
@@ -121,6 +119,9 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # of --help, --cfg or --info, which Hydra prints
+        say_no_more()
     except KeyboardInterrupt as interrupt:
         sys.exit(interrupt.args[0] if interrupt.args else 128 + 2)
     except Told:
@@ -133,6 +134,5 @@ if __name__ == "__main__":
         # Before it calls us, Hydra makes the folder of this command
         if WANTS_TRACEBACK or "debug=true" in sys.argv or entered:
             raise
-        sys.exit(
-            f"error: {error.filename} cannot be made here ({error.strerror}): call run.py from a folder of yours, or type {elsewhere()}"
-        )
+        folder = f"hydra.{'sweep' if sweeps(sys.argv) else 'run'}.dir=/a/folder/of/yours"
+        sys.exit(f"error: {error.filename} cannot be made here ({error.strerror}): call run.py from a folder of yours, or type {folder}")

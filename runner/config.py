@@ -33,11 +33,11 @@ def check_name(name: str) -> None:
     check(bool(plain), f"name={name!r} names a folder under runs/: type letters, digits, '-', '_' and '.', at most 100, and no slash")
 
 
-def check_least(block: object, least: float, *names: str) -> None:
-    """Fields of a block that must be `least` or more; null passes."""
+def check_least(block: object, least: float, *names: str, where: str = "") -> None:
+    """Fields of a block, which stands at `where` or at the name of its class, that must be `least` or more; null passes."""
     for name in names:
         value = getattr(block, name)
-        check(value is None or value >= least, f"{type(block).__name__.lower()}.{name}={value} must be {least:g} or more")
+        check(value is None or value >= least, f"{where or type(block).__name__.lower()}.{name}={value} must be {least:g} or more")
 
 
 def check_above(block: object, bound: float, *names: str) -> None:
@@ -47,11 +47,11 @@ def check_above(block: object, bound: float, *names: str) -> None:
         check(value is None or value > bound, f"{type(block).__name__.lower()}.{name}={value} must be above {bound:g}")
 
 
-def check_share(block: object, *names: str) -> None:
-    """Fields of a block that must lie in [0, 1); null passes."""
+def check_share(block: object, *names: str, where: str = "") -> None:
+    """The same for fields that must lie in [0, 1)."""
     for name in names:
         value = getattr(block, name)
-        check(value is None or 0 <= value < 1, f"{type(block).__name__.lower()}.{name}={value} must be 0 or more, and below 1")
+        check(value is None or 0 <= value < 1, f"{where or type(block).__name__.lower()}.{name}={value} must be 0 or more, and below 1")
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -65,10 +65,6 @@ class Lora:
     lr: float
     targets: List[str]
     train_rest: bool
-
-    def __post_init__(self):
-        check_least(self, 0, "dim", "alpha", "lr")
-        check_share(self, "dropout")
 
 
 # Keys of a shape that are sizes, in all families
@@ -135,6 +131,8 @@ class Model:
         check(self.max_prompt_tokens >= 1, f"model.max_prompt_tokens={self.max_prompt_tokens} must be at least 1")
         check(self.max_response_tokens >= 2, f"model.max_response_tokens={self.max_response_tokens} must be at least 2: a token and EOS")
         for part in ("actor", "reward"):
+            check_least(getattr(self, part).lora, 0, "dim", "alpha", "lr", where=f"model.{part}.lora")
+            check_share(getattr(self, part).lora, "dropout", where=f"model.{part}.lora")
             for name, size in getattr(self, part).shape.items():
                 whole = size is None or (type(size) is int and size > 0)
                 check(name not in SIZES or whole, f"model.{part}.shape.{name}={size} must be a whole number of 1 or more")
@@ -152,18 +150,16 @@ class Model:
 
 @dataclass
 class Source:
-    path: str
-    adapter: str
-    subset: Optional[str]
-    revision: Optional[str]
-    split: str
-    fields: Dict[str, str]
-    weight: float
-    sft_only: bool
+    """The only block with values here: its name is the user's, so that no preset can give it any. A path is enough."""
 
-    def __post_init__(self):
-        check(self.weight > 0, f"weight={self.weight} of {self.path} must be above 0; leave the source out instead")
-        check(self.weight <= 1000, f"weight={self.weight} of {self.path} repeats its rows as often: type 1000 or less")
+    path: str
+    adapter: str = "fields"
+    subset: Optional[str] = None
+    revision: Optional[str] = None
+    split: str = "train"
+    fields: Dict[str, str] = field(default_factory=dict)
+    weight: float = 1.0
+    sft_only: bool = False
 
 
 @dataclass
@@ -195,6 +191,10 @@ class Dataset:
         check_choice("dataset.on_bad_row", self.on_bad_row, ("error", "skip"))
         check(0 < self.holdout < 1, f"dataset.holdout={self.holdout} must be between 0 and 1: it is the share kept for evaluation")
         check(bool(self.sources), "dataset.sources is empty: name at least one source of prompts")
+        for name, source in self.sources.items():
+            where = f"dataset.sources.{name}.weight={source.weight}"
+            check(source.weight > 0, f"{where} must be above 0: type ~dataset.sources.{name} to leave the source out")
+            check(source.weight <= 1000, f"{where} repeats its rows as often: type 1000 or less")
         check(self.path is None or bool(self.path.strip()), "dataset.path is empty: type dataset.path=/data/pairs.jsonl")
         check_least(self, 0, "toy_rows")
         check(self.max_rows is None or self.max_rows > 0, f"dataset.max_rows={self.max_rows} must be null or above 0")

@@ -1,5 +1,6 @@
 """The door: the only way from composed YAML to a Config, so that a wrong key, type or value dies before anything is started."""
 
+import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any, Dict, List
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from runner.checks import secrets
 from runner.config import PARENTS, STAGES, Config, Source
@@ -34,12 +35,13 @@ def load(composed: DictConfig | str | Path) -> Config:
             if chosen in STAGES and stage not in (chosen, *PARENTS[chosen]):
                 values.pop(stage, None)
         check_kinds(values)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+        whole = OmegaConf.merge(OmegaConf.structured(Config), values)
+        if missing := sorted(OmegaConf.missing_keys(whole)):
+            raise UserError(f"{' and '.join(missing)} {'has' if len(missing) == 1 else 'have'} no value: type {missing[0]}=...")
+        return OmegaConf.to_object(whole)
     except ConfigKeyError as error:
         key = error.full_key or str(error.key)
-        raise UserError(f"unknown key {key}{did_you_mean(key, known_keys())}") from error
-    except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} has no value: type {error.full_key}=...") from error
+        raise UserError(unknown(key)) from error
     except OmegaConfBaseException as error:
         what = str(error).splitlines()[0]
         if wrong := re.fullmatch(r"Value '(.*)' (?:of type '.*' could not be converted to|is not a valid) (\w+).*", what):
@@ -64,7 +66,7 @@ def expand_home(node: Any, key: str = "") -> Any:
 
 def check_kinds(values: dict, node: type = Config, prefix: str = "") -> None:
     """Raise UserError, with what to type, for a value of another kind than its key's: null, a list for a block, infinity."""
-    for f in fields(node):
+    for f in sorted(fields(node), key=lambda f: f.name == "sources"):  # they repeat dataset.fields, whose key is the shorter one
         if f.name not in values:
             continue
         key, value, kind = prefix + f.name, values[f.name], _bare(f.type)
@@ -87,6 +89,9 @@ def _check_kind(key: str, value: object, kind: type) -> None:
         raise UserError(f"{key}={shown}: {key} is a block of keys ({', '.join(names)}): {hint}")
     if str(kind).startswith("typing.Dict") and not isinstance(value, dict):
         raise UserError(f"{key}={shown} must be a mapping: type {key}='{{name: value}}'")
+    if kind == Dict[str, str]:
+        for name, text in value.items():
+            _check_kind(f"{key}.{name}", text, str)
     if str(kind).startswith("typing.List"):
         if not isinstance(value, list):
             raise UserError(f"{key}={shown} must be a list: type {key}=[{'...' if value is None else value}]")
@@ -148,6 +153,16 @@ def known_keys(node: type = Config, prefix: str = "") -> List[str]:
         elif str(kind).startswith("typing.Dict"):
             keys.append(key + ".*")
     return keys
+
+
+def unknown(key: str) -> str:
+    """What to say of a key that is in no schema: the one it resembles, or the few that its block has."""
+    block, _, leaf = key.rpartition(".")
+    beside = [name.removeprefix(f"{block}.") for name in known_keys() if name.startswith(f"{block}.")]
+    beside = [name for name in beside if "." not in name and name != "*"]
+    if 0 < len(beside) <= 8 and not difflib.get_close_matches(leaf, beside, n=1):
+        return f"unknown key {key}; there are {', '.join(beside)}"
+    return f"unknown key {key}{did_you_mean(key, known_keys())}"
 
 
 def _bare(kind):

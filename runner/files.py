@@ -32,7 +32,7 @@ def put_in_place(work: Path, folder: Path) -> None:
 
 def remove_unused(run_dir: Path) -> None:
     """Delete the folder that Hydra has made for a command, and parents of it under this folder, where nothing came of the command."""
-    if not {path.name for path in run_dir.glob("*")} <= {".hydra", "run.log"}:
+    if not run_dir.is_dir() or not {path.name for path in run_dir.glob("*")} <= {".hydra", "run.log", "multirun.yaml"}:
         return
     shutil.rmtree(run_dir, ignore_errors=True)
     for parent in run_dir.parents:

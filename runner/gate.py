@@ -17,8 +17,10 @@ from runner.errors import UserError
 
 class Gate(Callback):
     def on_run_start(self, config: DictConfig, **kwargs) -> None:
-        """End the command when a secret would be saved, or the name of the run leads out of runs/."""
+        """End the command when a secret would be saved, the name of the run leads out of runs/, or paths would count from elsewhere."""
         try:
+            if config.hydra.job.chdir:
+                raise UserError("hydra.job.chdir=true: store and dataset.path count from the folder that you are in. Leave it out")
             secrets.refuse_in_config(OmegaConf.to_container(config))
             with suppress(OmegaConfBaseException):  # an unknown interpolation is reported by those who need its value
                 secrets.refuse_in_config({"name": config.name})
@@ -26,4 +28,8 @@ class Gate(Callback):
         except (UserError, ValueError) as error:
             sys.exit(f"error: {error}")  # Hydra makes warnings of all exceptions but this one
 
-    on_multirun_start = on_run_start
+    def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
+        """The same for a sweep, and end it when no job could know which checkpoint is its own."""
+        if config.resume == "force":
+            sys.exit("error: resume=force goes on from what was worked at last, which in a sweep may be any job's: force one run at a time")
+        self.on_run_start(config)

@@ -2,20 +2,25 @@
 
 import importlib.metadata
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from runner.checks import secrets
+from runner.checks.flags import completes, flags_and_overrides, sweeps
+from runner.checks.paths import SUFFIXES, is_local
+from runner.checks.presets import check_preset
 from runner.config import STAGES, check_name
-from runner.door import broken_yaml, known_keys, read_yaml
+from runner.door import broken_yaml, known_keys, read_yaml, unknown
 from runner.errors import UserError, did_you_mean
 
-# Options of Hydra that take the next word
-TAKES_A_WORD = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir", "-i", "--info")
-LAUNCHERS = {"joblib": "hydra-joblib-launcher", "submitit": "hydra-submitit-launcher"}
+LAUNCHERS = {"joblib": "hydra-joblib-launcher"}
+LAUNCHERS |= dict.fromkeys(("submitit_local", "submitit_slurm"), "hydra-submitit-launcher")
 
 
 def check_overrides(argv: list[str], conf: Path) -> list[str]:
@@ -25,67 +30,82 @@ def check_overrides(argv: list[str], conf: Path) -> list[str]:
     """
     secrets.refuse_in_overrides(argv)
     groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in conf.iterdir() if p.is_dir()}
-    chosen = _chosen_stage(argv, conf)
-    sweeps = any(a in ("-m", "--multirun") or a.startswith(("sweep=", "hydra.mode=")) for a in argv)
+    flags, words = flags_and_overrides(argv, [*known_keys(), *groups])
+    if completes(flags, words):
+        return [*flags, *words]
+    chosen = _chosen_stage(words, conf)
     parser = OverridesParser.create()
-    checked = []
-    for before, argument, after in zip(["", *argv], argv, [*argv[1:], ""], strict=False):
-        if not argument.startswith("-") and before not in TAKES_A_WORD:
-            if "=" not in argument[1:] and not argument.startswith("~"):
-                raise UserError(_no_override(before, argument, after, [*known_keys(), *groups]))
-            override = _parse(parser, argument)
-            _check_sweep(override, sweeps)
-            _check_names(override)
-            argument = _check_key(argument, override, groups, chosen, conf)
-        checked.append(argument)
-    return checked
+    checked, given = [], {}
+    for argument, after in zip(words, [*words[1:], ""], strict=False):
+        if "=" not in argument[1:] and not argument.startswith("~"):
+            raise UserError(_no_override(argument, after, [*known_keys(), *groups]))
+        override = _parse(parser, argument)
+        _check_sweep(override, sweeps(argv))
+        _check_names(override)
+        checked.append(_check_key(argument, override, groups, chosen, conf))
+        given.setdefault(override.key_or_group, []).append(argument)
+    _tell_repeated(given)
+    return [*flags, *checked]
 
 
-def _no_override(before: str, argument: str, after: str, known: list[str]) -> str:
-    """What to type in place of a word without =, from the words around it."""
+def _no_override(argument: str, after: str, known: list[str]) -> str:
+    """What to type in place of a word without =, from the word behind it."""
     if argument == "help":
         return "'help' is no override: python run.py --help explains, and --cfg job prints all keys"
-    if before.startswith("--") and "=" not in before:
-        return f"{before} {argument}: overrides have no dashes. Type {before.lstrip('-')}={argument}"
     if argument in known:
         return f"{argument!r} has no value: type {argument}={'...' if '=' in after or not after else after}"
     return f"{argument!r} is no override: type key=value{did_you_mean(argument.strip('='), known)}"
+
+
+def _tell_repeated(given: dict[str, list[str]]) -> None:
+    """A key that stands twice may be a slip, or a script that puts its own in front of its caller's. Mappings are laid over each other."""
+    for key, arguments in given.items():
+        if len(arguments) > 1 and "={" not in arguments[-1]:
+            print(f"note: {key} is given {len(arguments)} times; the last one counts: {arguments[-1]}", file=sys.stderr)
 
 
 def _parse(parser: OverridesParser, argument: str):
     try:
         return parser.parse_override(argument)
     except HydraException as error:
-        raise UserError(f"cannot read {argument} ({str(error).splitlines()[0]}). {_quoting(argument)}") from error
+        key, _, value = argument.partition("=")
+        if key == "name":
+            _check_name(value)
+        raise UserError(f"cannot read {argument} ({str(error).splitlines()[0]}). {_quoting(key, value)}") from error
 
 
-def _quoting(argument: str) -> str:
+def _quoting(key: str, value: str) -> str:
     """How to type a value that Hydra, or the shell before it, has misread."""
-    key, _, value = argument.partition("=")
-    if value.startswith("{"):
+    takes_names = any(name.startswith(f"{key.lstrip('+')}.") for name in known_keys())
+    if value.startswith("{") and takes_names:
         return f"A mapping with spaces wants quotes around it: {key}='{{name: value, other: value}}'"
     if value.startswith("["):
         return f"A list is closed by ], and with spaces it wants quotes around it: {key}='[one, two]'"
-    return f"Brackets, spaces, commas, = and letters beyond a to z in a value want quotes: '{key}=\"{value}\"'"
+    quoted = shlex.quote(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
+    return f"Brackets, braces, quotes, spaces, commas, = and letters beyond a to z in a value want quotes: {quoted}"
 
 
 def _check_sweep(override, sweeps: bool) -> None:
     if override.is_sweep_override() and not sweeps:
         raise UserError(f"{override.input_line} names several values: type -m for a sweep, or quote the comma: 'key=\"a,b\"'")
+    if override.is_sweep_override() and override.key_or_group == "resume":
+        raise UserError(f"{override.input_line}: all jobs of a sweep begin alike. Type resume=new, or leave it out")
 
 
 def _check_names(override) -> None:
     """The names of a sweep's jobs: Hydra makes their folders before anything else looks at them."""
-    if override.key_or_group != "name":
+    if override.key_or_group == "name" and not override.is_delete():
+        for name in override.sweep_string_iterator() if override.is_discrete_sweep() else [str(override.value())]:
+            _check_name(name.strip("'\""))
+
+
+def _check_name(value: str) -> None:
+    if "${" in value:  # known only when all is composed: runner/gate.py looks again
         return
-    names = override.sweep_string_iterator() if override.is_discrete_sweep() else [str(override.value())]
-    for name in names:
-        if "${" in name:  # known only when all is composed: runner/gate.py looks again
-            continue
-        try:
-            check_name(name.strip("'\""))
-        except ValueError as error:
-            raise UserError(str(error)) from error
+    try:
+        check_name(value)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: str, conf: Path) -> str:
@@ -95,13 +115,17 @@ def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: st
         _check_launcher(value)
     if key.startswith(("hydra.", "hydra/")):
         return argument
+    if override.is_delete():
+        _check_deletion(argument, key, known)
+        return argument
     if key in groups:
         if argument.startswith("+"):
             raise UserError(f"{argument}: there is one already, or a place for it. Type {argument.lstrip('+')}")
         _check_options(key, value, groups[key])
+        for option in _options(value):
+            check_preset(key, option, conf)
         return argument
-    if not _is_known(key, known):
-        raise UserError(f"unknown key {key}{did_you_mean(key, known)}. `python run.py --cfg job` prints all keys")
+    _refuse_unknown(key, override.value(), known)
     if value.startswith("[") and any(name.startswith(f"{key}.") for name in known):
         raise UserError(f"{argument}: {key} is a mapping of names to values: type {key}='{{name: value}}'")
     block = key.split(".")[0]
@@ -111,8 +135,26 @@ def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: st
     return f"++{argument}" if adds and argument.startswith(key) else argument
 
 
+def _check_deletion(argument: str, key: str, known: list[str]) -> None:
+    """A source can be left out, and what lies in a free mapping. Everything else has to have a value."""
+    if key != "hydra" and not _is_known(key, known):
+        raise UserError(f"{argument}: {unknown(key)}")
+    if not _is_free(key, known) and not _fits(["dataset", "sources", "*"], key.split(".")):
+        most = "Only a source (~dataset.sources.shp) or a name of your own in a mapping can be"
+        raise UserError(f"{key} cannot be deleted: leave out {argument}. {most}")
+
+
+def _refuse_unknown(key: str, value: object, known: list[str]) -> None:
+    """Also the names inside a mapping that is given as one value."""
+    if not _is_known(key, known):
+        raise UserError(f"{unknown(key)}. `python run.py --cfg job` prints all keys")
+    for name, inside in value.items() if isinstance(value, dict) else ():
+        if any(_fits(other.split(".")[:-1], key.split(".")) for other in known):
+            _refuse_unknown(f"{key}.{name}", inside, known)
+
+
 def _check_launcher(name: str) -> None:
-    package = next((package for prefix, package in LAUNCHERS.items() if name.startswith(prefix)), None)
+    package = LAUNCHERS.get(name)
     if package and not any(importlib.metadata.distributions(name=package)):
         raise UserError(f"hydra/launcher={name} is not installed: type .venv/bin/pip install -c constraints.txt -e '.[sweep]'")
 
@@ -122,10 +164,23 @@ def _check_options(group: str, value: str, options: list[str]) -> None:
         raise UserError(
             f"{group}={value}: one {group} at a time. Type {group}=..., or -m {group}={value.strip('[]')} for one after the other"
         )
-    for option in value.strip("[]'\"").split(","):
+    for option in _options(value):
         absent = option == "null" and group in ("experiment", "sweep")
-        if not absent and option.strip() not in options and "(" not in value:
-            raise UserError(f"{group}={option} does not exist{did_you_mean(option, options)}. There are: {', '.join(options)}")
+        if not absent and option not in options and "(" not in value:
+            raise UserError(_no_preset(group, option, options))
+
+
+def _options(value: str) -> list[str]:
+    return [option.strip() for option in value.strip("[]'\"").split(",")]
+
+
+def _no_preset(group: str, option: str, options: list[str]) -> str:
+    """What to type in place of an option that does not exist: a preset, or for the path of a file the key that takes paths."""
+    if group == "dataset" and ("/" in option or option.endswith(SUFFIXES)):
+        return f"{group}={option} names no preset: type dataset={'jsonl' if is_local(option) else 'hub'} dataset.path={option}"
+    if group == "model" and "/" in option:
+        return f"{group}={option} names no preset: type model.actor.path={option} beside the preset of its size, model=opt1.3b say"
+    return f"{group}={option} does not exist{did_you_mean(option, options)}. There are: {', '.join(options)}"
 
 
 def _is_known(key: str, known: list[str]) -> bool:
@@ -167,10 +222,19 @@ def in_words(error: Exception) -> str:
     """What Hydra or OmegaConf has to say, without the hint to add a `+`: it would add a key that nothing reads."""
     if isinstance(error, yaml.YAMLError):
         return broken_yaml(error)
-    found = re.search(r"Could not override '(.+?)'", str(error))
-    if not found:
-        return re.split(r"\n\s*full_key:|\n\s*Config search path:", str(error))[0].rstrip()
-    key = found[1]
+    said = str(error)
+    if found := re.search(r"Could not override '(.+?)'", said):
+        return _not_there(found[1])
+    if found := re.search(r"Error merging override (~\S+)", said):
+        return f"{found[1].lstrip('~')} cannot be deleted: leave out {found[1]}"
+    if found := re.search(r"Could not find '(hydra/\w+)/(.+?)'\n+Available options in .*:\n((?:\t.*\n?)+)", said):
+        return _no_preset(found[1], found[2], [*found[3].split(), *(LAUNCHERS if found[1] == "hydra/launcher" else ())])
+    if "does not support sweep type" in said:
+        return "an interval has no end of values: name those to try, as in -m sft.lr=1e-3,2e-3 or -m seed='range(1,4)'"
+    return re.split(r"\n\s*full_key:|\n\s*Config search path:", said)[0].rstrip()
+
+
+def _not_there(key: str) -> str:
     if key.startswith(("dataset.path", "dataset.fields")):
         return f"{key}: the chosen data set names its own source. Type dataset=jsonl (a file) or dataset=hub beside it"
     return f"{key} is not there to be changed in what you chose. The same command with --cfg all shows what is"

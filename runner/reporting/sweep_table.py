@@ -15,6 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from runner.files import remove_unused
 from runner.reporting.report import Section, duration, markdown, num, pct, print_sections, short
 from runner.reporting.summary import override_key
 
@@ -37,7 +38,9 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
         atexit.unregister(self.on_multirun_end)
-        if not OmegaConf.select(config, "dry_run"):
+        if OmegaConf.select(config, "dry_run"):
+            remove_unused(Path(config.hydra.sweep.dir).absolute())
+        else:
             show_sweep(Path(config.hydra.sweep.dir))
 
 

@@ -1,0 +1,166 @@
+"""The command line before Hydra reads it: options wherever they stand, overrides, and presets of one's own."""
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from runner.errors import UserError
+from runner.suggest import check_overrides
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def refusal(words: str, conf: Path = CONF) -> str:
+    with pytest.raises(UserError) as caught:
+        check_overrides(shlex.split(words), conf)
+    return str(caught.value)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, checked",
+    [
+        ("model=tiny -m seed=1,2 dry_run=true", "-m model=tiny seed=1,2 dry_run=true"),
+        ("seed=1 --cfg job stage=sft -p sft", "--cfg=job -p=sft seed=1 stage=sft"),
+        ("seed=1 --info stage=sft", "--info=all seed=1 stage=sft"),
+        ("--cfg=job --resolve seed=1", "--cfg=job --resolve seed=1"),
+        ("-sc install=bash", "-sc install=bash"),  # Hydra's own words, no keys
+        ("query=fish --shell-completion", "--shell-completion query=fish"),
+    ],
+)
+def test_options_go_to_the_front_with_their_words(words, checked):
+    assert check_overrides(words.split(), CONF) == checked.split()
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("--dry_run", "--dry_run: overrides have no dashes. Type dry_run=true"),
+        ("--dry-run model=tiny", "Type dry_run=true"),
+        ("--seed=3", "--seed: overrides have no dashes. Type seed=3"),
+        ("--seed -m", "Type seed=..."),
+        ("--ppo.kl_coef 0.1", "Type ppo.kl_coef=0.1"),
+        ("--multi seed=1,2", "--multi is no option (did you mean --multirun?)"),
+        ("--cfg", "type --cfg job"),
+        ("--cfg model=tiny", "--cfg wants job or hydra or all: type --cfg job"),
+        ("--config-name", "type --config-name ..."),
+        ("--resolve", "type --cfg job --resolve"),
+        ("-m --cfg job", "-m and --cfg exclude each other"),
+        ("-sc", 'type eval "$(python run.py -sc install=bash)"'),
+    ],
+)
+def test_what_is_wrong_with_an_option(words, says):
+    assert says in refusal(words)
+
+
+# --- overrides --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["hardware", "stage", "experiment", "hydra", "checkpoint", "model.reward", "seed", "dataset.path"])
+def test_what_must_have_a_value_is_not_deleted(key):
+    assert f"{key} cannot be deleted: leave out ~{key}" in refusal(f"~{key}")
+
+
+def test_sources_and_free_names_are_deleted():
+    words = ["dataset=deepspeed_chat", "~dataset.sources.shp", "~hardware.deepspeed.x", "~hydra.callbacks.sweep_table"]
+    assert check_overrides(words, CONF) == words
+    assert "unknown key seeed (did you mean seed?)" in refusal("~seeed")
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("dataset=/tmp/x/pairs.jsonl", "type dataset=jsonl dataset.path=/tmp/x/pairs.jsonl"),
+        ("dataset=pairs.jsonl", "type dataset=jsonl dataset.path=pairs.jsonl"),
+        ("dataset=user/name", "type dataset=hub dataset.path=user/name"),
+        ("model=/models/my-opt", "type model.actor.path=/models/my-opt beside the preset of its size"),
+    ],
+)
+def test_a_path_in_place_of_a_preset_gets_the_key_that_takes_paths(words, says):
+    assert says in refusal(words)
+
+
+def test_names_inside_a_mapping_are_looked_at():
+    assert "unknown key dataset.split.rm; there are sft, reward, ppo" in refusal("dataset.split='{sft: 1, rm: 2}'")
+    assert "unknown key dataset.split.rm; there are sft, reward, ppo" in refusal("dataset.split.rm=2")
+    assert "did you mean hardware.zero.actor?" in refusal("hardware.zero='{actr: 2}'")
+    assert "unknown key dataset.sources.a.pth" in refusal("dataset.sources='{a: {pth: x}}'")
+    free = ["hardware.deepspeed={zero_optimization: {overlap_comm: false}}", "dataset.fields={prompt: question}"]
+    assert check_overrides(free, CONF) == [f"++{word}" for word in free]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["store=/ö", 'store="', "store=it's", 'hardware.launch={python} "x" y', "model.chat_template={% for %}", "store=a=b c", "store=/ö\\"],
+)
+def test_the_quotes_that_are_proposed_give_the_value_that_was_meant(override):
+    message = refusal(shlex.quote(override))
+    (proposed,) = shlex.split(message.partition(" want quotes: ")[2])
+    assert OverridesParser.create().parse_override(proposed).value() == override.partition("=")[2]
+
+
+def test_a_name_that_is_no_folder_is_not_quoted():
+    assert "names a folder under runs/" in refusal("name=ü/ö")
+    assert "want quotes: 'name=\"ü\"'" in refusal("name=ü")
+
+
+def test_a_sweep_begins_alike_in_all_jobs():
+    assert "Type resume=new, or leave it out" in refusal("-m resume=auto,force")
+
+
+def test_the_one_of_two_that_counts_is_told(capsys):
+    check_overrides(["sft.lr=1e-3", "model=tiny", "sft.lr=1e-4", "hardware.deepspeed={a: 1}", "hardware.deepspeed={b: 1}"], CONF)
+    assert capsys.readouterr().err == "note: sft.lr is given 2 times; the last one counts: sft.lr=1e-4\n"
+
+
+# --- presets of one's own ---------------------------------------------------------------------------------------------
+
+OVERRIDES = "# @package _global_\ndefaults: [{%s}]\n"
+WRONG = {
+    "sweep/own": (
+        "# @package _global_\nhydra: {sweeper: {}}",
+        "conf/sweep/own.yaml lacks hydra.mode: write mode: ",
+    ),
+    "experiment/own": ("# mine\n# @package _global_\nseed: 1\n", "conf/experiment/own.yaml: its first line must be # @package _global_"),
+    "experiment/body": ("# @package _global_\nmodel: tiny_llama\n", "Write under defaults: - override /model: tiny_llama"),
+    "experiment/added": (OVERRIDES % "model: tiny_llama", "- model: tiny_llama in its defaults must be - override /model: tiny_llama"),
+    "experiment/slash": (OVERRIDES % "override model: tiny", "- override model: tiny in its defaults must be - override /model: tiny"),
+    "experiment/other": (OVERRIDES % "override /hardware: own", "conf/hardware/own.yaml inherits nothing"),
+    "hardware/own": ("name: own\n", "conf/hardware/own.yaml inherits nothing: begin it with defaults: [base/gpu, _self_]"),
+    "dataset/own": ("defaults: [_self_]\nname: own\n", "begin it with defaults: [base/common, _self_]"),
+    "model/own": ("name: own\n", "begin it with defaults: [opt1.3b, _self_]"),
+}
+
+
+@pytest.fixture(scope="module")
+def conf(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("house") / "conf"
+    shutil.copytree(CONF, folder)
+    for name, (text, _) in WRONG.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_preset_that_hydra_would_read_otherwise_is_named(name, conf):
+    assert WRONG[name][1] in refusal(name.replace("/", "="), conf)
+
+
+def test_our_presets_pass():
+    for group in ("model", "dataset", "hardware", "experiment", "sweep"):
+        for path in (CONF / group).glob("*.yaml"):
+            assert check_overrides([f"{group}={path.stem}"], CONF)
+
+
+def test_a_source_needs_a_path_and_nothing_else():
+    from tiny import configured
+
+    source = configured("++dataset.sources.a={path: x.jsonl, weight: 0.5}").dataset.sources["a"]
+    assert (source.adapter, source.split, source.weight, source.sft_only) == ("fields", "train", 0.5, False)
+    with pytest.raises(UserError, match=r"dataset.sources.a.path and dataset.sources.b.path have no value: type dataset.sources.a.path="):
+        configured("++dataset.sources={a: {weight: 1}, b: {weight: 1}}")
