@@ -11,8 +11,6 @@ DPO (2305.18290), the N implementation details of RLHF with PPO (2403.17031), du
 "Approximating KL").
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -268,43 +266,3 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, responses: int, hori
     """Proportional controller (arXiv 1909.08593): raise the coefficient when the KL per response exceeds the target."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * responses / horizon)
-
-
-# --- schedules and statistics -----------------------------------------------------------------------------------------
-
-
-def warmup_steps(warmup: float, total: int) -> int:
-    """warmup: steps, or below 1 a share of total."""
-    return round(warmup * total) if warmup < 1 else int(warmup)
-
-
-def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: float, end: float) -> float:
-    """Learning rate of optimizer step `step` (counted from 0) out of `total`.
-
-    warmup: steps, or below 1 a share of total. end: final rate as a share of the peak, for the falling schedules.
-    """
-    warm = warmup_steps(warmup, total)
-    if schedule != "constant" and step < warm:
-        return peak * (step + 1) / warm
-    progress = min(max((step - warm) / max(1, total - warm), 0.0), 1.0)
-    if schedule.startswith("constant"):
-        share = 1.0
-    elif schedule == "linear":
-        share = 1 - progress
-    elif schedule == "polynomial":
-        share = (1 - progress) ** 2
-    else:  # cosine; with restarts: two cycles
-        if schedule == "cosine_with_restarts":
-            progress = (2 * progress) % 1.0 if progress < 1 else 1.0
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (end + (1 - end) * share) if not schedule.startswith("constant") else peak
-
-
-def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927): stays inside [0, 1] for small n."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = successes / n, z * z
-    center = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return center - half, center + half

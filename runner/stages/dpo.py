@@ -17,10 +17,11 @@ from runner.config import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pick, preference_batch, send
 from runner.durable.checkpoint import Checkpoints
-from runner.losses import dpo_loss, learning_rate, warmup_steps
+from runner.losses import dpo_loss
 from runner.metrics import RunLog
 from runner.packing import spread
 from runner.plan import engine_configs
+from runner.schedules import learning_rate, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reference, tokenizer_for
 from runner.stages.export import export

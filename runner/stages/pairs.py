@@ -1,5 +1,6 @@
 """Pairs of a chosen and a rejected response, whose scores should differ: what reward model and DPO count, log and evaluate alike."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from runner import flops, ranks
 from runner.data.batches import pick, shard, subset
-from runner.losses import wilson_interval
 from runner.metrics import RunLog
 
 # Rows of pairs, None for empty slots -> scores of the chosen (B,) and of the rejected (B,)
@@ -98,6 +98,16 @@ def pair_statistics(scored: list[tuple[float, float, int, int, str]]) -> dict:
         "accuracy_by_source": {str(s): [float(wins[sources == s].mean()), int((sources == s).sum())] for s in np.unique(sources)},
         "calibration": calibration(good - bad),
     }
+
+
+def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927): stays inside [0, 1] for small n."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = successes / n, z * z
+    center = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return center - half, center + half
 
 
 def calibration(margins: np.ndarray, bins: int = 5) -> list[dict]:

@@ -18,17 +18,7 @@ from runner.data.batches import Batches
 from runner.durable.checkpoint import Checkpoints
 from runner.ema import Ema
 from runner.errors import UserError
-from runner.losses import (
-    adapt_kl_coef,
-    explained_variance,
-    gae,
-    kl_estimate,
-    learning_rate,
-    masked_mean,
-    token_rewards,
-    warmup_steps,
-    whiten,
-)
+from runner.losses import adapt_kl_coef, explained_variance, gae, kl_estimate, masked_mean, token_rewards, whiten
 from runner.metrics import RunLog
 from runner.models import save_adapter, save_model
 from runner.plan import engine_configs
@@ -37,6 +27,7 @@ from runner.rollout.collect import Models, Reader, collect
 from runner.rollout.forms import side_by_side
 from runner.rollout.record import CPU, Rollout
 from runner.rollout.stops import stop_at_strings
+from runner.schedules import learning_rate, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reference, load_reward, tokenizer_for
 from runner.stages.heldout import HeldOut, paired

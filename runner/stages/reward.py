@@ -11,9 +11,10 @@ from runner.config import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pair_batch, pick, send
 from runner.durable.checkpoint import Checkpoints
-from runner.losses import learning_rate, pairwise_loss, warmup_steps
+from runner.losses import pairwise_loss
 from runner.metrics import RunLog
 from runner.plan import engine_configs
+from runner.schedules import learning_rate, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_reward, tokenizer_for
 from runner.stages.export import export

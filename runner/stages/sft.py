@@ -12,9 +12,10 @@ from runner.config import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, loss_weights, pick, send, sft_batch, shard, subset
 from runner.durable.checkpoint import Checkpoints
-from runner.losses import learning_rate, sft_loss, warmup_steps
+from runner.losses import sft_loss
 from runner.metrics import RunLog
 from runner.plan import engine_configs
+from runner.schedules import learning_rate, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, tokenizer_for
 from runner.stages.export import export

@@ -1,0 +1,22 @@
+"""What is said of held-out pairs."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner.stages.pairs import wilson_interval
+
+
+def test_wilson_interval():
+    # z^2 = 3.8416: center (0.8 + 0.19208) / 1.38416 = 0.716738, half 1.96 / 1.38416 * sqrt(0.016 + 0.009604) = 0.226578
+    assert wilson_interval(8, 10) == pytest.approx((0.490159, 0.943316), abs=2e-5)
+    # center 1.19208 / 1.38416 = 0.861230, half 1.416021 * 0.098 = 0.138770
+    assert wilson_interval(10, 10) == pytest.approx((0.722460, 1.0), abs=2e-5)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(st.integers(1, 2000), st.floats(0, 1))
+def test_wilson_interval_holds_the_share_and_stays_inside(n, share):
+    low, high = wilson_interval(share * n, n)
+    assert -1e-12 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1 + 1e-12
