@@ -255,6 +255,7 @@ class Hardware:
     memory_gb: float
     tflops: float
     bandwidth_gb_s: float
+    link_gb_s: float
     price_per_hour: float
     launch: str
     hostfile: str
@@ -273,7 +274,7 @@ class Hardware:
         check_choice("hardware.precision", self.precision, ("fp32", "bf16", "fp16"))
         check(self.accelerator == "cuda" or self.precision != "fp16", "hardware.precision=fp16 does not run on a CPU: use fp32 or bf16")
         check_above(self, 0, "timeout_minutes", "memory_gb")
-        check_least(self, 0, "tflops", "bandwidth_gb_s", "price_per_hour", "logits_chunk")
+        check_least(self, 0, "tflops", "bandwidth_gb_s", "link_gb_s", "price_per_hour", "logits_chunk")
         check(self.nodes >= 1 and self.gpus >= 1, f"hardware.nodes={self.nodes} and hardware.gpus={self.gpus} must be at least 1")
         check(
             not self.offload.optimizer or min(self.zero.actor, self.zero.critic) > 0,

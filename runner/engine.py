@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from runner.models import parameter_groups
+from runner.rollout.sizes import fits_whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -171,11 +172,11 @@ def whole_weights(engine):
 
 
 def _fits_whole(engine) -> bool:
-    """Whether all parameters fit into the device's memory at once, on every rank, and leave half of it to the cache."""
+    """Whether all parameters fit into the device's memory at once, on every rank."""
     if engine.device.type != "cuda":
         return True
     whole = sum(p.ds_numel * p.element_size() for p in engine.module.parameters())
-    fits = torch.tensor(int(2 * whole < free_memory(engine.device)), device=engine.device)
+    fits = torch.tensor(int(fits_whole(whole, free_memory(engine.device))), device=engine.device)
     dist.all_reduce(fits, op=dist.ReduceOp.MIN)
     return bool(fits)
 

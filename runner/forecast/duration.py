@@ -1,6 +1,7 @@
-"""Seconds of a step: its work, at the shares of the data sheet's rates that this runner reached on an H200 (benchmarks/RESULTS.md).
+"""Seconds of a step: its work, at the shares of the data sheet's rates that this runner reached on an H200 (benchmarks/RESULTS.md), and
+what the GPUs send each other, as if all arithmetic waited for it.
 
-Responses are as long as they may be. Evaluations, checkpoints, start-up and communication between GPUs are left out.
+Responses are as long as they may be. Evaluations, checkpoints, start-up, and what ZeRO-3 gathers of models that only read are left out.
 """
 
 import math
@@ -8,62 +9,110 @@ import math
 from runner import flops
 from runner.batch_sizes import micro_positions, step_batch
 from runner.config import Config, Lora
-from runner.forecast.memory import itemsize, slots
+from runner.forecast.memory import itemsize, samples_whole, slots
 from runner.forecast.network import Network, networks
+from runner.rollout.sizes import PROBE
 
 # Shares of the data sheet's rates: matrix products of training and scoring, reading of decoding
 MATMUL, BANDWIDTH = 0.45, 0.6
+# And of the links between GPUs: an all-reduce of 1 GiB over four H100s came to 355 of 450 GB/s
+LINKS = 0.75
 # Seconds that launches take where the GPU waits for them, per layer: of a decode step of ours and of transformers' generate, and of
 # forward and backward of a micro batch
 DECODE_LAUNCHES, GENERATE_LAUNCHES, TRAIN_LAUNCHES = 75e-6, 600e-6, 2.5e-3
 # Seconds of an optimizer step on the host's CPU, per parameter, with the way there and back (OPT-6.7B on an H100's host)
 CPU_STEP = 0.5e-9
-# Share of a rollout that the trainer reads again (runner/rollout/collect.py)
-PROBED = 1 / 8
+
+
+def why_no_time(cfg: Config) -> str | None:
+    """What keeps the time from being known, and what to type, in words; None if nothing does."""
+    h = cfg.hardware
+    if not h.tflops:
+        return "hardware.tflops=0: type the card's rate"
+    if h.precision == "fp32":
+        return "hardware.precision=fp32: hardware.tflops is the rate of half precision"
+    if h.offload.params:
+        return "hardware.offload.params=true: how fast weights come out of CPU memory has not been measured"
+    if h.world_size > 1 and not h.link_gb_s:
+        return "hardware.link_gb_s=0: type the rate at which a GPU hears from the others"
+    return None
 
 
 def step_seconds(cfg: Config, stage: str, prompt: float, response: float) -> float | None:
-    """Of one optimizer step, or of one iteration of PPO, for sequences of these mean lengths.
-
-    None where nobody knows: without the card's rates (which are of half precision), or with weights that wait in CPU memory.
-    """
-    h, (actor, reward) = cfg.hardware, networks(cfg)
-    if not h.tflops or h.precision == "fp32" or h.offload.params:
+    """Of one optimizer step, or of one iteration of PPO, for sequences of these mean lengths. None where nobody knows (`why_no_time`)."""
+    if why_no_time(cfg):
         return None
-    rate = MATMUL * h.tflops * 1e12 * h.world_size
-
-    def training(engine: str, rows: int) -> float:
-        net, lora = (actor, cfg.model.actor.lora) if engine == "actor" else (reward, cfg.model.reward.lora)
-        lengths, logits = [prompt + response] * rows, 0.0 if net.scalar else rows * response
-        work = net.work(lora)
-        again = flops.forward(work, lengths) if getattr(h.gradient_checkpointing, engine) else 0.0
-        at_once = micro_positions(cfg, stage) * h.world_size * (2 if stage in ("reward", "dpo") else 1)
-        micros = math.ceil(sum(lengths) / at_once)
-        busy = (flops.training(work, lengths, logits) + again) / rate
-        return max(busy, micros * net.layers * TRAIN_LAUNCHES) + _offloaded(cfg, net, lora)
-
-    batch = step_batch(cfg, stage)
-    if stage in ("sft", "reward"):
-        return training("actor", batch) if stage == "sft" else training("critic", 2 * batch)
+    batch, length = step_batch(cfg, stage), prompt + response
+    if stage == "sft":
+        return _training(cfg, stage, "actor", batch, length, response)
+    if stage == "reward":
+        return _training(cfg, stage, "critic", 2 * batch, length, response)
     if stage == "dpo":  # the reference reads the pairs too
-        pairs, work = [prompt + response] * 2 * batch, actor.work(cfg.model.actor.lora)
-        return training("actor", len(pairs)) + flops.forward(work, pairs, len(pairs) * response) / rate
-    ppo, rows = cfg.ppo, cfg.ppo.rollout_batch
-    update = ppo.ppo_epochs * ppo.minibatches * (training("actor", batch * (2 if ppo.ptx_coef else 1)) + training("critic", batch))
-    whole, work = [prompt + response] * rows, actor.work(cfg.model.actor.lora)
-    reading = (1 + PROBED) * flops.forward(work, whole, rows * response) + 2 * flops.forward(reward.work(cfg.model.reward.lora), whole)
-    return update + reading / rate + _sampling(cfg, actor, prompt, response, rate)
+        work, pairs = networks(cfg)[0].work(cfg.model.actor.lora), [length] * 2 * batch
+        read = flops.forward(work, pairs, len(pairs) * response)
+        return _training(cfg, stage, "actor", len(pairs), length, response) + read / _rate(cfg)
+    ppo, actor_batch = cfg.ppo, batch * (2 if cfg.ppo.ptx_coef else 1)
+    update = _training(cfg, stage, "actor", actor_batch, length, response) + _training(cfg, stage, "critic", batch, length, response)
+    return _sampling(cfg, prompt, response) + _scoring(cfg, length, response) + ppo.ppo_epochs * ppo.minibatches * update
 
 
-def _offloaded(cfg: Config, net: Network, lora: Lora) -> float:
-    return CPU_STEP * net.trained(lora) / cfg.hardware.world_size if cfg.hardware.offload.optimizer else 0.0
+def _training(cfg: Config, stage: str, engine: str, rows: int, length: float, response: float) -> float:
+    """An optimizer step of a model: its arithmetic, or launches where the GPU waits for these; the optimizer on the CPU; what GPUs send."""
+    h, (net, lora) = cfg.hardware, _trained(cfg, engine)
+    work, lengths = net.work(lora), [length] * rows
+    at_once = micro_positions(cfg, stage) * h.world_size * (2 if stage in ("reward", "dpo") else 1)
+    micros = math.ceil(sum(lengths) / at_once)
+    again = flops.forward(work, lengths) if getattr(h.gradient_checkpointing, engine) else 0.0
+    busy = (flops.training(work, lengths, 0.0 if net.scalar else rows * response) + again) / _rate(cfg)
+    on_the_cpu = CPU_STEP * net.trained(lora) / h.world_size if h.offload.optimizer else 0.0
+    return max(busy, micros * net.layers * TRAIN_LAUNCHES) + on_the_cpu + _sending(cfg, _exchanged(cfg, engine, micros))
 
 
-def _sampling(cfg: Config, actor: Network, prompt: float, response: float, rate: float) -> float:
-    """Seconds of a rollout: prompts are read, then tokens follow one by one, in batches of as many responses as there are slots."""
-    h, rows, at_once = cfg.hardware, cfg.ppo.rollout_batch, slots(cfg)
-    work, steps = actor.work(cfg.model.actor.lora), response * math.ceil(rows / h.world_size / at_once)
+def _exchanged(cfg: Config, engine: str, micros: int) -> float:
+    """Bytes that GPUs send for an optimizer step: gradients and moved weights; ZeRO 2 sums gradients for each micro batch, and ZeRO-3 also
+    gathers the weights for its forward, for what is computed again, and for its backward."""
+    net, lora = _trained(cfg, engine)
+    weights, gradients, stage = net.weights * itemsize(cfg), net.trained(lora) * itemsize(cfg), getattr(cfg.hardware.zero, engine)
+    if stage == 3:
+        return micros * (gradients + weights * (3 if getattr(cfg.hardware.gradient_checkpointing, engine) else 2))
+    return gradients * (1 + (micros if stage == 2 else 1))
+
+
+def _sampling(cfg: Config, prompt: float, response: float) -> float:
+    """A rollout: prompts are read, then tokens follow one by one, in batches of as many responses as there are slots.
+
+    Weights that ZeRO-3 cannot lay whole on each GPU are sampled from through generate, which gathers all of them for every token.
+    """
+    h, rows, at_once, whole = cfg.hardware, cfg.ppo.rollout_batch, slots(cfg), samples_whole(cfg)
+    net, lora = _trained(cfg, "actor")
+    work, steps = net.work(lora), response * math.ceil(rows / h.world_size / at_once)
     read = flops.decode_bytes(work, 1, at_once * (prompt + response / 2), itemsize(cfg))
-    launches = GENERATE_LAUNCHES if cfg.rollout.engine == "hf" else DECODE_LAUNCHES
-    step = max(launches * actor.layers, read / (BANDWIDTH * h.bandwidth_gb_s * 1e9) if h.bandwidth_gb_s else 0.0)
-    return flops.forward(work, [prompt] * rows) / rate + steps * step
+    launches = DECODE_LAUNCHES if whole and cfg.rollout.engine != "hf" else GENERATE_LAUNCHES
+    step = max(launches * net.layers, read / (BANDWIDTH * h.bandwidth_gb_s * 1e9) if h.bandwidth_gb_s else 0.0)
+    gathered = net.weights * itemsize(cfg) * (1 if whole else steps) if h.zero.actor == 3 else 0.0
+    return flops.forward(work, [prompt] * rows) / _rate(cfg) + steps * step + _sending(cfg, gathered)
+
+
+def _scoring(cfg: Config, length: float, response: float) -> float:
+    """Reading a rollout with reference, critic and reward model, and a share of it with the actor."""
+    (actor, actor_lora), (reward, reward_lora), rows = _trained(cfg, "actor"), _trained(cfg, "critic"), cfg.ppo.rollout_batch
+    lengths, probed = [length] * rows, 1 / PROBE if cfg.rollout.max_mismatch else 1
+    reading = (1 + probed) * flops.forward(actor.work(actor_lora), lengths, rows * response)
+    return (reading + 2 * flops.forward(reward.work(reward_lora), lengths)) / _rate(cfg)
+
+
+def _trained(cfg: Config, engine: str) -> tuple[Network, Lora]:
+    """engine: actor or critic."""
+    actor, reward = networks(cfg)
+    return (actor, cfg.model.actor.lora) if engine == "actor" else (reward, cfg.model.reward.lora)
+
+
+def _rate(cfg: Config) -> float:
+    """FLOPs of all GPUs in a second."""
+    return MATMUL * cfg.hardware.tflops * 1e12 * cfg.hardware.world_size
+
+
+def _sending(cfg: Config, count: float) -> float:
+    """Seconds until each GPU has so many bytes that all of them hold shares of."""
+    world = cfg.hardware.world_size
+    return count * (1 - 1 / world) / (LINKS * cfg.hardware.link_gb_s * 1e9) if world > 1 else 0.0

@@ -10,9 +10,7 @@ from runner.batch_sizes import micro_positions
 from runner.config import Config, Lora
 from runner.forecast.network import Network, networks
 from runner.plan import shares_reference
-
-# Tokens of prompts that are read in one forward (runner/rollout/graph.py)
-PREFILL = 16384
+from runner.rollout.sizes import PREFILL_TOKENS, fits_whole
 
 
 @dataclass(frozen=True)
@@ -93,16 +91,27 @@ def moments(cfg: Config, stage: str) -> dict[str, float]:
 def _of_ppo(cfg: Config, actor: Network, reward: Network) -> dict[str, float]:
     recompute, tokens = cfg.hardware.gradient_checkpointing, micro_positions(cfg, "ppo")
     teacher, critic = trainee(cfg, "actor", actor, cfg.model.actor.lora), trainee(cfg, "critic", reward, cfg.model.reward.lora)
-    rest = frozen(cfg, "ref", actor) + frozen(cfg, "reward", reward)
-    if cfg.ppo.ema_decay:  # the average is in fp32
-        rest += 4 * actor.trained(cfg.model.actor.lora) / (cfg.hardware.world_size if cfg.hardware.zero.actor == 3 else 1)
-    sampling = teacher.at_rest + critic.at_rest + rest
-    # ZeRO-3 gathers the weights where they leave half of the free memory to the cache (engine.whole_weights)
-    whole = actor.weights * itemsize(cfg) if cfg.hardware.zero.actor == 3 else 0.0
-    sampling += whole if 2 * whole < cfg.hardware.memory_gb * 1e9 - sampling else 0.0
-    training = teacher.trains + critic.trains + rest
+    resting = _resting(cfg, actor, reward)
+    training = resting + teacher.gradients + critic.gradients
+    gathered = actor.weights * itemsize(cfg) if cfg.hardware.zero.actor == 3 and samples_whole(cfg) else 0.0
     kept = max(activations(cfg, actor, tokens, recompute.actor), activations(cfg, reward, tokens, recompute.critic))
-    return {"states": training, "rollout": sampling + _cache(cfg, actor), "update": training + max(kept, teacher.step, critic.step)}
+    rollout = resting + gathered + _cache(cfg, actor)
+    return {"states": training, "rollout": rollout, "update": training + max(kept, teacher.step, critic.step)}
+
+
+def samples_whole(cfg: Config) -> bool:
+    """Whether each GPU has all weights of the actor while it samples, as engine.whole_weights will decide."""
+    (actor, reward), h = networks(cfg), cfg.hardware
+    free = h.memory_gb * 1e9 - _resting(cfg, actor, reward)
+    return h.zero.actor != 3 or fits_whole(actor.weights * itemsize(cfg), free)
+
+
+def _resting(cfg: Config, actor: Network, reward: Network) -> float:
+    """Bytes of PPO's models while none of them trains, and of the average, which is in fp32."""
+    teacher, critic = trainee(cfg, "actor", actor, cfg.model.actor.lora), trainee(cfg, "critic", reward, cfg.model.reward.lora)
+    average = 4 * actor.trained(cfg.model.actor.lora) if cfg.ppo.ema_decay else 0.0
+    average /= cfg.hardware.world_size if cfg.hardware.zero.actor == 3 else 1
+    return teacher.at_rest + critic.at_rest + frozen(cfg, "ref", actor) + frozen(cfg, "reward", reward) + average
 
 
 def host_bytes(cfg: Config, stage: str) -> float:
@@ -128,5 +137,5 @@ def slots(cfg: Config) -> int:
 def _cache(cfg: Config, actor: Network) -> float:
     """Keys and values of the responses that are sampled at one time, and what reading their prompts takes."""
     tokens = slots(cfg) * (cfg.model.max_prompt_tokens + cfg.model.max_response_tokens)
-    reading = min(PREFILL, slots(cfg) * cfg.model.max_prompt_tokens) * actor.kept
+    reading = min(PREFILL_TOKENS, slots(cfg) * cfg.model.max_prompt_tokens) * actor.kept
     return itemsize(cfg) * (tokens * actor.cache + reading + slots(cfg) * actor.vocabulary)

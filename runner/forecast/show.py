@@ -6,7 +6,7 @@ from pathlib import Path
 from runner.batch_sizes import batches_per_epoch, step_batch, steps_of
 from runner.config import Config
 from runner.durable.manifest import steps_done
-from runner.forecast.duration import step_seconds
+from runner.forecast.duration import step_seconds, why_no_time
 from runner.forecast.fit import foreseeable, warnings
 from runner.forecast.memory import moments
 from runner.plan import Step, print_columns
@@ -48,6 +48,8 @@ def show_forecast(cfg: Config, steps: list[Step], inputs: dict[str, dict]) -> No
     counted = all(one.steps is not None for one in found)
     print()
     print_columns(with_totals(cfg, found) if counted else for_many_steps(cfg, found))
+    if why := why_no_time(cfg):
+        print(f"No time is told with {why}")
     if not inputs:
         print("For sequences of the greatest length. Once the data are tokenised a run says how long they are, before it trains.")
     for text in warnings(cfg, [step.stage for step in missing]):

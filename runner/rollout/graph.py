@@ -23,14 +23,13 @@ from runner.rollout.forms import network_of
 from runner.rollout.lanes import Lanes, Responses
 from runner.rollout.network import Network
 from runner.rollout.record import Rollout
+from runner.rollout.sizes import PREFILL_TOKENS
 from runner.triton_support import why_no_triton
 
 # Steps between two looks at which rows have ended: a look waits for the GPU, and costs a CPU nothing
 STRIDE = {"cuda": 8, "cpu": 1}
 # New prompts are read when at least this share of the batch rests: one at a time, they would not fill the device
 REFILL = 1 / 8
-# Tokens of prompts that are read in one forward
-PREFILL_TOKENS = 16384
 # A batch shrinks to the smallest of these that holds it. They are few, since recording a graph takes 20 ms and a lane that rests costs its
 # share of the products alone. Without graphs a batch is as small as it can be
 GRAPHS = (16, 64, 128, 256, 512)
