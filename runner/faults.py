@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 
-from runner.batch_sizes import micro_batch, step_batch
+from runner.batch_sizes import micro_batch
 from runner.config import Config
 from runner.durable.manifest import steps_done
+from runner.forecast import fit
 from runner.plan import Step
 from runner.watch import heartbeat
 from runner.watch.finite import lower_rate
@@ -150,26 +151,28 @@ def _gpu_full(end: End) -> tuple[str, str]:
     return what, f"Type {less_memory(end.cfg, end.step.stage, note.get('phase', ''), note.get('traceback', ''))}."
 
 
+# Where no micro batch is to blame: the forecast's savings in its order, though its sums were too low here, and what each does
+LADDER = (
+    (fit.recomputed_layers, "the backward pass computes layers again, and keeps less"),
+    (fit.weights_spread_over_the_gpus, "ZeRO-3 spreads the weights over the GPUs"),
+    (fit.optimizer_in_cpu_memory, "it keeps the optimizer's states in CPU memory"),
+    (fit.frozen_models_in_cpu_memory, "models that only read wait in CPU memory"),
+    (fit.adapters, "adapters need no optimizer states for the other weights"),
+    (fit.actor_in_cpu_memory, "it keeps the actor's weights in CPU memory"),
+)
+
+
 def less_memory(cfg: Config, stage: str, phase: str, traceback: str) -> str:
     """The override that lowers the GPU memory of a phase most cheaply, given what is set now."""
-    h = cfg.hardware
     if knob := _knob(stage, phase, traceback):
         any_size = knob in ("rollout", "score")
-        now = getattr(h.micro_batch, knob) if any_size else micro_batch(cfg, knob)
-        fits = [m for m in range(now // 2, 0, -1) if any_size or step_batch(cfg, knob) % (m * h.world_size) == 0]
-        if fits:
-            return f"hardware.micro_batch.{knob}={fits[0]} (now {now})"
-    part = "critic" if stage == "reward" else "actor"
-    if phase in ("train", "update") and not getattr(h.gradient_checkpointing, part):
-        return f"hardware.gradient_checkpointing.{part}=true"
-    if h.world_size > 1 and min(h.zero.actor, h.zero.critic) < 3:
-        return "hardware.zero.actor=3 hardware.zero.critic=3: it spreads weights and optimizer over the GPUs"
-    if not h.offload.optimizer:
-        zero = "" if min(h.zero.actor, h.zero.critic) else "hardware.zero.actor=1 hardware.zero.critic=1 "
-        return f"{zero}hardware.offload.optimizer=true: it keeps the optimizer's states in CPU memory"
-    if not getattr(cfg.model, "reward" if stage == "reward" else "actor").lora.dim:
-        return f"model.{'reward' if stage == 'reward' else 'actor'}.lora.dim=16: adapters need no optimizer states for the other weights"
-    return "hardware.zero.actor=3 hardware.offload.params=true, or take a smaller model or a larger GPU"
+        now = getattr(cfg.hardware.micro_batch, knob) if any_size else micro_batch(cfg, knob)
+        if sizes := range(now // 2, 0, -1) if any_size else fit.smaller_sizes(cfg, knob):
+            return f"hardware.micro_batch.{knob}={sizes[0]} (now {now})"
+    for saving, effect in LADDER if phase in ("train", "update") else LADDER[1:]:
+        if words := saving(cfg, stage):
+            return f"{fit.spelt(words)}: {effect}"
+    return "model= with a smaller one, or hardware= with more or larger GPUs"
 
 
 def _knob(stage: str, phase: str, traceback: str) -> str | None:

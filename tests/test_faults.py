@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -115,30 +116,28 @@ ONE, EIGHT = "hardware=a6000", "hardware=dgx8"
 SCORED = 'File "runner/rollout/collect.py", line 80, in score\n'
 BY_SIX = ("ppo.rollout_batch=384", "ppo.minibatches=1", "hardware.micro_batch.ppo=6")
 OFFLOAD = "hardware.offload.optimizer=true"
+LORA = ("model.actor.lora.dim=8", "model.reward.lora.dim=8")
+ZERO2 = ("hardware.zero.actor=2", "hardware.zero.critic=2")
+FROZEN = "hardware.offload.ref=true hardware.offload.reward=true"
+SPREAD = "hardware.zero.reward=3"  # the last of dgx8 that is not
 LESS = [
     ("sft", "train", "", (ONE,), "hardware.micro_batch.sft=2 (now 4)"),
-    (
-        "sft",
-        "train",
-        "",
-        (ONE, "hardware.micro_batch.sft=1"),
-        "hardware.zero.actor=1 hardware.zero.critic=1 hardware.offload.optimizer=true",
-    ),
+    ("sft", "train", "", (ONE, "hardware.micro_batch.sft=1"), f"hardware.zero.actor=2 hardware.zero.critic=2 {OFFLOAD}"),
+    ("sft", "", "", (EIGHT,), OFFLOAD),  # and no word of a reward model
     ("dpo", "reference", "", (ONE, "stage=dpo"), "hardware.micro_batch.dpo=1 (now 2)"),
+    ("dpo", "", "", (ONE, "stage=dpo", OFFLOAD, *ZERO2), "hardware.zero.ref=3 hardware.offload.ref=true: "),
+    ("dpo", "", "", (ONE, "stage=dpo", OFFLOAD, *ZERO2, LORA[0]), "hardware.zero.actor=3 hardware.offload.params=true"),
     ("reward", "train", "", (ONE, "hardware.micro_batch.reward=1"), "hardware.gradient_checkpointing.critic=true"),
-    (
-        "ppo",
-        "update",
-        "",
-        (EIGHT, "ppo.rollout_batch=384", "ppo.minibatches=1", "hardware.micro_batch.ppo=6"),
-        "hardware.micro_batch.ppo=3 (now 6)",
-    ),
+    ("reward", "", "", (EIGHT, OFFLOAD), "model.reward.lora.dim=16"),
+    ("reward", "", "", (EIGHT, OFFLOAD, "model.reward.lora.dim=8"), "hardware= with more or larger GPUs"),
+    ("ppo", "update", "", (EIGHT, *BY_SIX), "hardware.micro_batch.ppo=3 (now 6)"),
     ("ppo", "rollout", "", (ONE,), "hardware.micro_batch.rollout=16 (now 32)"),
     ("ppo", "rollout", SCORED, (ONE,), "hardware.micro_batch.score=8 (now 16)"),
-    ("ppo", "", "", (EIGHT, "hardware.zero.actor=2"), "hardware.zero.actor=3 hardware.zero.critic=3"),
-    ("ppo", "", "", (EIGHT,), OFFLOAD),
-    ("ppo", "", "", (EIGHT, OFFLOAD), "model.actor.lora.dim=16"),
-    ("ppo", "", "", (EIGHT, OFFLOAD, "model.actor.lora.dim=8"), "hardware.zero.actor=3 hardware.offload.params=true"),
+    ("ppo", "", "", (EIGHT, "hardware.zero.actor=2"), f"hardware.zero.actor=3 {SPREAD}: "),
+    ("ppo", "", "", (EIGHT, SPREAD), OFFLOAD),
+    ("ppo", "", "", (EIGHT, SPREAD, OFFLOAD), FROZEN),
+    ("ppo", "", "", (EIGHT, SPREAD, OFFLOAD, *FROZEN.split()), "model.actor.lora.dim=16 model.reward.lora.dim=16"),
+    ("ppo", "", "", (EIGHT, SPREAD, OFFLOAD, *FROZEN.split(), *LORA), "hardware.offload.params=true"),
 ]
 
 
@@ -149,7 +148,7 @@ def test_a_full_gpu_names_phase_numbers_and_the_next_value(stage, phase, traceba
     fault = ended(cfg, step)
     assert expected in fault.text and fault.repeats
     assert "asked for 2.00 GiB (70.1 GB allocated by us, 0.3 GB free of 79.2 GB)" in fault.text
-    words = expected.partition(" (now")[0].split()  # and it can be typed
+    words = re.split(r" \(now|:", expected)[0].split() if "= " not in expected else []  # and it can be typed
     assert plan(configured(f"stage={stage}", "model=opt125m", "dataset=toy", *overrides, *words))
 
 

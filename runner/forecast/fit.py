@@ -1,13 +1,14 @@
 """Whether a stage fits into the memory of its GPUs, and what to type where it does not."""
 
-from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 
 from runner.batch_sizes import micro_batch, step_batch
-from runner.config import Config, Hardware, ZeroStages
+from runner.config import Config
 from runner.errors import UserError
 from runner.forecast.memory import host_bytes, moments
 from runner.forecast.network import networks
+from runner.plan import shares_reference
 
 # The forecast may take this share of the memory
 ROOM = 0.95
@@ -48,137 +49,145 @@ def gb(count: float) -> str:
 
 
 # --- what to type -----------------------------------------------------------------------------------------------------
-# A change takes a configuration and a stage, and returns the overrides that it adds (none where it has nothing to offer) and what they
-# make of the configuration
 
-Words = dict[str, str]
-Change = Callable[[Config, str], tuple[Words, Config]]
+# Key -> value: what someone could type
+Words = dict[str, int | bool]
 
 
 def cure(cfg: Config, stages: list[str]) -> str:
     """The overrides with which all stages fit, in a sentence."""
     words: Words = {}
     for stage in stages:
-        if fits(cfg, stage):
+        now = typed(cfg, words)
+        if fits(now, stage):
             continue
-        changes = _enough(cfg, stage)
-        if changes is None:
+        more = _enough(now, stage)
+        if more is None:
             return "Take a smaller model, or more or larger GPUs"
-        more, cfg = _made(cfg, stage, changes)
         words |= more
-    said = f"Type {' '.join(f'{key}={value}' for key, value in words.items())}"
+    said = f"Type {spelt(words)}"
     if any(".lora." in key for key in words):
         said += " (adapters train in place of all weights)"
-    if needed := max(host_bytes(cfg, stage) for stage in stages):
+    if needed := max(host_bytes(typed(cfg, words), stage) for stage in stages):
         said += f". That takes about {gb(needed)} of CPU memory per machine"
     return said
 
 
-def _enough(cfg: Config, stage: str) -> list[Change] | None:
-    """The first change that makes a stage fit, from the cheapest on; where none does alone, as few of them together as do."""
-    alone, together = [[one] for one in CHANGES], [[*CHANGES[:n]] for n in range(2, len(CHANGES) + 1)]
-    found = next((changes for changes in (*alone, *together) if _do(cfg, stage, changes)), None)
-    for change in CHANGES if found else ():
-        without = [other for other in found if other is not change]
-        found = without if without and _do(cfg, stage, without) else found
-    return found
+def _enough(cfg: Config, stage: str) -> Words | None:
+    """With what a stage fits: the cheapest saving that does alone, or else as few of them together as do. None where all do not."""
+
+    def enough(savings) -> bool:
+        return fits(typed(cfg, _together(cfg, stage, savings)), stage)
+
+    alone, together = [[one] for one in SAVINGS], [[*SAVINGS[:n]] for n in range(2, len(SAVINGS) + 1)]
+    found = next(filter(enough, [*alone, *together]), None)
+    if found is None:
+        return None
+    for saving in [*found]:
+        fewer = [other for other in found if other is not saving]
+        found = fewer if enough(fewer) else found
+    return _together(cfg, stage, found)
 
 
-def _do(cfg: Config, stage: str, changes: list[Change]) -> bool:
-    words, changed = _made(cfg, stage, changes)
-    return bool(words) and fits(changed, stage)
-
-
-def _made(cfg: Config, stage: str, changes: list[Change]) -> tuple[Words, Config]:
+def _together(cfg: Config, stage: str, savings: list) -> Words:
+    """What several savings type, each on top of those before it."""
     words: Words = {}
-    for change in changes:
-        more, cfg = change(cfg, stage)
-        words |= more
-    return words, cfg
+    for saving in savings:
+        words |= saving(typed(cfg, words), stage)
+    return words
 
 
-def smaller_micro_batches(cfg: Config, stage: str) -> tuple[Words, Config]:
+def typed(cfg: Config, words: Words) -> Config:
+    """What the words make of a configuration."""
+
+    def changed(block, path: list[str], value):
+        name, *inner = path
+        return replace(block, **{name: changed(getattr(block, name), inner, value) if inner else value})
+
+    for key, value in words.items():
+        cfg = changed(cfg, key.split("."), value)
+    return cfg
+
+
+def spelt(words: Words) -> str:
+    return " ".join(f"{key}={str(value).lower()}" for key, value in words.items())
+
+
+# --- savings ------------------------------------------------------------------------------------------------------------
+# Each takes a configuration and a stage, and returns what to type: nothing where it has nothing more to offer. ZeRO's stages come before
+# what needs them, because `typed` has each state of a configuration checked
+
+
+def smaller_micro_batch(cfg: Config, stage: str) -> Words:
     """The largest that fits, or the smallest."""
-    now, world, found = micro_batch(cfg, stage), cfg.hardware.world_size, ({}, cfg)
-    for n in range(now // 2, 0, -1):
-        if step_batch(cfg, stage) % (n * world) == 0:
-            changed = _with(cfg, micro_batch=replace(cfg.hardware.micro_batch, **{stage: n}))
-            found = {f"hardware.micro_batch.{stage}": str(n)}, changed
-            if fits(changed, stage):
-                break
-    return found
+    words: Words = {}
+    for size in smaller_sizes(cfg, stage):
+        words = {f"hardware.micro_batch.{stage}": size}
+        if fits(typed(cfg, words), stage):
+            break
+    return words
 
 
-def recomputed_layers(cfg: Config, stage: str) -> tuple[Words, Config]:
-    on = {name: True for name in _engines(stage) if not getattr(cfg.hardware.gradient_checkpointing, name)}
-    words = {f"hardware.gradient_checkpointing.{name}": "true" for name in on}
-    return words, _with(cfg, gradient_checkpointing=replace(cfg.hardware.gradient_checkpointing, **on))
+def smaller_sizes(cfg: Config, stage: str) -> list[int]:
+    """Micro batches of half the size and less that divide an optimizer step."""
+    batch, world = step_batch(cfg, stage), cfg.hardware.world_size
+    return [size for size in range(micro_batch(cfg, stage) // 2, 0, -1) if batch % (size * world) == 0]
 
 
-def fewer_responses_at_a_time(cfg: Config, stage: str) -> tuple[Words, Config]:
+def recomputed_layers(cfg: Config, stage: str) -> Words:
+    return _new(cfg, {f"hardware.gradient_checkpointing.{name}": True for name in ENGINES[stage]})
+
+
+def fewer_responses_at_a_time(cfg: Config, stage: str) -> Words:
     now = cfg.hardware.micro_batch.rollout
-    if stage != "ppo" or now < 4:
-        return {}, cfg
-    return {"hardware.micro_batch.rollout": str(now // 4)}, _with(cfg, micro_batch=replace(cfg.hardware.micro_batch, rollout=now // 4))
+    return {"hardware.micro_batch.rollout": now // 4} if stage == "ppo" and now >= 4 else {}
 
 
-def weights_spread_over_the_gpus(cfg: Config, stage: str) -> tuple[Words, Config]:
-    return _zero(cfg, ZeroStages(3, 3, 3, 3)) if cfg.hardware.world_size > 1 else ({}, cfg)
+def weights_spread_over_the_gpus(cfg: Config, stage: str) -> Words:
+    models = (*ENGINES[stage], *_frozen(cfg, stage))
+    return _new(cfg, {f"hardware.zero.{name}": 3 for name in models}) if cfg.hardware.world_size > 1 else {}
 
 
-def optimizer_in_cpu_memory(cfg: Config, stage: str) -> tuple[Words, Config]:
-    if cfg.hardware.offload.optimizer:
-        return {}, cfg
-    now = cfg.hardware.zero
-    words, changed = _zero(cfg, ZeroStages(max(2, now.actor), max(2, now.critic), now.ref, now.reward))
-    return words | {"hardware.offload.optimizer": "true"}, _with(changed, offload=replace(cfg.hardware.offload, optimizer=True))
+def optimizer_in_cpu_memory(cfg: Config, stage: str) -> Words:
+    zero = {f"hardware.zero.{name}": max(2, getattr(cfg.hardware.zero, name)) for name in ("actor", "critic")}
+    return _new(cfg, zero | {"hardware.offload.optimizer": True})
 
 
-def adapters(cfg: Config, stage: str) -> tuple[Words, Config]:
-    words, model = {}, cfg.model
-    for name in ("actor", "reward") if stage == "ppo" else ("reward",) if stage == "reward" else ("actor",):
-        part = getattr(model, name)
-        if not part.lora.dim:
-            words[f"model.{name}.lora.dim"] = "16"
-            model = replace(model, **{name: replace(part, lora=replace(part.lora, dim=16))})
-    return words, replace(cfg, model=model)
+def frozen_models_in_cpu_memory(cfg: Config, stage: str) -> Words:
+    frozen = _frozen(cfg, stage)
+    return _new(cfg, {f"hardware.zero.{name}": 3 for name in frozen} | {f"hardware.offload.{name}": True for name in frozen})
 
 
-def frozen_models_in_cpu_memory(cfg: Config, stage: str) -> tuple[Words, Config]:
-    frozen = {"ppo": ("ref", "reward"), "dpo": ("ref",)}.get(stage, ())
-    words, changed = _zero(cfg, replace(cfg.hardware.zero, **dict.fromkeys(frozen, 3)))
-    moved = replace(cfg.hardware.offload, **dict.fromkeys(frozen, True))
-    return words | {f"hardware.offload.{name}": "true" for name in frozen}, _with(changed, offload=moved)
+def adapters(cfg: Config, stage: str) -> Words:
+    parts = ["reward" if name == "critic" else "actor" for name in ENGINES[stage]]
+    return {f"model.{part}.lora.dim": 16 for part in parts if not getattr(cfg.model, part).lora.dim}
 
 
-def weights_in_cpu_memory(cfg: Config, stage: str) -> tuple[Words, Config]:
-    words, changed = _zero(cfg, replace(cfg.hardware.zero, actor=3))
-    return words | {"hardware.offload.params": "true"}, _with(changed, offload=replace(cfg.hardware.offload, params=True))
+def actor_in_cpu_memory(cfg: Config, stage: str) -> Words:
+    return _new(cfg, {"hardware.zero.actor": 3, "hardware.offload.params": True}) if "actor" in ENGINES[stage] else {}
 
 
-CHANGES: tuple[Change, ...] = (
-    smaller_micro_batches,
+# The cheapest first
+SAVINGS = (
+    smaller_micro_batch,
     recomputed_layers,
     fewer_responses_at_a_time,
     weights_spread_over_the_gpus,
     optimizer_in_cpu_memory,
     frozen_models_in_cpu_memory,
     adapters,
-    weights_in_cpu_memory,
+    actor_in_cpu_memory,
 )
+# Engines that a stage trains
+ENGINES = {"sft": ("actor",), "reward": ("critic",), "dpo": ("actor",), "ppo": ("actor", "critic")}
 
 
-def _engines(stage: str) -> tuple[str, ...]:
-    return {"reward": ("critic",), "ppo": ("actor", "critic")}.get(stage, ("actor",))
+def _frozen(cfg: Config, stage: str) -> tuple[str, ...]:
+    """Models that a stage only reads."""
+    ref = () if shares_reference(cfg.model.actor) else ("ref",)
+    return {"dpo": ref, "ppo": (*ref, "reward")}.get(stage, ())
 
 
-def _zero(cfg: Config, wanted: ZeroStages) -> tuple[Words, Config]:
-    if cfg.hardware.zero == wanted:
-        return {}, cfg
-    stages = f"'{{actor: {wanted.actor}, critic: {wanted.critic}, ref: {wanted.ref}, reward: {wanted.reward}}}'"
-    return {"hardware.zero": stages}, _with(cfg, zero=wanted)
-
-
-def _with(cfg: Config, **changes) -> Config:
-    hardware: Hardware = replace(cfg.hardware, **changes)
-    return replace(cfg, hardware=hardware)
+def _new(cfg: Config, words: Words) -> Words:
+    """Those that are not set already."""
+    return {key: value for key, value in words.items() if attrgetter(key)(cfg) != value}
