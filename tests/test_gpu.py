@@ -41,6 +41,18 @@ def test_all_stages_on_the_gpu(words, tmp_path):
     train_all(words, tmp_path)
 
 
+def test_dpo_on_the_gpu(tmp_path):
+    """bf16 under ZeRO-3 with an offloaded reference: the first margins are 0, and there are steps after it."""
+    words = [word for word in SHORT if not word.startswith(("reward.", "ppo."))]
+    words += ["stage=dpo", "dpo.eval_every=0", "hardware.zero={actor: 3, critic: 0, ref: 3, reward: 0}", "hardware.offload.ref=true"]
+    command = [sys.executable, str(ROOT / "run.py"), *words, "checkpoint.every=0", f"store={tmp_path}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [row for row in metrics(next(tmp_path.glob("dpo-*"))) if "train/loss" in row]
+    assert len(steps) == 2 and steps[0]["train/loss"] == pytest.approx(0.6931, abs=1e-2)
+    assert all(row["grad_norm"] > 0 for row in steps)
+
+
 @two_gpus
 @pytest.mark.parametrize("words", [pytest.param(words, id=name) for name, words in VARIANTS_OF_TWO.items()])
 def test_all_stages_on_two_gpus(words, tmp_path):
