@@ -14,14 +14,14 @@ from pathlib import Path
 
 from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.checks.paths import is_local, no_folder
-from runner.checks.trust import check_weights, read_settings
+from runner.checks.trust import check_vocabulary, check_weights, read_settings
 from runner.config import PARENTS, SHARES, Config, Hardware, ModelPart
 from runner.data.sources import content_key, data_key, plain_source, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.durable.manifest import steps_done
 from runner.durable.resume import Unfinished, check_forced, forced, unfinished
 from runner.errors import UserError
-from runner.families import FAMILIES
+from runner.families import check_family
 
 # Raise it when the code changes what a step computes
 VERSION = 5
@@ -112,6 +112,7 @@ def _check_whole(step: Step) -> None:
         for name in ("result.json", "model/config.json"):
             read_settings(step.folder / name)
         check_weights(step.folder / "model")
+        check_vocabulary(step.folder / "model")
     except UserError as error:
         raise UserError(f"{_shown(step.folder)} says DONE, but {error}. Delete the folder, and it is trained anew") from error
 
@@ -169,6 +170,7 @@ def _files(key: str, path: str) -> list[list]:
     if not (folder / "config.json").exists():
         inside = f". Type {key}={folder / 'model'}" if (folder / "model" / "config.json").exists() else ""
         raise UserError(f"{key}={path} is no Hugging Face checkpoint: there is no {folder / 'config.json'}{inside}")
+    check_family(f"{key}={path}", read_settings(folder / "config.json").get("model_type"))
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
 
 
@@ -178,8 +180,6 @@ def _pinned_facts(stage: str, path: str) -> dict:
         return {"use": path}
     folder, files = Path(path), _files(f"{stage}.use", path)
     settings = read_settings(folder / "config.json")
-    if (family := settings.get("model_type")) not in FAMILIES:
-        raise UserError(f"{stage}.use={path} is a model of type {family or 'unknown'}, and this runner knows {', '.join(FAMILIES)}")
     kind = "".join(map(str, settings.get("architectures") or ()))
     if kind and (stage == "reward") != kind.endswith("ForSequenceClassification"):
         wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"

@@ -26,6 +26,7 @@ from runner.config import Config, ModelPart
 from runner.data.sources import data_key, sources_of
 from runner.durable.lock import lock
 from runner.errors import UserError, did_you_mean
+from runner.families import check_family
 from runner.files import whole_folder
 from runner.plan import Step, missing_hostfile, over_ssh
 
@@ -232,6 +233,7 @@ def base_model(cfg: Config, store: Path, name: str, tokenizer) -> str:
     if part.init == "pretrained":
         with _loading(f"model.{name}.path", part.path):
             config = AutoConfig.from_pretrained(part.path, revision=part.revision, trust_remote_code=cfg.model.trust_remote_code)
+        check_family(f"model.{name}.path={part.path}", config.model_type)
         if config.model_type != cfg.model.family:
             found = config.model_type
             raise UserError(f"{part.path} is a {found} model, but model.family={cfg.model.family}: type model.family={found}")

@@ -302,7 +302,9 @@ def test_near_checkpoints_are_named(refused, here):
         assert f"Did you mean {meant}?" in message
     (here / "bert").mkdir()
     (here / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    assert "sft.use=./bert is a model of type bert, and this runner knows opt, " in refused("sft.use=./bert")
+    assert "sft.use=./bert is a bert model, which is not supported: families are opt, bloom, " in refused("sft.use=./bert")
+    pretrained = "model.actor.path=./bert", "model.actor.init=pretrained", "stage=sft"
+    assert "model.actor.path=./bert is a bert model, which is not supported" in refused(*pretrained)
     assert "is a language model (ForCausalLM)" in refused("sft.use=./step/model")
 
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -416,6 +417,18 @@ def test_end_token(cfg, tmp_path):
     assert made.eos_token == "<|end|>" and made.eos_token_id == len(train_tokenizer(ALPHABET, 300))
     assert encode_responses(made, ["calm"])[0][-1] == made.eos_token_id
     assert load_tokenizer(path, end_token="<s>").eos_token_id == 1
+
+
+@pytest.mark.parametrize(
+    "core, end",
+    [(train_tokenizer(ALPHABET, 300).backend_tokenizer, "</s>"), (Tokenizer(models.WordLevel({"a": 0, "<pad>": 1}, "a")), "<|endoftext|>")],
+    ids=["has one without a name", "has none"],
+)
+def test_a_tokenizer_without_eos_is_refused_with_one_that_cures_it(core, end, tmp_path):
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=re.escape(f"has no EOS: no response would ever end. Type 'model.end_token=\"{end}\"'")):
+        load_tokenizer(str(tmp_path))
+    assert load_tokenizer(str(tmp_path), end_token=end).eos_token == end
 
 
 def test_loading_again_changes_nothing(loaded, cfg, tmp_path):

@@ -176,7 +176,7 @@ def test_a_local_base_model_counts_by_its_files_and_not_by_where_it_lies(cfg, tm
 
     first = tmp_path / "first"
     first.mkdir()
-    (first / "config.json").write_text("{}")
+    (first / "config.json").write_text('{"model_type": "opt"}')
     (first / "model.safetensors").write_text("weights")
     before = facts(first)
     moved = first.rename(tmp_path / "moved")

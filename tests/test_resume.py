@@ -195,14 +195,20 @@ def test_differences_are_empty_only_for_equals_and_turn_around(one, other):
 def finish(step: Step) -> None:
     """Leave a step as a run leaves it that came to its end."""
     (step.folder / "model").mkdir(parents=True)
-    for name, content in {"model/config.json": "{}", "result.json": '{"steps": 1}', "DONE": ""}.items():
+    for name, content in {"model/config.json": "{}", "model/tokenizer.json": "{}", "result.json": '{"steps": 1}', "DONE": ""}.items():
         (step.folder / name).write_text(content)
     save_file({"x": np.zeros(3)}, step.folder / "model" / "model.safetensors")
 
 
 @pytest.mark.parametrize(
     "file, content",
-    [("model/model.safetensors", None), ("model/model.safetensors", ""), ("model/config.json", None), ("result.json", '{"ste')],
+    [
+        ("model/model.safetensors", None),
+        ("model/model.safetensors", ""),
+        ("model/config.json", None),
+        ("model/tokenizer.json", None),
+        ("result.json", '{"ste'),
+    ],
 )
 def test_a_finished_step_whose_files_are_gone_is_not_reused(tmp_path, file, content):
     step = planned(tmp_path)
