@@ -16,6 +16,7 @@ from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.checks.paths import is_local, no_folder
 from runner.checks.trust import check_vocabulary, check_weights, read_settings
 from runner.config import PARENTS, SHARES, Config, Hardware, ModelPart
+from runner.data.adapters import check_adapter
 from runner.data.sources import content_key, data_key, plain_source, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.durable.manifest import steps_done
@@ -55,6 +56,8 @@ class Step:
 def plan(cfg: Config) -> list[Step]:
     """The steps of cfg.stage in the order in which they run, parents first."""
     check_raw(cfg.hardware.deepspeed)
+    for name, source in sources_of(cfg.dataset).items():
+        check_adapter(f"dataset.sources.{name}", source.adapter, source.fields)
     data = data_key(cfg.dataset)
     steps: dict[str, Step] = {}
     for stage in (*PARENTS[cfg.stage], cfg.stage):

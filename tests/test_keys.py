@@ -75,6 +75,8 @@ OTHER = {
     "family": "bloom",
     "attention": "eager",
     "on_bad_row": "skip",
+    "adapter": "hh_dialogue",
+    "fields": {"prompt": "x"},
     "model.actor.init": "random",
     "model.reward.init": "pretrained",
     "dataset.sources.mine.path": "a/b",
