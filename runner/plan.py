@@ -9,6 +9,7 @@ import hashlib
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -265,6 +266,21 @@ def show(cfg: Config, steps: list[Step]) -> None:
         algebra = f"{step_batch(cfg, step.stage)} = {micro} x {h.world_size} x {gas}"
         rows.append((step.stage, state, "" if step.done else algebra, _shown(step.pinned or step.folder)))
     print_columns(rows)
+    for note in unread(cfg, [step.stage for step in steps if not step.done]):
+        print(f"note: {note}")
+
+
+def unread(cfg: Config, stages: list[str]) -> Iterator[str]:
+    """Settings that others switch off. Told and not refused: a sweep over the others may well have them."""
+    for name, readers in (("actor", {"sft", "dpo", "ppo"}), ("reward", {"reward", "ppo"})):
+        lora = getattr(cfg.model, name).lora
+        if readers & set(stages) and lora.train_rest and not lora.dim:
+            yield f"model.{name}.lora.train_rest=true is not read, for there are no adapters: model.{name}.lora.dim=0"
+    if "ppo" in stages and cfg.dataset.pretrain and not cfg.ppo.ptx_coef:
+        yield "dataset.pretrain is not read: ppo.ptx_coef=0 mixes no text in. InstructGPT has ppo.ptx_coef=27.8"
+    for stage in stages if cfg.checkpoint.keep_best else ():
+        if not getattr(cfg, stage).eval_every:
+            yield f"checkpoint.keep_best={cfg.checkpoint.keep_best} finds no best of {stage}: {stage}.eval_every=0 evaluates none"
 
 
 def print_columns(rows: list[tuple[str, ...]]) -> None:

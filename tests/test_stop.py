@@ -136,7 +136,17 @@ def test_time_limits_are_minutes_or_what_slurm_writes(text, seconds):
     assert configured(f"time_limit={text}").time_limit_seconds == seconds
 
 
-@pytest.mark.parametrize("text, says", [("soon", "is no duration: type minutes"), ("1:2:3:4", "is no duration"), ("0", "must be above 0")])
+OTHERS = [
+    ("soon", "is no duration: type minutes"),
+    ("1:2:3:4", "is no duration"),
+    ("0", "must be above 0"),
+    ("25:61:00", "has 61 minutes, which is 60 or more"),
+    ("90:60", "has 60 seconds"),
+    ("1-24", "has 24 hours"),
+]
+
+
+@pytest.mark.parametrize("text, says", OTHERS)
 def test_other_time_limits_are_refused(text, says):
     with pytest.raises(UserError, match=says):
         configured(f"time_limit={text}")
