@@ -74,9 +74,9 @@ def run(composed: DictConfig) -> None:
         show_forecast(cfg, steps, {})
         return show_details(cfg, steps)
     refuse_the_impossible(cfg, [step.stage for step in steps if not step.done])
-    interrupted = next((step for step in steps if step.earlier), None)
-    if interrupted and cfg.resume == "auto" and HydraConfig.get().mode == RunMode.RUN:
-        refuse(interrupted.stage, interrupted.earlier)
+    for step in steps:
+        if step.earlier and cfg.resume == "auto" and HydraConfig.get().mode == RunMode.RUN:
+            refuse(cfg, step.stage, step.earlier)
 
     from runner.launch import launch
     from runner.prepare import prepare

@@ -24,15 +24,16 @@ def find(path: str) -> str:
         return path
     inside = [folder / name for name in ("", "model", "ppo/model", "dpo/model", "sft/model") if (folder / name / "config.json").is_file()]
     if not inside:
-        raise UserError(f"{path} {'is no checkpoint: it has no config.json' if folder.exists() else 'does not exist'}. {instead()}")
+        raise UserError(f"{path} {'is no checkpoint: it has no config.json' if folder.exists() else 'does not exist'}. {instead(path)}")
     if inside[0] != folder:
         print(f"using {inside[0]}", file=sys.stderr)
     return str(inside[0])
 
 
-def instead() -> str:
-    """What to type: the actor trained last under runs/store, if there is one."""
-    actors = [p.parent for stage in ("ppo", "dpo", "sft") for p in Path("runs/store").glob(f"{stage}-*/model/config.json")]
+def instead(path: str) -> str:
+    """What to type in place of `path`: the actor trained last under runs/store, if there is another one."""
+    found = [p.parent for stage in ("ppo", "dpo", "sft") for p in Path("runs/store").glob(f"{stage}-*/model/config.json")]
+    actors = [actor for actor in found if actor.resolve() != Path(path).resolve()]
     newest = max(actors, key=lambda p: p.stat().st_mtime, default="FOLDER (the model/ of an SFT, DPO or PPO step)")
     return f"Type python -m runner.chat {newest}"
 
@@ -63,7 +64,7 @@ def load(path: str):
     except UnpicklingError as error:
         raise refused_pickle(path, None) from error
     except Exception as error:  # whatever transformers, safetensors and the hub raise
-        raise UserError(f"{path} cannot talk: {redact((str(error) or repr(error)).splitlines()[0])}. {instead()}") from error
+        raise UserError(f"{path} cannot talk: {redact((str(error) or repr(error)).splitlines()[0])}. {instead(path)}") from error
     # A model that was not trained here may have no template: then ours
     tokenizer.chat_template = tokenizer.chat_template or yaml.safe_load(TEMPLATE.read_text())["chat_template"]
     check_template(tokenizer, f"the chat template of {path}")

@@ -5,6 +5,7 @@ runner/door.py makes objects of composed YAML, for the launcher and for the work
 
 import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from runner.families import FAMILIES
@@ -131,8 +132,11 @@ class Model:
         check(self.max_prompt_tokens >= 1, f"model.max_prompt_tokens={self.max_prompt_tokens} must be at least 1")
         check(self.max_response_tokens >= 2, f"model.max_response_tokens={self.max_response_tokens} must be at least 2: a token and EOS")
         for part in ("actor", "reward"):
-            check_least(getattr(self, part).lora, 0, "dim", "alpha", "lr", where=f"model.{part}.lora")
-            check_share(getattr(self, part).lora, "dropout", where=f"model.{part}.lora")
+            lora, where = getattr(self, part).lora, f"model.{part}.lora"
+            check_least(lora, 0, "dim", "alpha", "lr", where=where)
+            check_share(lora, "dropout", where=where)
+            scaled = not lora.dim or lora.alpha > 0
+            check(scaled, f"{where}.alpha=0 gives its adapters (dim={lora.dim}) no weight: type {where}.alpha=16, or {where}.dim=0")
             for name, size in getattr(self, part).shape.items():
                 whole = size is None or (type(size) is int and size > 0)
                 check(name not in SIZES or whole, f"model.{part}.shape.{name}={size} must be a whole number of 1 or more")
@@ -422,6 +426,10 @@ class Ppo(Training):
         check(all(self.stop), f"ppo.stop={self.stop} holds an empty string, which every response begins with: leave it out")
         check_above(self, 0, "kl_target", "cliprange", "cliprange_value", "log_ratio_clamp", "early_stop_kl")
         check_share(self, "ema_decay")
+        check(
+            self.kl_target is None or self.kl_coef > 0,
+            f"ppo.kl_target={self.kl_target} multiplies ppo.kl_coef, which begins at 0 and would stay there: type ppo.kl_coef=0.05",
+        )
         check(self.temperature > 0, f"ppo.temperature={self.temperature} must be above 0: PPO needs samples, not the greedy answer")
         check(0 < self.top_p <= 1, f"ppo.top_p={self.top_p} must be in (0, 1]; 1 is off")
         check(self.top_k >= 0, f"ppo.top_k={self.top_k} must be 0 (off) or more")
@@ -469,6 +477,7 @@ class Wandb:
 
     def __post_init__(self):
         check_choice("wandb.mode", self.mode, ("auto", "online", "offline", "disabled"))
+        check(bool(self.project.strip()), "wandb.project is empty: type a name, or wandb.mode=disabled for no W&B")
 
 
 @dataclass
@@ -509,6 +518,10 @@ class Config:
         limit = self.time_limit_seconds
         check(limit is None or 0 < limit < 1e9, f"time_limit={self.time_limit} must be above 0, or null for none")
         check_name(self.name)
+        check(
+            Path(self.store).absolute() != Path("runs", self.name).absolute(),
+            f"name={self.name} would put the folders of commands among the trained steps of store={self.store}: type another name",
+        )
 
     @property
     def time_limit_seconds(self) -> Optional[float]:
@@ -526,5 +539,9 @@ def seconds_of(text: str) -> float:
         found = DURATION.fullmatch(text)
     check(found is not None, f"time_limit={text} is no duration: type minutes (90), HH:MM:SS (01:30:00) or D-HH:MM:SS (1-12:00:00)")
     part = {name: int(value or 0) for name, value in found.groupdict().items()}
+    least = [("seconds", part["s"] + part["seconds"], 60), ("hours", part["h"], 24)]
+    least += [("minutes", part["m"] + part["minutes"], 60)] if found["hours"] or found["days"] else []
+    for name, value, whole in least:
+        check(value < whole, f"time_limit={text} has {value} {name}, which is {whole} or more: write it out, or type plain minutes")
     hours = 24 * part["days"] + part["h"] + part["hours"]
     return 3600 * hours + 60 * (part["m"] + part["minutes"]) + part["s"] + part["seconds"]

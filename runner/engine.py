@@ -10,9 +10,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
+from runner.errors import UserError
 from runner.models import parameter_groups
 from runner.rollout.sizes import fits_whole
 
@@ -40,9 +42,22 @@ def building(ds_config: dict):
     """
     alive = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
     try:
-        yield
+        with settings_in_words(ds_config):
+            yield
     finally:
         del alive
+
+
+@contextmanager
+def settings_in_words(ds_config: dict):
+    """DeepSpeed alone knows the types of its settings: what it says of one becomes an error that names hardware.deepspeed."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        blocks = [name for name, block in ds_config.items() if isinstance(block, dict) and first["loc"] and first["loc"][0] in block]
+        key = ".".join(map(str, ("hardware.deepspeed", *blocks[:1], *first["loc"])))
+        raise UserError(f"{key}={first['input']} is refused by DeepSpeed: {first['msg']}") from error
 
 
 def trainable(wrapper: nn.Module, ds_config: dict, *, lr: float, lora_lr: float, weight_decay: float, betas, eps: float):
@@ -50,7 +65,8 @@ def trainable(wrapper: nn.Module, ds_config: dict, *, lr: float, lora_lr: float,
     groups = parameter_groups(wrapper, lr, lora_lr, weight_decay)
     # zero.Init was only alive while the weights were loaded; an engine of its own does the rest
     optimizer = _adamw(ds_config)(groups, lr=lr, betas=tuple(betas), eps=eps)
-    engine, *_ = deepspeed.initialize(model=wrapper, optimizer=optimizer, config=ds_config)
+    with settings_in_words(ds_config):
+        engine, *_ = deepspeed.initialize(model=wrapper, optimizer=optimizer, config=ds_config)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         engine.optimizer.step = partial(_step_at_once, engine.optimizer)
     return engine
@@ -99,7 +115,8 @@ def frozen(wrapper: nn.Module, ds_config: dict, device: torch.device) -> nn.Modu
     """A model that is only read: in ZeRO-3 where the config says so, otherwise a replica on the device."""
     wrapper.eval().requires_grad_(False)
     if ds_config.get("zero_optimization", {}).get("stage") == 3:
-        engine, *_ = deepspeed.initialize(model=wrapper, config=ds_config)
+        with settings_in_words(ds_config):
+            engine, *_ = deepspeed.initialize(model=wrapper, config=ds_config)
         engine.eval()  # returns nothing
         return engine
     return wrapper.to(device)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from runner.errors import UserError
+
 
 @dataclass(frozen=True)
 class Family:
@@ -49,3 +51,9 @@ FAMILIES = {
         ("<|padding|>",),
     ),
 }
+
+
+def check_family(where: str, found: str | None) -> None:
+    """Raise UserError for the `model_type` of a checkpoint, named by `where`, that is not in the table."""
+    if found not in FAMILIES:
+        raise UserError(f"{where} is a {found or 'nameless'} model, which is not supported: families are {', '.join(FAMILIES)}")

@@ -79,8 +79,10 @@ def _raise_if_stopped(step: Step) -> None:
     note = step.folder / stop.NOTE
     if note.exists():
         facts = json.loads(note.read_text())
-        at = f"step {facts['step']} of {facts['total']}"
-        raise stop.Stopped(f"{step.stage}: stopped by {facts['reason']} at {at}; the same command goes on from there")
+        at = f"at step {facts['step']} of {facts['total']}"
+        if facts["reason"] == stop.reason(stop.TIME_IS_UP):
+            raise stop.out_of_time(f"{at} of {step.stage}")
+        raise stop.Stopped(f"{step.stage}: stopped by {facts['reason']} {at}; the same command goes on from there")
 
 
 def _link(name: Path, target: Path) -> None:

@@ -21,7 +21,7 @@ from runner.checks.trust import has_weights, refuse_code, refused_pickle
 from runner.config import Lora
 from runner.data.batches import send
 from runner.errors import UserError
-from runner.families import FAMILIES, Family
+from runner.families import FAMILIES, Family, check_family
 from runner.files import whole_folder
 from runner.losses import chosen_logprobs, entropy, token_logprobs, warp_logits, without_token
 
@@ -195,8 +195,7 @@ def _load(auto, path: str, *, dtype, attention: str, dropout: float | None, seed
 
 
 def family_of(config, path: str) -> Family:
-    if config.model_type not in FAMILIES:
-        raise UserError(f"{path} is a {config.model_type} model; this runner knows {', '.join(FAMILIES)}")
+    check_family(path, config.model_type)
     return FAMILIES[config.model_type]
 
 

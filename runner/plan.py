@@ -9,19 +9,21 @@ import hashlib
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.checks.paths import is_local, no_folder
-from runner.checks.trust import check_weights, read_settings
+from runner.checks.trust import check_vocabulary, check_weights, read_settings
 from runner.config import PARENTS, SHARES, Config, Hardware, ModelPart
+from runner.data.adapters import check_adapter
 from runner.data.sources import content_key, data_key, plain_source, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.durable.manifest import steps_done
 from runner.durable.resume import Unfinished, check_forced, forced, unfinished
 from runner.errors import UserError
-from runner.families import FAMILIES
+from runner.families import check_family
 
 # Raise it when the code changes what a step computes
 VERSION = 5
@@ -55,6 +57,8 @@ class Step:
 def plan(cfg: Config) -> list[Step]:
     """The steps of cfg.stage in the order in which they run, parents first."""
     check_raw(cfg.hardware.deepspeed)
+    for name, source in sources_of(cfg.dataset).items():
+        check_adapter(f"dataset.sources.{name}", source.adapter, source.fields)
     data = data_key(cfg.dataset)
     steps: dict[str, Step] = {}
     for stage in (*PARENTS[cfg.stage], cfg.stage):
@@ -112,6 +116,7 @@ def _check_whole(step: Step) -> None:
         for name in ("result.json", "model/config.json"):
             read_settings(step.folder / name)
         check_weights(step.folder / "model")
+        check_vocabulary(step.folder / "model")
     except UserError as error:
         raise UserError(f"{_shown(step.folder)} says DONE, but {error}. Delete the folder, and it is trained anew") from error
 
@@ -169,6 +174,7 @@ def _files(key: str, path: str) -> list[list]:
     if not (folder / "config.json").exists():
         inside = f". Type {key}={folder / 'model'}" if (folder / "model" / "config.json").exists() else ""
         raise UserError(f"{key}={path} is no Hugging Face checkpoint: there is no {folder / 'config.json'}{inside}")
+    check_family(f"{key}={path}", read_settings(folder / "config.json").get("model_type"))
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
 
 
@@ -178,8 +184,6 @@ def _pinned_facts(stage: str, path: str) -> dict:
         return {"use": path}
     folder, files = Path(path), _files(f"{stage}.use", path)
     settings = read_settings(folder / "config.json")
-    if (family := settings.get("model_type")) not in FAMILIES:
-        raise UserError(f"{stage}.use={path} is a model of type {family or 'unknown'}, and this runner knows {', '.join(FAMILIES)}")
     kind = "".join(map(str, settings.get("architectures") or ()))
     if kind and (stage == "reward") != kind.endswith("ForSequenceClassification"):
         wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"
@@ -262,6 +266,21 @@ def show(cfg: Config, steps: list[Step]) -> None:
         algebra = f"{step_batch(cfg, step.stage)} = {micro} x {h.world_size} x {gas}"
         rows.append((step.stage, state, "" if step.done else algebra, _shown(step.pinned or step.folder)))
     print_columns(rows)
+    for note in unread(cfg, [step.stage for step in steps if not step.done]):
+        print(f"note: {note}")
+
+
+def unread(cfg: Config, stages: list[str]) -> Iterator[str]:
+    """Settings that others switch off. Told and not refused: a sweep over the others may well have them."""
+    for name, readers in (("actor", {"sft", "dpo", "ppo"}), ("reward", {"reward", "ppo"})):
+        lora = getattr(cfg.model, name).lora
+        if readers & set(stages) and lora.train_rest and not lora.dim:
+            yield f"model.{name}.lora.train_rest=true is not read, for there are no adapters: model.{name}.lora.dim=0"
+    if "ppo" in stages and cfg.dataset.pretrain and not cfg.ppo.ptx_coef:
+        yield "dataset.pretrain is not read: ppo.ptx_coef=0 mixes no text in. InstructGPT has ppo.ptx_coef=27.8"
+    for stage in stages if cfg.checkpoint.keep_best else ():
+        if not getattr(cfg, stage).eval_every:
+            yield f"checkpoint.keep_best={cfg.checkpoint.keep_best} finds no best of {stage}: {stage}.eval_every=0 evaluates none"
 
 
 def print_columns(rows: list[tuple[str, ...]]) -> None:

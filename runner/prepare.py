@@ -22,10 +22,11 @@ from runner.batch_sizes import batches_per_epoch, steps_of
 from runner.checks.paths import is_local, no_folder
 from runner.checks.secrets import redact
 from runner.checks.trust import check_weights
-from runner.config import Config, ModelPart
+from runner.config import Config, ModelPart, Ppo
 from runner.data.sources import data_key, sources_of
 from runner.durable.lock import lock
 from runner.errors import UserError, did_you_mean
+from runner.families import check_family
 from runner.files import whole_folder
 from runner.plan import Step, missing_hostfile, over_ssh
 
@@ -132,18 +133,34 @@ def _check_hub_token(cfg: Config) -> None:
 
 
 def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
-    """Refuse PPO with too few prompts for one iteration, and warn of a run that is over before it has learnt anything."""
-    if stage != "ppo":
-        return
+    """Refuse PPO with too few prompts for one iteration, and a run whose actor would never be trained; warn of one that learns little."""
     from runner.data.cache import counts_of
 
-    ppo, train = cfg.ppo, counts_of(data)["train"]
-    per_epoch = batches_per_epoch(train, ppo.rollout_batch, drop_last=True)
+    train, block = counts_of(data)["train"], getattr(cfg, stage)
+    ppo = block if stage == "ppo" else None
+    per_epoch = batches_per_epoch(train, ppo.rollout_batch if ppo else block.global_batch, drop_last=bool(ppo))
     if not per_epoch:
         raise UserError(
             f"there are {train} prompts for PPO, fewer than ppo.rollout_batch={ppo.rollout_batch}: lower it, "
             f"for example ppo.rollout_batch={max(1, train // ppo.minibatches) * ppo.minibatches}, or give more data"
         )
+    if ppo:
+        _warn_of_few(ppo, train, per_epoch)
+    total = steps_of(per_epoch, block.epochs, block.max_steps)
+    if ppo and ppo.critic_warmup >= total:
+        raise UserError(
+            f"ppo.critic_warmup={ppo.critic_warmup} trains the critic alone in all of the {total} iterations, and the actor in none: "
+            f"type ppo.critic_warmup={total // 10}, or give more iterations"
+        )
+    if block.lr_schedule != "constant" and block.warmup > max(1, total):
+        print(
+            f"warning: {stage} has {total} step{'s' * (total > 1)}, in which a warmup of {stage}.warmup={block.warmup:g} steps comes to "
+            f"{total / block.warmup:.2g} of the learning rate. Type {stage}.warmup=0.03 for a share of the run",
+            file=sys.stderr,
+        )
+
+
+def _warn_of_few(ppo: Ppo, train: int, per_epoch: int) -> None:
     iterations = steps_of(per_epoch, ppo.epochs, None)
     if iterations < FEW_ITERATIONS and (ppo.max_steps is None or ppo.max_steps > iterations):
         print(
@@ -232,6 +249,7 @@ def base_model(cfg: Config, store: Path, name: str, tokenizer) -> str:
     if part.init == "pretrained":
         with _loading(f"model.{name}.path", part.path):
             config = AutoConfig.from_pretrained(part.path, revision=part.revision, trust_remote_code=cfg.model.trust_remote_code)
+        check_family(f"model.{name}.path={part.path}", config.model_type)
         if config.model_type != cfg.model.family:
             found = config.model_type
             raise UserError(f"{part.path} is a {found} model, but model.family={cfg.model.family}: type model.family={found}")

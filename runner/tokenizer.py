@@ -8,16 +8,19 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from runner.checks.trust import refuse_code
+from runner.checks.trust import check_vocabulary, refuse_code
 from runner.errors import UserError
 from runner.families import FAMILIES
 
 Turn = dict[str, str]
 
 NEW_PAD_TOKEN = "<|pad|>"
+# Tokens that end a text in many vocabularies
+ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")
 
 
 def load_tokenizer(
@@ -34,11 +37,14 @@ def load_tokenizer(
     """
     if not trust_remote_code:
         refuse_code(path, revision)
+        check_vocabulary(Path(path))
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     if not tokenizer("a", add_special_tokens=False).input_ids:
         raise UserError(f"{path} has no usable tokenizer: tokenizer.json, or what its family has instead, is missing or empty")
     if end_token:
         tokenizer.add_special_tokens({"eos_token": end_token})
+    if tokenizer.eos_token is None:
+        raise UserError(_no_end(tokenizer, path))
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         vocabulary = tokenizer.get_vocab()
         spare = next(
@@ -52,6 +58,14 @@ def load_tokenizer(
         tokenizer.chat_template = ("{{- bos_token -}}" if begins else "") + chat_template
     tokenizer.padding_side = tokenizer.truncation_side = "left"
     return tokenizer
+
+
+def _no_end(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
+    """What to type for a tokenizer that names no EOS; it may well have the token."""
+    vocabulary = tokenizer.get_vocab()
+    end = next((token for token in ENDS if token in vocabulary), ENDS[0])
+    typed = f"'model.end_token=\"{end}\"'"
+    return f"{path} has no EOS: no response would ever end. Type {typed}, or name eos_token in its tokenizer_config.json"
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:

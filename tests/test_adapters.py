@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from runner.config import Dataset
-from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, Unmapped, adapt, parse_dialogue
+from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, Unmapped, adapt, check_adapter, parse_dialogue
 from runner.door import load
 from runner.errors import UserError
 
@@ -232,8 +232,8 @@ def test_a_text_in_place_of_a_list_is_not_indexed():
 
 
 def test_unknown_adapter_names_the_near_ones():
-    with pytest.raises(UserError, match=r"web_gpt .did you mean webgpt"):
-        adapt("web_gpt", {}, {})
+    with pytest.raises(UserError, match=r"mine.adapter=web_gpt is unknown .did you mean webgpt"):
+        check_adapter("mine", "web_gpt", {})
 
 
 # --- any row ----------------------------------------------------------------------------------------------------------
@@ -247,6 +247,7 @@ SYSTEM = {"role": "system", "content": "Be kind."}
 DIALOGUES = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
 PAIR = Example(turns("a"), "b", "c")
 SINGLE = Example(turns("a"), "b")
+PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
 
 
 @pytest.mark.parametrize(
@@ -273,6 +274,7 @@ SINGLE = Example(turns("a"), "b")
         ({"messages": [SYSTEM, *messages("a", "b", "c", "d")]}, {}, Example((SYSTEM, *turns("a", "b", "c")), "d")),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {}, SINGLE),
         ({"prompt": "a", "messages": messages("a", "b")}, {}, SINGLE),
+        ({"messages": [{"role": "user", "content": PARTS}, *messages("a", "b")[1:]]}, {}, SINGLE),
         # Preferences as TRL keeps them: with a prompt, with the prompt inside, with both
         ({"prompt": messages("a"), "chosen": messages("x", "b")[1:], "rejected": messages("x", "c")[1:]}, {}, PAIR),
         ({"chosen": messages("a", "b"), "rejected": messages("a", "c")}, {}, PAIR),
@@ -299,7 +301,14 @@ def test_fields(row, fields, example):
         ({"messages": ["a", "b"]}, {}, r"messages\[0\] is of type str"),
         ({"messages": [{"role": "tool", "content": "a"}]}, {}, r"messages\[0\] has role 'tool'"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, {}, "has role"),
-        ({"messages": [{"role": "user", "content": None}]}, {}, "content null"),
+        ({"messages": [{"role": "user", "content": None}]}, {}, r"messages\[0\] has content null, not a text"),
+        (
+            {"messages": [{"role": "user", "content": [*PARTS, {"type": "image", "url": "x"}]}]},
+            {},
+            "content of type list, not a text or a list",
+        ),
+        ({"messages": [{"role": "user", "content": []}]}, {}, "content of type list, not a text or a list"),
+        ({"prompt": None, "chosen": "b", "rejected": "c"}, {}, "field prompt is null"),
     ],
 )
 def test_fields_of_broken_rows(row, fields, message):
@@ -338,8 +347,8 @@ def test_a_row_with_unknown_names_comes_with_a_map_to_type(row, guess):
 
 
 def test_fields_map_with_an_unknown_name():
-    with pytest.raises(UserError, match=r"unknown name promt .did you mean prompt"):
-        adapt("fields", {"q": "a"}, {"promt": "q"})
+    with pytest.raises(UserError, match=r"mine.fields: unknown name promt .did you mean prompt"):
+        check_adapter("mine", "fields", {"promt": "q"})
 
 
 def test_row_that_is_no_mapping():

@@ -89,6 +89,17 @@ def test_a_reward_model_and_broken_weights_are_refused_in_one_line(step, tmp_pat
         (tmp_path / file.name).write_bytes(file.read_bytes()[:100] if file.suffix == ".safetensors" else file.read_bytes())
     with pytest.raises(SystemExit, match=r"^error: .*cannot talk: [^\n]*$"):
         typed(monkeypatch, "Hello\n", tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(SystemExit, match=r"cannot talk: model folder .* holds no tokenizer: none of tokenizer.json, "):
+        typed(monkeypatch, "Hello\n", tmp_path)
+
+
+def test_a_folder_that_cannot_talk_is_not_recommended(step, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "store").symlink_to(step.parent)
+    monkeypatch.chdir(tmp_path)
+    assert chat.instead("elsewhere").endswith(" runs/store/ppo-0123456789/model")
+    assert "FOLDER" in chat.instead(str(step / "model"))
 
 
 # --- the dialogue -----------------------------------------------------------------------------------------------------

@@ -143,6 +143,21 @@ def engines(plan: str) -> dict[str, dict]:
     return found
 
 
+def test_what_other_settings_switch_off_is_noted(capsys):
+    """And not refused: a sweep over them may well have it."""
+    from runner.plan import plan, show, unread
+
+    cfg = configured("model.actor.lora.train_rest=true", "dataset.pretrain=[x/y]", "checkpoint.keep_best=1", "reward.eval_every=0")
+    show(cfg, plan(cfg))
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    for note, key in zip(notes, ("model.actor.lora.train_rest=true", "dataset.pretrain", "checkpoint.keep_best=1"), strict=True):
+        assert note.startswith(f"note: {key} ")
+    assert "finds no best of reward: reward.eval_every=0" in notes[2]
+    assert not list(unread(cfg, []))
+    cfg = configured("model.actor.lora.train_rest=true", "model.actor.lora.dim=8", "dataset.pretrain=[x/y]", "ppo.ptx_coef=1")
+    assert not list(unread(cfg, ["sft", "reward", "ppo"]))
+
+
 @pytest.mark.parametrize("words", ["dry_run=true", "--help", "--info config"])
 def test_a_reader_who_has_seen_enough_is_no_error(words, here):
     command = f"{sys.executable} {RUN} {words} | head -n 0; exit ${{PIPESTATUS[0]}}"
@@ -226,6 +241,11 @@ WRONG = {
     ),
     "too long": ("model.max_prompt_tokens=2000", "is longer than the 1024 positions of tiny: lower one of them"),
     "no file": ("dataset=jsonl dataset.path=pears.jsonl", "data file pears.jsonl does not exist (looked from "),
+    "mistyped adapter": ("dataset.sources.toy.adapter=fieds dry_run=true", "toy.adapter=fieds is unknown (did you mean fields?)"),
+    "mistyped field": (
+        f"dataset=jsonl dataset.path={RUN} dataset.fields.promt=x dry_run=true",
+        "unknown name promt (did you mean prompt?)",
+    ),
     "no path": ("dataset=jsonl", "dataset.path has no value: type dataset.path=..."),
     "no hub path": ("dataset=hub", "dataset.path has no value: type dataset.path=..."),
     "path without its group": ("dataset.path=pairs.jsonl", "Type dataset=jsonl (a file) or dataset=hub beside it"),
@@ -279,6 +299,10 @@ WRONG = {
     ),
     "no layers": ("model.actor.shape.num_hidden_layers=0", "num_hidden_layers=0 must be a whole number of 1 or more"),
     "template without content": ("model.chat_template=hello", "leaves out what is said: it turns a message 'Hello' into 'hello'"),
+    "target of no coefficient": ("ppo.kl_target=6 ppo.kl_coef=0", "would stay there: type ppo.kl_coef=0.05"),
+    "adapters of no weight": ("model.actor.lora.dim=8 model.actor.lora.alpha=0", "model.actor.lora.alpha=0 gives its adapters (dim=8) no"),
+    "empty project": ("wandb.project=", "wandb.project is empty: type a name, or wandb.mode=disabled"),
+    "name of the store": ("name=store", "would put the folders of commands among the trained steps of store=runs/store"),
     "fp16 on a CPU": ("hardware.precision=fp16", "use fp32 or bf16"),
 }
 
@@ -302,7 +326,9 @@ def test_near_checkpoints_are_named(refused, here):
         assert f"Did you mean {meant}?" in message
     (here / "bert").mkdir()
     (here / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    assert "sft.use=./bert is a model of type bert, and this runner knows opt, " in refused("sft.use=./bert")
+    assert "sft.use=./bert is a bert model, which is not supported: families are opt, bloom, " in refused("sft.use=./bert")
+    pretrained = "model.actor.path=./bert", "model.actor.init=pretrained", "stage=sft"
+    assert "model.actor.path=./bert is a bert model, which is not supported" in refused(*pretrained)
     assert "is a language model (ForCausalLM)" in refused("sft.use=./step/model")
 
 
@@ -358,7 +384,6 @@ def test_broken_rows_are_named_or_counted(here, refused):
     message = refused("dataset=jsonl", "dataset.path=fine.jsonl", "dataset.sft_only=[named.jsonl]")
     assert "Name its fields prompt and response" in message and "dataset.fields" not in message  # that map is another file's
     assert "field question is missing" in refused("dataset=jsonl", "dataset.path=lacks.jsonl", "dataset.fields={prompt: question}")
-    assert "did you mean prompt?" in refused("dataset=jsonl", "dataset.path=lacks.jsonl", "dataset.fields.promt=prompt")
 
     cfg = configured(*file, "dataset.on_bad_row=skip", f"store={here}")
     inputs = prepare(cfg, plan(cfg))
@@ -399,7 +424,7 @@ def test_too_few_prompts_and_rows_are_said(here, refused):
     Path("few.jsonl").write_text("\n".join(rows))
     assert "fewer than ppo.rollout_batch=64: lower it" in refused("dataset=jsonl", "dataset.path=few.jsonl", "dataset.holdout=0.2")
     Path("none.jsonl").write_text("")
-    assert "has no rows to train on" in refused("dataset=jsonl", "dataset.path=none.jsonl")
+    assert refused("dataset=jsonl", "dataset.path=none.jsonl") == "none.jsonl holds no rows"
 
 
 @pytest.mark.parametrize(
@@ -414,6 +439,35 @@ def test_a_ppo_of_few_iterations_is_warned_of(words, warned, tmp_path, capsys):
     _check_amounts(configured(*words.split()), "ppo", tmp_path)
     said = capsys.readouterr().err
     assert ("too few to learn from. Type ppo.epochs=3 or more" in said) == warned, said
+
+
+@pytest.mark.parametrize(
+    "stage, words, warned",
+    [
+        ("sft", "sft.warmup=1000", True),
+        ("reward", "reward.warmup=1000 reward.epochs=1", True),
+        ("ppo", "ppo.warmup=1000 ppo.epochs=4", True),
+        ("sft", "sft.warmup=1000 sft.lr_schedule=constant", False),  # which has none
+        ("sft", "sft.warmup=0.9", False),
+        ("sft", "sft.warmup=1", False),
+    ],
+)
+def test_a_warmup_longer_than_the_run_is_warned_of(stage, words, warned, tmp_path, capsys):
+    from runner.prepare import _check_amounts
+
+    (tmp_path / "counts.json").write_text('{"train": 150}')
+    _check_amounts(configured(*words.split()), stage, tmp_path)
+    said = capsys.readouterr().err
+    assert (f"of {stage}.warmup=1000 steps comes to " in said) == warned, said
+
+
+def test_a_warmup_of_the_critic_that_leaves_the_actor_nothing_is_refused(tmp_path):
+    from runner.prepare import _check_amounts
+
+    (tmp_path / "counts.json").write_text('{"train": 640}')
+    _check_amounts(configured("ppo.critic_warmup=9", "ppo.epochs=1"), "ppo", tmp_path)
+    with pytest.raises(UserError, match=r"in all of the 10 iterations, and the actor in none: type ppo.critic_warmup=1,"):
+        _check_amounts(configured("ppo.critic_warmup=10", "ppo.epochs=1"), "ppo", tmp_path)
 
 
 def test_too_few_gpus_are_said_before_data_is_read(here, refused):

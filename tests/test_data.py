@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -418,6 +419,18 @@ def test_end_token(cfg, tmp_path):
     assert load_tokenizer(path, end_token="<s>").eos_token_id == 1
 
 
+@pytest.mark.parametrize(
+    "core, end",
+    [(train_tokenizer(ALPHABET, 300).backend_tokenizer, "</s>"), (Tokenizer(models.WordLevel({"a": 0, "<pad>": 1}, "a")), "<|endoftext|>")],
+    ids=["has one without a name", "has none"],
+)
+def test_a_tokenizer_without_eos_is_refused_with_one_that_cures_it(core, end, tmp_path):
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=re.escape(f"has no EOS: no response would ever end. Type 'model.end_token=\"{end}\"'")):
+        load_tokenizer(str(tmp_path))
+    assert load_tokenizer(str(tmp_path), end_token=end).eos_token == end
+
+
 def test_loading_again_changes_nothing(loaded, cfg, tmp_path):
     loaded.save_pretrained(tmp_path / "saved")
     for template in (None, cfg.model.chat_template):
@@ -526,7 +539,6 @@ def damaged_parquet() -> bytes:
     "name, content, message",
     [
         ("a.csv", b"x,y\n", "unknown format; use one of .json, .jsonl"),
-        ("a.jsonl", b'{"prompt": "\xff"}\n', "cannot be read: .*UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 100, mtime=0)[:-20], "cannot be read"),
         ("a.json", b'[{"prompt": "x"},\n oops]', r"a.json:2: not valid JSON"),
         ("a.json", b"3", "holds no list of JSON objects"),
@@ -558,6 +570,19 @@ def test_a_windows_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(ROWS), encoding="utf-8-sig")
     for name in ("a.jsonl", "b.json"):
         assert [row for _, row in read(tmp_path / name)] == ROWS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_byte_that_is_not_utf8_breaks_its_row_only(name, data, build, tmp_path):
+    dataset = data(pairs(30), **only("sft"))
+    lines = [json.dumps(row).encode() for row in pairs(30)]
+    lines[5] = lines[5].replace(b"good", b"caf\xe9")
+    (tmp_path / name).write_bytes(b"\n".join(lines) if name == "a.jsonl" else b"[" + b",".join(lines) + b"]")
+    mine = replace(dataset.sources["mine"], path=str(tmp_path / name))
+    dataset = replace(dataset, sources={"mine": mine})
+    with pytest.raises(UserError, match=rf"{name}(:| row )6: a text holds the byte 0xe9, which is not UTF-8.*dataset.on_bad_row=skip"):
+        build(dataset, "sft")
+    assert build(replace(dataset, on_bad_row="skip"), "sft")[2]["dropped"] == {"broken row": 1}
 
 
 @pytest.mark.parametrize("line", ['{"prompt": ' + "1" * 5000 + "}", '{"a":' * 100_000, '{"prompt": "\\ud800", "chosen": "b"}'])
@@ -773,6 +798,24 @@ def test_dpo_reads_the_reward_models_pairs(data, cfg, tokenizer, tmp_path):
         cache.build(tmp_path, data(pairs(30), split=PhaseSplit(1, 0, 1)), "dpo", tokenizer, cfg.model)
 
 
+@pytest.mark.parametrize(
+    "row, why",
+    [
+        ({"prompt": "Say", "chosen": "it", "rejected": "it"}, "30 identical pair"),
+        ({"messages": [{"role": "user", "content": "Say"}]}, "30 empty response"),
+    ],
+)
+def test_rows_that_all_were_dropped_are_not_said_to_want_another_split(row, why, data, build):
+    with pytest.raises(UserError, match=rf"no rows to train on in dataset=mine: all were dropped: {why}\. A row needs"):
+        build(data([row] * 30, **only("sft")), "sft")
+
+
+def test_a_source_without_rows_is_named_beside_others(data, build, tmp_path):
+    (tmp_path / "none.jsonl").write_text("\n \n")
+    with pytest.raises(UserError, match=r"none.jsonl holds no rows$"):
+        build(replace(data(pairs(30)), sft_only=[str(tmp_path / "none.jsonl")]), "sft")
+
+
 def test_an_empty_share_says_so(data, build):
     with pytest.raises(UserError, match=r"stage ppo has no rows to train on in dataset=mine: dataset.split.ppo=0$"):
         build(data(pairs(30), split=PhaseSplit(1, 1, 0)), "ppo")
@@ -872,6 +915,9 @@ def test_pretraining_text_is_packed_into_full_blocks(data, cfg, tokenizer, tmp_p
         cache.build_pretrain(tmp_path, dataset, tokenizer, replace(model, max_prompt_tokens=800))
     write(path, [{"text": "fine"}, {"content": "no"}])
     with pytest.raises(UserError, match=r"text.jsonl:2: a pretraining row needs a field 'text'"):
+        cache.build_pretrain(tmp_path, dataset, tokenizer, model)
+    path.write_bytes(b'{"text": "caf\xe9"}')
+    with pytest.raises(UserError, match=r"text.jsonl:1: a text holds the byte 0xe9"):
         cache.build_pretrain(tmp_path, dataset, tokenizer, model)
 
 

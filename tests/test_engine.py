@@ -489,6 +489,18 @@ def test_the_first_norm_in_half_precision_is_as_exact_as_the_others(alone):
     assert norms[0] != float(torch.tensor(norms[0]).bfloat16())
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_deepspeed_refuses_is_named_by_our_key(stage, alone, tokenizer, tmp_path):
+    """Wherever it looks at its settings first: with ZeRO-3 before there is a model."""
+    causal("opt").save_pretrained(tmp_path)
+    ds_config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage, "reduce_bucket_size": "lots"}}
+    options = {"dtype": torch.float32, "attention": "auto", "dropout": 0.0, "seed": 5}
+    with pytest.raises(UserError, match=r"hardware.deepspeed.zero_optimization.reduce_bucket_size=lots is refused by DeepSpeed: .*int"):
+        with engine.building(ds_config):
+            model = Actor(load_causal(str(tmp_path), tokenizer, **options), "opt", 0)
+        engine.trainable(model, ds_config, lr=0.1, lora_lr=0.1, weight_decay=0.0, betas=(0.9, 0.9), eps=1e-8)
+
+
 def test_a_frozen_model_is_read_only(alone):
     model = engine.frozen(actor("opt"), {}, alone)
     assert not model.training and not any(p.requires_grad for p in model.parameters())

@@ -75,6 +75,8 @@ OTHER = {
     "family": "bloom",
     "attention": "eager",
     "on_bad_row": "skip",
+    "adapter": "hh_dialogue",
+    "fields": {"prompt": "x"},
     "model.actor.init": "random",
     "model.reward.init": "pretrained",
     "dataset.sources.mine.path": "a/b",
@@ -176,7 +178,7 @@ def test_a_local_base_model_counts_by_its_files_and_not_by_where_it_lies(cfg, tm
 
     first = tmp_path / "first"
     first.mkdir()
-    (first / "config.json").write_text("{}")
+    (first / "config.json").write_text('{"model_type": "opt"}')
     (first / "model.safetensors").write_text("weights")
     before = facts(first)
     moved = first.rename(tmp_path / "moved")

@@ -542,7 +542,7 @@ def test_layerdrop_is_off(dropout, tokenizer, tmp_path):
 
 def test_unknown_family_is_refused(tokenizer, tmp_path):
     GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"is a gpt2 model; this runner knows opt, bloom, llama, gpt_neox"):
+    with pytest.raises(UserError, match=r"is a gpt2 model, which is not supported: families are opt, bloom, llama, gpt_neox"):
         load_causal(str(tmp_path), tokenizer, **options())
 
 

@@ -1,19 +1,20 @@
 """A changed configuration after an interruption: refused with the difference, forced on the record, or begun anew. No torch."""
 
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 from tiny import configured
 
 from runner.durable.lock import lock
 from runner.durable.manifest import SHARED, complete, damage, read_manifest, sealed, write_manifest
-from runner.durable.resume import adopt, differences, refuse, write_facts
+from runner.durable.resume import adopt, differences, in_settings, refuse, write_facts
 from runner.errors import UserError
 from runner.plan import Step, plan
 
@@ -50,12 +51,56 @@ def test_a_changed_one_is_shown_with_the_difference(tmp_path):
     step = planned(tmp_path, "sft.lr=0.5", "model.max_response_tokens=20")
     assert step.folder != planned(tmp_path).folder and step.earlier.folder == planned(tmp_path).folder
     with pytest.raises(UserError) as caught:
-        refuse("sft", step.earlier)
+        refuse(configured("stage=sft"), "sft", step.earlier)
     text = str(caught.value)
     assert f"stage sft was interrupted at step 12 in {step.earlier.folder}" in text
     was = configured()
     assert f"  model.max_response_tokens: {was.model.max_response_tokens} -> 20\n  sft.lr: {was.sft.lr} -> 0.5\n" in text
     assert "resume=force" in text and "resume=new" in text
+
+
+def told(store: Path, before: list[str], now: list[str], stage: str = "sft") -> list[str]:
+    """The lines about what differs when a command was interrupted and others are typed."""
+    shared = [f"stage={stage}", f"store={shlex.quote(str(store))}"]
+    old = configured(*shared, *before)
+    interrupt(step := plan(old)[-1])
+    (step.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(old))))
+    cfg = configured(*shared, *now)
+    return in_settings(cfg, stage, plan(cfg)[-1].earlier)
+
+
+@pytest.mark.parametrize(
+    "stage, before, now, expected",
+    [
+        ("sft", "", "sft.lr=0.5 sft.eval_every=3 model.reward.shape.ffn_dim=8", ["sft.lr: 0.002 -> 0.5"]),
+        ("ppo", "reward.epochs=2", "reward.epochs=1", ["reward.epochs: 2.0 -> 1.0"]),
+        ("ppo", "sft.use=facebook/opt-125m", "sft.use=facebook/opt-350m", ["sft.use: facebook/opt-125m -> facebook/opt-350m"]),
+        ("sft", "dataset.toy_rows=100", "dataset.toy_rows=200", ["dataset.toy_rows: 100 -> 200"]),
+        ("sft", "dataset=hub dataset.path=a/b", "dataset=hub dataset.path=a/c", ["dataset.path: a/b -> a/c"]),
+        ("sft", "model.actor.init=pretrained", "", ["model.actor.init: pretrained -> random"]),
+    ],
+)
+def test_differences_are_told_by_keys_that_can_be_typed(stage, before, now, expected, tmp_path):
+    """Not by the hashes of parents and files, which the facts hold."""
+    assert told(tmp_path, before.split(), now.split(), stage) == expected
+
+
+def test_what_lies_in_no_setting_is_told_too(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}")
+    words = ["dataset=jsonl", f"dataset.path={shlex.quote(str(rows))}"]
+    old = planned(tmp_path, *words)
+    told(tmp_path, words, words[:0])
+    rows.write_text("[]")
+    earlier = planned(tmp_path, *words).earlier
+    assert earlier.folder == old.folder
+    assert in_settings(configured("stage=sft", *words), "sft", earlier) == ["dataset.sources.0.content: other files than then"]
+
+
+def test_what_was_interrupted_before_its_first_step_is_left_with_a_word(tmp_path, capsys):
+    interrupt(planned(tmp_path), at=0)
+    refuse(configured("stage=sft"), "sft", planned(tmp_path, "sft.lr=0.5").earlier)
+    assert "sft begins anew: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"name": "demo", "key": "x", "facts": []}'])
@@ -195,14 +240,20 @@ def test_differences_are_empty_only_for_equals_and_turn_around(one, other):
 def finish(step: Step) -> None:
     """Leave a step as a run leaves it that came to its end."""
     (step.folder / "model").mkdir(parents=True)
-    for name, content in {"model/config.json": "{}", "result.json": '{"steps": 1}', "DONE": ""}.items():
+    for name, content in {"model/config.json": "{}", "model/tokenizer.json": "{}", "result.json": '{"steps": 1}', "DONE": ""}.items():
         (step.folder / name).write_text(content)
     save_file({"x": np.zeros(3)}, step.folder / "model" / "model.safetensors")
 
 
 @pytest.mark.parametrize(
     "file, content",
-    [("model/model.safetensors", None), ("model/model.safetensors", ""), ("model/config.json", None), ("result.json", '{"ste')],
+    [
+        ("model/model.safetensors", None),
+        ("model/model.safetensors", ""),
+        ("model/config.json", None),
+        ("model/tokenizer.json", None),
+        ("result.json", '{"ste'),
+    ],
 )
 def test_a_finished_step_whose_files_are_gone_is_not_reused(tmp_path, file, content):
     step = planned(tmp_path)

@@ -136,7 +136,17 @@ def test_time_limits_are_minutes_or_what_slurm_writes(text, seconds):
     assert configured(f"time_limit={text}").time_limit_seconds == seconds
 
 
-@pytest.mark.parametrize("text, says", [("soon", "is no duration: type minutes"), ("1:2:3:4", "is no duration"), ("0", "must be above 0")])
+OTHERS = [
+    ("soon", "is no duration: type minutes"),
+    ("1:2:3:4", "is no duration"),
+    ("0", "must be above 0"),
+    ("25:61:00", "has 61 minutes, which is 60 or more"),
+    ("90:60", "has 60 seconds"),
+    ("1-24", "has 24 hours"),
+]
+
+
+@pytest.mark.parametrize("text, says", OTHERS)
 def test_other_time_limits_are_refused(text, says):
     with pytest.raises(UserError, match=says):
         configured(f"time_limit={text}")
@@ -257,12 +267,15 @@ def test_the_time_limit_stops_a_worker_that_asks(tmp_path):
     assert launcher.returncode == 75 and "stopped by the time limit at step 7 of 9" in printed
 
 
-def test_the_time_limit_ends_a_worker_that_does_not_ask(tmp_path):
+@pytest.mark.parametrize("how, code", [("hangs", 1), ("saves_and_hangs", 75)])
+def test_the_time_limit_ends_a_worker_that_does_not_ask(how, code, tmp_path):
+    """75 only where something was saved: a script that repeats what ends with it would otherwise do so for ever."""
     start = time.monotonic()
-    launcher = launch(tmp_path, "hangs", "time_limit=0.07")
+    launcher = launch(tmp_path, how, "time_limit=0.07")
     worker = worker_of(launcher, tmp_path)
     printed = launcher.communicate(timeout=30)[0]
-    assert launcher.returncode == 75 and "before a checkpoint could be saved" in printed
+    assert launcher.returncode == code and "before a checkpoint could be saved" in printed
+    assert ("Type a longer time_limit" in printed) == (code == 1)
     assert time.monotonic() - start < 60 * 0.07 + 2.5
     assert is_gone(worker)
 
@@ -273,6 +286,9 @@ def test_no_stage_starts_when_no_time_is_left_or_a_signal_came():
     stop._launcher.deadline = time.time() + 20
     stop.STARTED, before = time.time() - 1000, stop.STARTED
     try:
+        with pytest.raises(UserError, match=r"the time limit came before stage reward, and nothing was saved.* Type a longer time_limit"):
+            stop.check("reward")
+        stop._launcher.got_on = True
         with pytest.raises(stop.Stopped, match="the time limit before stage reward"):
             stop.check("reward")
     finally:

@@ -84,6 +84,16 @@ def has_weights(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "*.bin"))
 
 
+# Any of these holds the vocabulary of a tokenizer
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Raise UserError when a model folder has no tokenizer: what transformers says then names no file."""
+    if folder.is_dir() and not any((folder / name).is_file() for name in VOCABULARIES):
+        raise UserError(f"model folder {folder} holds no tokenizer: none of {', '.join(VOCABULARIES)}")
+
+
 def check_weights(folder: Path) -> None:
     """Raise UserError when a model folder has no weights, or when a safetensors file is not whole. Reads headers only."""
     from safetensors import SafetensorError, safe_open

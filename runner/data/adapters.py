@@ -37,13 +37,20 @@ class Dropped(Exception):
     """The row is well formed but useless; args[0] is the short reason that the summary counts."""
 
 
+def check_adapter(where: str, name: str, fields: dict) -> None:
+    """Raise UserError if there is no adapter `name`, or if the map `fields` has a name that is not ours. where: the key of the source."""
+    if name not in ADAPTERS:
+        raise UserError(f"{where}.adapter={name} is unknown{did_you_mean(name, list(ADAPTERS))}; there are {', '.join(ADAPTERS)}")
+    for ours in fields:
+        if ours not in OURS:
+            raise UserError(f"{where}.fields: unknown name {ours}{did_you_mean(ours, list(OURS))}; ours are {', '.join(OURS)}")
+
+
 def adapt(name: str, row: dict, fields: dict) -> Example:
     """Read one row with the adapter `name`; `fields` is the field map of the source, which only the adapter `fields` reads.
 
-    Raises BadRow or Dropped, and UserError if there is no such adapter, or if `fields` has a name that is not ours.
+    Raises BadRow or Dropped.
     """
-    if name not in ADAPTERS:
-        raise UserError(f"unknown adapter {name}{did_you_mean(name, list(ADAPTERS))}; there are {', '.join(ADAPTERS)}")
     if not isinstance(row, dict):
         raise BadRow(f"the row is {kind_of(row)}, not a mapping")
     example = ADAPTERS[name](row, fields)
@@ -56,11 +63,20 @@ def adapt(name: str, row: dict, fields: dict) -> Example:
         raise Dropped("empty response")
     if chosen == rejected:
         raise Dropped("identical pair")
-    try:
-        "".join([*(turn["content"] for turn in example.prompt), chosen, rejected or ""]).encode()
-    except UnicodeEncodeError as error:  # JSON can write it: "\\ud83d" without its other half
-        raise BadRow("a text holds half of a surrogate pair, which no tokenizer can read") from error
+    check_text("".join([*(turn["content"] for turn in example.prompt), chosen, rejected or ""]))
     return Example(example.prompt, chosen, rejected)
+
+
+def check_text(text: str) -> None:
+    """Raise BadRow for characters that no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) - 0xDC00  # as `sources` reads a byte that is not UTF-8
+        if 0x80 <= byte <= 0xFF:
+            raise BadRow(f"a text holds the byte 0x{byte:02x}, which is not UTF-8") from error
+        # JSON can write it: "\\ud83d" without its other half
+        raise BadRow("a text holds half of a surrogate pair, which no tokenizer can read") from error
 
 
 OPENING = re.compile(r"\s*(Human|User|USER):")
@@ -102,10 +118,20 @@ def chat(row: dict, key: str) -> tuple[Turn, ...]:
         if not isinstance(message, dict):
             raise BadRow(f"field {key}[{i}] is {kind_of(message)}, not a message with role and content")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if str(role) not in ROLES or not isinstance(content, str):
-            raise BadRow(f"field {key}[{i}] has role {role!r} and content {kind_of(content)}, not one of {', '.join(ROLES)} and a text")
-        turns.append({"role": ROLES[role], "content": content.strip()})
+        if str(role) not in ROLES:
+            raise BadRow(f"field {key}[{i}] has role {role!r}, not one of {', '.join(ROLES)}")
+        if (text := joined(content)) is None:
+            raise BadRow(f"field {key}[{i}] has content {kind_of(content)}, not a text or a list of parts of type text")
+        turns.append({"role": ROLES[role], "content": text.strip()})
     return tuple(turns)
+
+
+def joined(content: object) -> str | None:
+    """The text of a message: itself, or of its parts, as {type: text, text}; None if there is something else, such as an image."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
 
 
 def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
@@ -116,6 +142,8 @@ def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ..
         return prompt, need(row, key)
     elif OPENING.match(need(row, key)):
         turns = parse_dialogue(row[key])
+    elif null := null_field(row, PROMPTS):
+        raise null
     else:
         missing = no_field(row, "prompt", PROMPTS)
         raise Unmapped(f"field {key} is no dialogue (it does not begin with 'Human:'), and there is {missing}", missing.map)
@@ -261,14 +289,10 @@ def any_fields(row: dict, fields: dict) -> Example:
     fields = {ours: theirs for ours, theirs in fields.items() if theirs}  # conf/dataset/hub.yaml leaves them open
     named = dict(row)
     for ours, theirs in fields.items():
-        if ours not in OURS:
-            raise UserError(f"fields: unknown name {ours}{did_you_mean(ours, list(OURS))}; ours are {', '.join(OURS)}")
         named[ours] = need(row, theirs, kind=object)
     prompt, answer = pick(named, PROMPTS), pick(named, tuple(n for n in RESPONSES if n in fields) or RESPONSES)
     if answer is None:
-        if null := next((name for name in RESPONSES if name in named), None):
-            raise BadRow(f"field {null} is null")
-        raise no_field(row, "response", RESPONSES)
+        raise null_field(named, RESPONSES) or no_field(row, "response", RESPONSES)
     turns: tuple[Turn, ...] = ()
     if prompt and named[prompt] == []:
         raise Dropped("empty prompt")
@@ -286,6 +310,11 @@ def any_fields(row: dict, fields: dict) -> Example:
 def pick(row: dict, names: tuple[str, ...]) -> str | None:
     """The first name whose field holds something. A null is no field: columnar files fill the gaps of uneven rows with it."""
     return next((name for name in names if row.get(name) is not None), None)
+
+
+def null_field(row: dict, names: tuple[str, ...]) -> BadRow | None:
+    """What is wrong with a row in which `pick` has found none of these names, if it has one of them."""
+    return next((BadRow(f"field {name} is null") for name in names if name in row), None)
 
 
 def no_field(row: dict, what: str, names: tuple[str, ...]) -> Unmapped:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from runner.config import SHARES, Dataset, Model, Source
-from runner.data.adapters import BadRow, Dropped, Example, Unmapped, adapt
+from runner.data.adapters import BadRow, Dropped, Example, Unmapped, adapt, check_text
 from runner.data.sources import VERSION, BrokenRow, content_key, data_key, plain_source, rows, sources_of
 from runner.data.split import held_out, phase_of, prompt_hash
 from runner.durable.lock import lock
@@ -77,6 +77,7 @@ def is_demonstration(source: Source, example: Example) -> bool:
 
 def adapted(dataset: Dataset, source: Source, counts: Counts) -> Iterator[Example]:
     """Examples of one source; broken rows end the run or are counted, as dataset.on_bad_row says."""
+    index = None
     for index, (where, row) in enumerate(rows(source, dataset.toy_rows)):
         if dataset.max_rows is not None and index >= dataset.max_rows:
             return
@@ -90,6 +91,8 @@ def adapted(dataset: Dataset, source: Source, counts: Counts) -> Iterator[Exampl
             if dataset.on_bad_row == "error":
                 raise UserError(f"{where}: {error}. {_cure(dataset, source, error)}") from error
             counts.dropped["broken row"] += 1
+    if index is None:
+        raise UserError(f"{source.path} holds no rows")
 
 
 def _cure(dataset: Dataset, source: Source, error: Exception) -> str:
@@ -199,6 +202,10 @@ def build_pretrain(store: Path, dataset: Dataset, tokenizer, model: Model) -> Pa
                 for where, row in rows(source, 0):
                     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                         raise UserError(f"{where}: a pretraining row needs a field 'text' that holds a string")
+                    try:
+                        check_text(row["text"])
+                    except BadRow as error:
+                        raise UserError(f"{where}: {error}") from error
                     pending += [*tokenizer(plain(tokenizer, row["text"]), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
                     while len(pending) >= block:
                         train.add({"input_ids": pending[:block], "prompt_length": 0, "length": block, "source": source.path})
@@ -308,6 +315,9 @@ def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
         beside = f"dataset.sft_only=[{dataset.path or 'FILE'}]"
         return f"its rows have no `rejected` and serve SFT only. Type stage=sft, or give pairs and put these rows beside them: {beside}"
     dropped = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.most_common() if n)
+    if not every:
+        needs = "a prompt that ends with a user turn, a response, and a worse one, if any, that differs"
+        return f"all were dropped: {dropped}. A row needs {needs}"
     reason, most = next(iter(counts.dropped.most_common(1)), ("", 0))
     if most > counts.train + counts.eval and reason.startswith("response longer"):
         return (

@@ -18,7 +18,7 @@ from runner.data import toy
 from runner.errors import UserError
 
 # Raise it when an adapter, the encoder, the split or the order of the sources changes what becomes of a row
-VERSION = 4
+VERSION = 5
 
 
 class BrokenRow(Exception):
@@ -109,7 +109,8 @@ SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
 
 
 def _open(path: Path):
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")  # with or without Windows' mark
+    """As UTF-8, with or without Windows' mark. Other bytes become surrogates, which the reader of the row finds."""
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", errors="surrogateescape")
 
 
 def _line_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
@@ -122,8 +123,8 @@ def _line_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
 def _readable(lines, path: Path) -> Iterator[str]:
     try:
         yield from lines
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Is it complete, and UTF-8?") from error
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Is it complete?") from error
 
 
 def _parse(text: str) -> dict | BrokenRow:

@@ -10,11 +10,13 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from runner.config import PARENTS, Config
+from runner.door import read_yaml
 from runner.durable.lock import is_held, lock
-from runner.durable.manifest import SHARED, newest_whole, read_manifest, steps_done, write_manifest
+from runner.durable.manifest import SHARED, complete, newest_whole, read_manifest, steps_done, write_manifest
 from runner.errors import UserError
 from runner.files import whole_folder, write_text
 
@@ -73,7 +75,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:
     found = {}
     for key in sorted(old.keys() | new.keys()):
         one, other = old.get(key), new.get(key)
-        if f"{prefix}{key}" == "dataset.sources" and one and other:
+        if f"{prefix}{key}" == "dataset.sources" and isinstance(one, list) and isinstance(other, list):
             one, other = _numbered(one), _numbered(other)
         if isinstance(one, dict) and isinstance(other, dict):
             found |= differences(one, other, f"{prefix}{key}.")
@@ -87,14 +89,57 @@ def _numbered(sources: list) -> dict:
     return {str(i): settings | {"content": content} for i, (settings, content) in enumerate(sources)}
 
 
-def refuse(stage: str, earlier: Unfinished) -> None:
-    """Raise UserError: what lies there, how it differs, and the three ways to go on."""
-    lines = "\n".join(f"  {line}" for line in earlier.describe()) or "  (none: it had itself gone on from another configuration)"
+def refuse(cfg: Config, stage: str, earlier: Unfinished) -> None:
+    """Raise UserError: what lies there, how it differs, and the three ways to go on. What has learnt nothing yet is left with a word."""
+    if complete(earlier.folder)[-1].name == "step_0":
+        print(f"{stage} begins anew: {earlier.folder}, of another configuration, was interrupted before its first step", file=sys.stderr)
+        return
+    differ = in_settings(cfg, stage, earlier) or ["(none: it had itself gone on from another configuration)"]
+    lines = "\n".join(f"  {line}" for line in differ)
     raise UserError(
         f"stage {stage} was interrupted at step {earlier.steps} in {earlier.folder}, and this command has another configuration:\n{lines}\n"
         "To go on with it, type the old values. To go on from its checkpoint with the new ones, add resume=force; the result says so "
         "for ever. To leave it where it is and begin anew, add resume=new"
     )
+
+
+# Parts of keys that shape no result, or are named again by the keys that read them
+UNTOLD = {"name", "recipe", "eval_every", "eval_examples", "eval_prompts", "trust_remote_code"}
+
+
+def in_settings(cfg: Config, stage: str, earlier: Unfinished) -> list[str]:
+    """The differences by keys that can be typed: a parent's hash, or a list of files, comes from settings that config.yaml holds."""
+    try:
+        before = read_yaml(earlier.folder / "config.yaml")
+    except UserError:
+        return earlier.describe()
+    found = differences(_settings(before, stage), _settings(asdict(cfg), stage))
+    # dataset.sources reads what dataset.path and dataset.fields say
+    pairs = [pair for key, pair in found.items() if not key.startswith("dataset.sources.")]
+    told = {key: pair for key, pair in found.items() if not key.startswith("dataset.sources.") or pair not in pairs}
+    lines = [f"{key}: {_brief(old)} -> {_brief(new)}" for key, (old, new) in told.items() if not UNTOLD & set(key.split("."))]
+    return lines + [_unexplained(key, *pair) for key, pair in earlier.differences.items() if not _explains(lines, key)]
+
+
+def _settings(config: dict, stage: str) -> dict:
+    """Of a whole configuration the blocks that a step and its parents read."""
+    stages = (*PARENTS[stage], stage)
+    unread = {part for part, trained in (("actor", "sft"), ("reward", "reward")) if trained not in stages}
+    blocks = {name: config.get(name) for name in ("seed", "model", "dataset", "rollout", *stages) if name != "rollout" or stage == "ppo"}
+    return blocks | {"model": {key: value for key, value in (config.get("model") or {}).items() if key not in unread}}
+
+
+def _explains(lines: list[str], fact: str) -> bool:
+    """Whether lines about settings tell why a fact differs: one of the same block; of a parent any may."""
+    block = fact.partition(".")[0]
+    return any(block == "parents" or line.startswith((f"{block}.", f"{block}:")) for line in lines)
+
+
+def _unexplained(fact: str, old: object, new: object) -> str:
+    """A difference that lies in no setting: files are not what they were, or the code is another."""
+    if fact.startswith("parents.") or fact.endswith(".content") or isinstance(old, list):
+        return f"{fact}: other files than then"
+    return f"{fact}: {_brief(old)} -> {_brief(new)}"
 
 
 def check_forced(stage: str, earlier: Unfinished) -> None:

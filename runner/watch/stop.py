@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.errors import UserError
+
 # Exit code of a command that was stopped in good order: typing it again goes on. 75, "temporary failure" in sysexits.h
 RESUME_ME = os.EX_TEMPFAIL
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -147,8 +149,10 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 @dataclass
 class Launcher:
     folder: Path | None = None  # of the step whose workers run
+    before: frozenset[Path] = frozenset()  # what was saved of it when they were started
     number: int = 0  # of the first signal
     deadline: float | None = None
+    got_on: bool = False  # whether earlier workers of this command have left something to go on from
 
 
 _launcher = Launcher()
@@ -178,7 +182,27 @@ def check(stage: str) -> None:
     if _launcher.number:
         raise Stopped(f"stopped by {reason(_launcher.number)} before stage {stage}; the same command goes on from there")
     if _launcher.deadline is not None and _time_left() < min(60.0, 0.05 * (_launcher.deadline - STARTED)) + MARGIN:
-        raise Stopped(f"stopped by the time limit before stage {stage}; the same command goes on from there")
+        raise out_of_time(f"before stage {stage}")
+
+
+def out_of_time(where: str) -> Exception:
+    """What ends a command at its time limit: Stopped; or UserError if it has saved nothing, as a script that repeats it would for ever."""
+    if _got_on():
+        return Stopped(f"stopped by the time limit {where}; the same command goes on from there")
+    return UserError(
+        f"the time limit came {where}, and nothing was saved since this command began: the same command would come no further. "
+        "Type a longer time_limit"
+    )
+
+
+def _got_on() -> bool:
+    """Whether this command has left a new checkpoint or a finished step."""
+    return _launcher.got_on or (_launcher.folder is not None and not _saved(_launcher.folder) <= _launcher.before)
+
+
+def _saved(folder: Path) -> frozenset[Path]:
+    """The files that are written last: of a step, and of its checkpoints."""
+    return frozenset([*folder.glob("checkpoints/step_*/manifest.json"), *folder.glob("DONE")])
 
 
 def heard() -> bool:
@@ -194,10 +218,11 @@ def running(folder: Path) -> Iterator[None]:
     (folder / LIMIT_FILE).unlink(missing_ok=True)
     if _launcher.deadline is not None:
         (folder / LIMIT_FILE).write_text(str(_launcher.deadline))
-    _launcher.folder = folder
+    _launcher.folder, _launcher.before = folder, _saved(folder)
     try:
         yield
     finally:
+        _launcher.got_on = _got_on()
         _launcher.folder = None
 
 
@@ -221,8 +246,9 @@ def _leave(number: int, code: int) -> None:
 
 
 def _too_late(number: int, frame: object) -> None:
-    _say("stopped by the time limit, before a checkpoint could be saved; the same command goes on from the last one")
-    raise SystemExit(RESUME_ME)
+    end = out_of_time("before a checkpoint could be saved")
+    _say(str(end) if isinstance(end, Stopped) else f"error: {end}")
+    raise SystemExit(RESUME_ME if isinstance(end, Stopped) else 1)
 
 
 def _time_left() -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from runner import worker
+from runner.durable.manifest import MANIFEST
 from runner.errors import UserError
 from runner.watch import heartbeat, stop
 
@@ -37,10 +38,21 @@ def main(folder: Path, how: str, rank: int) -> None:
 def stops(folder: Path, rank: int) -> None:
     while not (reason := stop.asked()):
         time.sleep(0.02)
+    saves(folder)
     (folder / stop.NOTE).write_text(json.dumps({"reason": reason, **heartbeat.now}))
 
 
+def saves(folder: Path) -> None:
+    (folder / "checkpoints" / "step_7").mkdir(parents=True)
+    (folder / "checkpoints" / "step_7" / MANIFEST).touch()
+
+
 def hangs(folder: Path, rank: int) -> None:
+    time.sleep(60)
+
+
+def saves_and_hangs(folder: Path, rank: int) -> None:
+    saves(folder)
     time.sleep(60)
 
 
@@ -95,6 +107,7 @@ def with_neighbours(act):
 WAYS = {
     "stops": stops,
     "hangs": hangs,
+    "saves_and_hangs": saves_and_hangs,
     "crashes_once": crashes_once,
     "refuses": refuses,
     "module": module,
