@@ -16,7 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from runner.errors import UserError
 from runner.models import parameter_groups
-from runner.rollout.sizes import fits_whole
+from runner.sampling_sizes import fits_whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -14,10 +14,10 @@ from hydra.errors import HydraException
 from runner.checks import secrets
 from runner.checks.flags import completes, flags_and_overrides, sweeps
 from runner.checks.paths import SUFFIXES, is_local
-from runner.checks.presets import check_preset
 from runner.config import STAGES, check_name
 from runner.door import broken_yaml, known_keys, read_yaml, unknown
 from runner.errors import UserError, did_you_mean
+from runner.presets import check_preset
 
 LAUNCHERS = {"joblib": "hydra-joblib-launcher"}
 LAUNCHERS |= dict.fromkeys(("submitit_local", "submitit_slurm"), "hydra-submitit-launcher")

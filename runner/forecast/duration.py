@@ -11,7 +11,7 @@ from runner.batch_sizes import micro_positions, step_batch
 from runner.config import Config, Lora
 from runner.forecast.memory import itemsize, samples_whole, slots
 from runner.forecast.network import Network, networks
-from runner.rollout.sizes import PROBE
+from runner.sampling_sizes import PROBE
 
 # Shares of the data sheet's rates: matrix products of training and scoring, reading of decoding
 MATMUL, BANDWIDTH = 0.45, 0.6

@@ -10,7 +10,7 @@ from runner.batch_sizes import micro_positions
 from runner.config import Config, Lora
 from runner.forecast.network import Network, networks
 from runner.plan import shares_reference
-from runner.rollout.sizes import PREFILL_TOKENS, fits_whole
+from runner.sampling_sizes import PREFILL_TOKENS, fits_whole
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from runner.rollout import graph, hf
 from runner.rollout.forms import network_of
 from runner.rollout.record import CPU, Rollout, widen
 from runner.rollout.sampling import uniforms
-from runner.rollout.sizes import PROBE
+from runner.sampling_sizes import PROBE
 from runner.watch import stop
 
 # Batches that the decode engine samples in a row: between two rows of them a run can be stopped

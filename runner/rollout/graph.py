@@ -23,7 +23,7 @@ from runner.rollout.forms import network_of
 from runner.rollout.lanes import Lanes, Responses
 from runner.rollout.network import Network
 from runner.rollout.record import Rollout
-from runner.rollout.sizes import PREFILL_TOKENS
+from runner.sampling_sizes import PREFILL_TOKENS
 from runner.triton_support import why_no_triton
 
 # Steps between two looks at which rows have ended: a look waits for the GPU, and costs a CPU nothing
