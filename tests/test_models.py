@@ -57,7 +57,7 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
 
 
 def body_layers(model) -> torch.nn.ModuleList:
-    return model.hf.base_model.get_submodule(model.family.layers)
+    return next(module for module in model.hf.base_model.modules() if isinstance(module, torch.nn.ModuleList))
 
 
 def logprobs(model: Actor, rows: list[list[int]], left: bool) -> torch.Tensor:
