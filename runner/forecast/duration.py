@@ -19,7 +19,7 @@ MATMUL, BANDWIDTH = 0.45, 0.6
 LINKS = 0.75
 # Seconds that launches take where the GPU waits for them, per layer: of a decode step of ours and of transformers' generate, and of
 # forward and backward of a micro batch
-DECODE_LAUNCHES, GENERATE_LAUNCHES, TRAIN_LAUNCHES = 75e-6, 600e-6, 2.5e-3
+DECODE_LAUNCHES, GENERATE_LAUNCHES, TRAIN_LAUNCHES = 55e-6, 600e-6, 2.5e-3
 # Seconds of an optimizer step on the host's CPU, per parameter, with the way there and back (OPT-6.7B on an H100's host)
 CPU_STEP = 0.5e-9
 
