@@ -596,11 +596,11 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
 def test_without_network_the_hub_is_given_up_soon(words, says, here):
     """An endpoint where nobody listens: a machine that has a network shall see the same."""
     seconds = []
-    while not seconds or (seconds[-1] >= 15 and len(seconds) < 2):  # once more, in case the machine was busy: the hub's retries take 23 s
+    while not seconds or (seconds[-1] >= 22 and len(seconds) < 2):  # once more, in case the machine was busy: the hub's retries take 23 s
         start = time.monotonic()
         done = process(*words.split(), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(here), HTTPS_PROXY="", https_proxy="")
         seconds.append(time.monotonic() - start)
-    assert seconds[-1] < 15, seconds
+    assert seconds[-1] < 22, seconds
     assert done.returncode == 1
     assert "looking for" in done.stderr
     assert says in one_message(done.stderr)
