@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from runner.batch_sizes import micro_batch, step_batch
-from runner.config import Config
+from runner.config import ENGINES, Config
 
 # Share of the time below which a win is not worth a line
 NOTABLE = 0.1
@@ -87,8 +87,7 @@ def memory(cfg: Config, stage: str, seen: Seen) -> Iterator[Suggestion]:
     if peak is None or not seen.room(cfg):
         return
     busy, room = seen.step("update" if stage == "ppo" else "train"), f"{peak:.0f} of {cfg.hardware.memory_gb:.0f} GB were used"
-    keys = {"reward": ("critic",), "ppo": ("actor", "critic")}.get(stage, ("actor",))
-    on = [key for key in keys if getattr(cfg.hardware.gradient_checkpointing, key)]
+    on = [key for key in ENGINES[stage] if getattr(cfg.hardware.gradient_checkpointing, key)]
     if on:
         # One forward of four: forward, forward again, and a backward of two
         words = " ".join(f"hardware.gradient_checkpointing.{key}=false" for key in on)

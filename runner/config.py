@@ -15,6 +15,8 @@ STAGES = ("sft", "reward", "dpo", "ppo")
 PARENTS = {"sft": (), "reward": (), "dpo": ("sft",), "ppo": ("sft", "reward")}
 # Whose share of the prompts a stage learns from: DPO and reward model take the same pairs, and nothing is trained on both
 SHARES = {"sft": "sft", "reward": "reward", "dpo": "reward", "ppo": "ppo"}
+# Engines that a stage trains, by the names under which hardware configures them: the reward model's is the critic's
+ENGINES = {"sft": ("actor",), "reward": ("critic",), "dpo": ("actor",), "ppo": ("actor", "critic")}
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 

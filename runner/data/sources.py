@@ -33,7 +33,7 @@ def sources_of(dataset: Dataset) -> dict[str, Source]:
 
 def plain_source(path: str, sft_only: bool) -> Source:
     """A file or hub data set without settings of its own."""
-    return Source(path=path, adapter="fields", subset=None, revision=None, split="train", fields={}, weight=1.0, sft_only=sft_only)
+    return Source(path=path, sft_only=sft_only)
 
 
 def data_key(dataset: Dataset) -> dict:

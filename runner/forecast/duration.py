@@ -8,9 +8,9 @@ import math
 
 from runner import flops
 from runner.batch_sizes import micro_positions, step_batch
-from runner.config import Config, Lora
+from runner.config import Config
 from runner.forecast.memory import itemsize, samples_whole, slots
-from runner.forecast.network import Network, networks
+from runner.forecast.network import networks, trained
 from runner.sampling_sizes import PROBE
 
 # Shares of the data sheet's rates: matrix products of training and scoring, reading of decoding
@@ -48,8 +48,8 @@ def step_seconds(cfg: Config, stage: str, prompt: float, response: float) -> flo
     if stage == "reward":
         return _training(cfg, stage, "critic", 2 * batch, length, response)
     if stage == "dpo":  # the reference reads the pairs too
-        work, pairs = networks(cfg)[0].work(cfg.model.actor.lora), [length] * 2 * batch
-        read = flops.forward(work, pairs, len(pairs) * response)
+        (net, lora), pairs = trained(cfg, "actor"), [length] * 2 * batch
+        read = flops.forward(net.work(lora), pairs, len(pairs) * response)
         return _training(cfg, stage, "actor", len(pairs), length, response) + read / _rate(cfg)
     ppo, actor_batch = cfg.ppo, batch * (2 if cfg.ppo.ptx_coef else 1)
     update = _training(cfg, stage, "actor", actor_batch, length, response) + _training(cfg, stage, "critic", batch, length, response)
@@ -58,7 +58,7 @@ def step_seconds(cfg: Config, stage: str, prompt: float, response: float) -> flo
 
 def _training(cfg: Config, stage: str, engine: str, rows: int, length: float, response: float) -> float:
     """An optimizer step of a model: its arithmetic, or launches where the GPU waits for these; the optimizer on the CPU; what GPUs send."""
-    h, (net, lora) = cfg.hardware, _trained(cfg, engine)
+    h, (net, lora) = cfg.hardware, trained(cfg, engine)
     work, lengths = net.work(lora), [length] * rows
     at_once = micro_positions(cfg, stage) * h.world_size * (2 if stage in ("reward", "dpo") else 1)
     micros = math.ceil(sum(lengths) / at_once)
@@ -71,7 +71,7 @@ def _training(cfg: Config, stage: str, engine: str, rows: int, length: float, re
 def _exchanged(cfg: Config, engine: str, micros: int) -> float:
     """Bytes that GPUs send for an optimizer step: gradients and moved weights; ZeRO 2 sums gradients for each micro batch, and ZeRO-3 also
     gathers the weights for its forward, for what is computed again, and for its backward."""
-    net, lora = _trained(cfg, engine)
+    net, lora = trained(cfg, engine)
     weights, gradients, stage = net.weights * itemsize(cfg), net.trained(lora) * itemsize(cfg), getattr(cfg.hardware.zero, engine)
     if stage == 3:
         return micros * (gradients + weights * (3 if getattr(cfg.hardware.gradient_checkpointing, engine) else 2))
@@ -84,7 +84,7 @@ def _sampling(cfg: Config, prompt: float, response: float) -> float:
     Weights that ZeRO-3 cannot lay whole on each GPU are sampled from through generate, which gathers all of them for every token.
     """
     h, rows, at_once, whole = cfg.hardware, cfg.ppo.rollout_batch, slots(cfg), samples_whole(cfg)
-    net, lora = _trained(cfg, "actor")
+    net, lora = trained(cfg, "actor")
     work, steps = net.work(lora), response * math.ceil(rows / h.world_size / at_once)
     read = flops.decode_bytes(work, 1, at_once * (prompt + response / 2), itemsize(cfg))
     launches = DECODE_LAUNCHES if whole and cfg.rollout.engine != "hf" else GENERATE_LAUNCHES
@@ -95,16 +95,10 @@ def _sampling(cfg: Config, prompt: float, response: float) -> float:
 
 def _scoring(cfg: Config, length: float, response: float) -> float:
     """Reading a rollout with reference, critic and reward model, and a share of it with the actor."""
-    (actor, actor_lora), (reward, reward_lora), rows = _trained(cfg, "actor"), _trained(cfg, "critic"), cfg.ppo.rollout_batch
+    (actor, actor_lora), (reward, reward_lora), rows = trained(cfg, "actor"), trained(cfg, "critic"), cfg.ppo.rollout_batch
     lengths, probed = [length] * rows, 1 / PROBE if cfg.rollout.max_mismatch else 1
     reading = (1 + probed) * flops.forward(actor.work(actor_lora), lengths, rows * response)
     return (reading + 2 * flops.forward(reward.work(reward_lora), lengths)) / _rate(cfg)
-
-
-def _trained(cfg: Config, engine: str) -> tuple[Network, Lora]:
-    """engine: actor or critic."""
-    actor, reward = networks(cfg)
-    return (actor, cfg.model.actor.lora) if engine == "actor" else (reward, cfg.model.reward.lora)
 
 
 def _rate(cfg: Config) -> float:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from operator import attrgetter
 
 from runner.batch_sizes import micro_batch, step_batch
-from runner.config import Config
+from runner.config import ENGINES, Config
 from runner.errors import UserError
 from runner.forecast.memory import host_bytes, moments
 from runner.forecast.network import networks
@@ -178,8 +178,6 @@ SAVINGS = (
     adapters,
     actor_in_cpu_memory,
 )
-# Engines that a stage trains
-ENGINES = {"sft": ("actor",), "reward": ("critic",), "dpo": ("actor",), "ppo": ("actor", "critic")}
 
 
 def _frozen(cfg: Config, stage: str) -> tuple[str, ...]:

@@ -7,8 +7,8 @@ and what the allocator wastes. tests/test_forecast.py holds it against what runs
 from dataclasses import dataclass
 
 from runner.batch_sizes import micro_positions
-from runner.config import Config, Lora
-from runner.forecast.network import Network, networks
+from runner.config import ENGINES, Config
+from runner.forecast.network import Network, networks, trained
 from runner.plan import shares_reference
 from runner.sampling_sizes import PREFILL_TOKENS, fits_whole
 
@@ -35,10 +35,10 @@ def itemsize(cfg: Config) -> int:
     return 4 if cfg.hardware.precision == "fp32" else 2
 
 
-def trainee(cfg: Config, engine: str, net: Network, lora: Lora) -> Trainee:
-    """engine: actor or critic, whose ZeRO stage counts."""
-    h, size, trained = cfg.hardware, itemsize(cfg), net.trained(lora)
-    stage, moved = getattr(h.zero, engine), h.offload.optimizer
+def trainee(cfg: Config, engine: str) -> Trainee:
+    """engine: actor or critic."""
+    h, size, (net, lora) = cfg.hardware, itemsize(cfg), trained(cfg, engine)
+    count, stage, moved = net.trained(lora), getattr(h.zero, engine), h.offload.optimizer
 
     def shared(from_stage: int) -> int:
         return h.world_size if stage >= from_stage else 1
@@ -47,10 +47,10 @@ def trainee(cfg: Config, engine: str, net: Network, lora: Lora) -> Trainee:
     return Trainee(
         weights=0.0 if h.offload.params and engine == "actor" else weights,
         # ZeRO 2 and 3 send them to the CPU as they come
-        gradients=0.0 if moved and stage >= 2 else trained * size / shared(2),
+        gradients=0.0 if moved and stage >= 2 else count * size / shared(2),
         # Two moments; and fp32 copies in half precision, and wherever ZeRO lays weights out
-        optimizer=0.0 if moved else trained * (8 if size == 4 and not stage else 12) / shared(1),
-        step=0.0 if moved or size == 4 else trained * 4 / shared(1),
+        optimizer=0.0 if moved else count * (8 if size == 4 and not stage else 12) / shared(1),
+        step=0.0 if moved or size == 4 else count * 4 / shared(1),
     )
 
 
@@ -78,19 +78,19 @@ def _chunk(cfg: Config) -> int:
 
 def moments(cfg: Config, stage: str) -> dict[str, float]:
     """Bytes on the fullest GPU at the moments that can be the largest, by the phase that they belong to. states: without any batch."""
-    actor, reward = networks(cfg)
     if stage == "ppo":
-        return _of_ppo(cfg, actor, reward)
-    net, part, engine = (reward, cfg.model.reward, "critic") if stage == "reward" else (actor, cfg.model.actor, "actor")
-    model, tokens = trainee(cfg, engine, net, part.lora), micro_positions(cfg, stage) * (1 if stage == "sft" else 2)
+        return _of_ppo(cfg, *networks(cfg))
+    (engine,) = ENGINES[stage]
+    net, _ = trained(cfg, engine)
+    model, tokens = trainee(cfg, engine), micro_positions(cfg, stage) * (1 if stage == "sft" else 2)
     kept = activations(cfg, net, tokens, getattr(cfg.hardware.gradient_checkpointing, engine))
-    states = model.trains + (frozen(cfg, "ref", actor) if stage == "dpo" else 0.0)
+    states = model.trains + (frozen(cfg, "ref", net) if stage == "dpo" else 0.0)
     return {"states": states, "train": states + max(kept, model.step)}
 
 
 def _of_ppo(cfg: Config, actor: Network, reward: Network) -> dict[str, float]:
     recompute, tokens = cfg.hardware.gradient_checkpointing, micro_positions(cfg, "ppo")
-    teacher, critic = trainee(cfg, "actor", actor, cfg.model.actor.lora), trainee(cfg, "critic", reward, cfg.model.reward.lora)
+    teacher, critic = trainee(cfg, "actor"), trainee(cfg, "critic")
     resting = _resting(cfg, actor, reward)
     training = resting + teacher.gradients + critic.gradients
     gathered = actor.weights * itemsize(cfg) if cfg.hardware.zero.actor == 3 and samples_whole(cfg) else 0.0
@@ -108,7 +108,7 @@ def samples_whole(cfg: Config) -> bool:
 
 def _resting(cfg: Config, actor: Network, reward: Network) -> float:
     """Bytes of PPO's models while none of them trains, and of the average, which is in fp32."""
-    teacher, critic = trainee(cfg, "actor", actor, cfg.model.actor.lora), trainee(cfg, "critic", reward, cfg.model.reward.lora)
+    teacher, critic = trainee(cfg, "actor"), trainee(cfg, "critic")
     average = 4 * actor.trained(cfg.model.actor.lora) if cfg.ppo.ema_decay else 0.0
     average /= cfg.hardware.world_size if cfg.hardware.zero.actor == 3 else 1
     return teacher.at_rest + critic.at_rest + frozen(cfg, "ref", actor) + frozen(cfg, "reward", reward) + average
@@ -117,12 +117,10 @@ def _resting(cfg: Config, actor: Network, reward: Network) -> float:
 def host_bytes(cfg: Config, stage: str) -> float:
     """Bytes of CPU memory on each machine that offloading takes; 0 without."""
     (actor, reward), h, size = networks(cfg), cfg.hardware, itemsize(cfg)
-    trains = {"sft": [(actor, cfg.model.actor.lora)], "reward": [(reward, cfg.model.reward.lora)]}
-    both = [*trains["sft"], *trains["reward"]]
-    trains["dpo"] = trains["sft"]
+    trains = [trained(cfg, engine) for engine in ENGINES[stage]]
     # Moments, fp32 copies and gradients
-    found = 16 * sum(net.trained(lora) for net, lora in trains.get(stage, both)) if h.offload.optimizer else 0
-    found += size * actor.weights if h.offload.params and stage != "reward" else 0
+    found = 16 * sum(net.trained(lora) for net, lora in trains) if h.offload.optimizer else 0
+    found += size * actor.weights if h.offload.params and "actor" in ENGINES[stage] else 0
     if stage in ("ppo", "dpo"):
         found += size * (actor.weights if h.offload.ref and not shares_reference(cfg.model.actor) else 0)
     if stage == "ppo":

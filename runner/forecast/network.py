@@ -98,6 +98,12 @@ def networks(cfg: Config) -> tuple[Network, Network] | None:
     return (found[0], found[1]) if all(found) else None
 
 
+def trained(cfg: Config, engine: str) -> tuple[Network, Lora]:
+    """engine: actor or critic."""
+    actor, reward = networks(cfg)
+    return (actor, cfg.model.actor.lora) if engine == "actor" else (reward, cfg.model.reward.lora)
+
+
 def _shape(part: ModelPart, pinned: str | None) -> dict:
     """Of random weights the configuration decides. A folder says itself what is in it, and of a hub model the presets know, if one of them
     names it: what the configuration says belongs to the preset's own path."""

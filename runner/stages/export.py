@@ -1,4 +1,4 @@
-"""What SFT, reward model and DPO leave in their folder: the model in Hugging Face format."""
+"""What a stage leaves in its folder: the model in Hugging Face format."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +13,14 @@ def export(cfg: Config, folder: Path, wrapper: Wrapper, tokenizer, lora: Lora, b
 
     best: gives the engine the weights of the best checkpoint, if that beats the end; says whether it did. Collective.
     """
-    options = {"dtype": engine.DTYPES[cfg.hardware.precision], "max_new_tokens": cfg.model.max_response_tokens}
+    options = export_options(cfg)
     save_model(wrapper, folder / "model", tokenizer, **options)
     if lora.dim:
         save_adapter(wrapper, folder / "adapter")
     if best():
         save_model(wrapper, folder / "model_best", tokenizer, **options)
+
+
+def export_options(cfg: Config) -> dict:
+    """What save_model needs to know of the configuration."""
+    return {"dtype": engine.DTYPES[cfg.hardware.precision], "max_new_tokens": cfg.model.max_response_tokens}

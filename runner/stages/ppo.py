@@ -20,7 +20,7 @@ from runner.ema import Ema
 from runner.errors import UserError
 from runner.losses import adapt_kl_coef, explained_variance, gae, kl_estimate, masked_mean, token_rewards, whiten
 from runner.metrics import RunLog
-from runner.models import save_adapter, save_model
+from runner.models import save_model
 from runner.plan import engine_configs
 from runner.rollout import graph
 from runner.rollout.collect import Models, Reader, collect
@@ -30,6 +30,7 @@ from runner.rollout.stops import stop_at_strings
 from runner.schedules import learning_rate, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reference, load_reward, tokenizer_for
+from runner.stages.export import export, export_options
 from runner.stages.heldout import HeldOut, paired
 from runner.stages.ppo_update import Mixture, Progress, update
 from runner.watch.finite import check_finite
@@ -167,7 +168,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     # 9. Export, and the facts for the summary
     after, ppo_rows = held_out.ask_again(total, state)
     with log.phase("export"):
-        exports = export(cfg, step.folder, models, ema, tokenizer, state.scales(), best=lambda: checkpoints.load_best(after["score"]))
+        exports = export_all(cfg, step.folder, models, ema, tokenizer, state.scales(), best=lambda: checkpoints.load_best(after["score"]))
     samples = paired(state.sft_rows, ppo_rows)
     log.samples(total, samples)
     facts = {"before": state.before, "after": after, "eval_prompts": len(ppo_rows), "samples": samples[:3], "exports": exports}
@@ -284,21 +285,16 @@ def decoding(cfg: Config, models: Models, actor: flops.Work, stats) -> dict[str,
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
-def export(cfg: Config, folder: Path, models: Models, ema: Ema | None, tokenizer, scales: dict, best) -> dict[str, str | None]:
+def export_all(cfg: Config, folder: Path, models: Models, ema: Ema | None, tokenizer, scales: dict, best) -> dict[str, str | None]:
     """Save actor, critic, averaged actor and adapters, and after `best()`, if that loads one, the best actor. Collective.
 
     scales: State.scales, by which the critic's values are to be read; they stand in its config.json.
     """
-    options = {"dtype": engine.DTYPES[cfg.hardware.precision], "max_new_tokens": cfg.model.max_response_tokens}
-    actor, critic = models.actor.module, models.critic.module
-    save_model(actor, folder / "model", tokenizer, **options)
-    save_model(critic, folder / "critic", tokenizer, extra=scales, **options)
+    actor, options = models.actor.module, export_options(cfg)
+    save_model(models.critic.module, folder / "critic", tokenizer, extra=scales, **options)
     if ema:
         with ema.swapped_in():
             save_model(actor, folder / "model_ema", tokenizer, **options)
-    if cfg.model.actor.lora.dim:
-        save_adapter(actor, folder / "adapter")
-    if best():
-        save_model(actor, folder / "model_best", tokenizer, **options)
+    export(cfg, folder, actor, tokenizer, cfg.model.actor.lora, best)
     made = {"actor": "model", "critic": "critic", "actor_ema": "model_ema", "actor_best": "model_best", "adapter": "adapter"}
     return {name: str(folder / part) if (folder / part).exists() else None for name, part in made.items()}
