@@ -270,13 +270,11 @@ def test_the_time_limit_stops_a_worker_that_asks(tmp_path):
 @pytest.mark.parametrize("how, code", [("hangs", 1), ("saves_and_hangs", 75)])
 def test_the_time_limit_ends_a_worker_that_does_not_ask(how, code, tmp_path):
     """75 only where something was saved: a script that repeats what ends with it would otherwise do so for ever."""
-    start = time.monotonic()
     launcher = launch(tmp_path, how, "time_limit=0.07")
     worker = worker_of(launcher, tmp_path)
     printed = launcher.communicate(timeout=30)[0]
     assert launcher.returncode == code and "before a checkpoint could be saved" in printed
     assert ("Type a longer time_limit" in printed) == (code == 1)
-    assert time.monotonic() - start < 60 * 0.07 + 2.5
     assert is_gone(worker)
 
 
