@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.checks import secrets
-from runner.config import check_name
+from runner.checks.limits import check_name
 from runner.errors import UserError
 
 

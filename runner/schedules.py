@@ -2,23 +2,25 @@
 
 import math
 
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
 
 def warmup_steps(warmup: float, total: int) -> int:
     """warmup: steps, or below 1 a share of total."""
     return round(warmup * total) if warmup < 1 else int(warmup)
 
 
-def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: float, end: float) -> float:
-    """Learning rate of optimizer step `step` (counted from 0) out of `total`.
+def lr_share(step: int, total: int, schedule: str, warmup: float, end: float) -> float:
+    """Learning rate of optimizer step `step` (counted from 0) out of `total`, as a share of its peak.
 
-    warmup: steps, or below 1 a share of total. end: final rate as a share of the peak, for the falling schedules.
+    warmup: steps, or below 1 a share of total. end: final share, for the schedules that fall.
     """
     warm = warmup_steps(warmup, total)
     if schedule != "constant" and step < warm:
-        return peak * (step + 1) / warm
+        return (step + 1) / warm
     if schedule.startswith("constant"):
-        return peak
+        return 1.0
     progress = min(max((step - warm) / max(1, total - warm), 0.0), 1.0)
     # polynomial of power 1 and cosine_with_restarts of one cycle, which is what the field runs under these names
-    share = 1 - progress if schedule in ("linear", "polynomial") else 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (end + (1 - end) * share)
+    fallen = 1 - progress if schedule in ("linear", "polynomial") else 0.5 * (1 + math.cos(math.pi * progress))
+    return end + (1 - end) * fallen

@@ -5,7 +5,6 @@ import torch
 from transformers import get_scheduler
 
 from runner import schedules
-from runner.config import SCHEDULES
 
 
 @pytest.mark.parametrize(
@@ -23,15 +22,15 @@ from runner.config import SCHEDULES
     ],
 )
 def test_learning_rate(schedule, warmup, expected):
-    found = [schedules.learning_rate(step, 10, 3.0, schedule, warmup, 0.1) for step in (0, 1, 2, 4, 6, 10)]
-    assert found == pytest.approx([3.0 * share for share in expected], rel=1e-5)
+    found = [schedules.lr_share(step, 10, schedule, warmup, 0.1) for step in (0, 1, 2, 4, 6, 10)]
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_warmup_as_long_as_the_run_ends_at_the_peak():
-    assert [schedules.learning_rate(s, 4, 1.0, "cosine", 4, 0.0) for s in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert [schedules.lr_share(s, 4, "cosine", 4, 0.0) for s in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
 def test_a_name_means_the_curve_that_it_means_elsewhere(name):
     """After the warm-up, whose first step transformers takes at a rate of 0."""
     theirs = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -39,6 +38,6 @@ def test_a_name_means_the_curve_that_it_means_elsewhere(name):
     scheduler = get_scheduler(name, theirs, **warm)
     for step in range(10):
         if step >= 3:
-            assert schedules.learning_rate(step, 10, 1.0, name, 3, 0.0) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-6)
+            assert schedules.lr_share(step, 10, name, 3, 0.0) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-6)
         theirs.step()
         scheduler.step()

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from tiny import configured
 
-from runner.config import seconds_of
+from runner.checks.limits import seconds_of
 from runner.errors import UserError
 from runner.launch import _await_orphans
 from runner.plan import plan

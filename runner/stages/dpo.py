@@ -21,7 +21,7 @@ from runner.losses import dpo_loss
 from runner.metrics import RunLog
 from runner.packing import spread
 from runner.plan import engine_configs
-from runner.schedules import learning_rate, warmup_steps
+from runner.schedules import lr_share, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reference, tokenizer_for
 from runner.stages.export import export
@@ -64,8 +64,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
 
     # 4. One optimizer step per turn
     for s in range(first, total):
-        share = learning_rate(s, total, 1.0, dpo.lr_schedule, dpo.warmup, dpo.lr_end)
-        engine.set_learning_rate(actor, share)
+        engine.set_learning_rate(actor, lr_share(s, total, dpo.lr_schedule, dpo.warmup, dpo.lr_end))
         here = batches.rows(s)
         pairs = int((here != EMPTY).sum())
         with log.phase("data"):

@@ -27,7 +27,7 @@ from runner.rollout.collect import Models, Reader, collect
 from runner.rollout.forms import side_by_side
 from runner.rollout.record import CPU, Rollout
 from runner.rollout.stops import stop_at_strings
-from runner.schedules import learning_rate, warmup_steps
+from runner.schedules import lr_share, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reference, load_reward, tokenizer_for
 from runner.stages.export import export, export_options
@@ -113,7 +113,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     for i in range(first, total):
         # The actor's schedule begins when the actor does
         for trained, start in ((models.actor, ppo.critic_warmup), (models.critic, 0)):
-            share = learning_rate(max(0, i - start), max(1, total - start), 1.0, ppo.lr_schedule, ppo.warmup, ppo.lr_end)
+            share = lr_share(max(0, i - start), max(1, total - start), ppo.lr_schedule, ppo.warmup, ppo.lr_end)
             engine.set_learning_rate(trained, share)
 
         # 4. Rollout: one response per prompt, scored by all four models

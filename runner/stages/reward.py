@@ -14,7 +14,7 @@ from runner.durable.checkpoint import Checkpoints
 from runner.losses import pairwise_loss
 from runner.metrics import RunLog
 from runner.plan import engine_configs
-from runner.schedules import learning_rate, warmup_steps
+from runner.schedules import lr_share, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_reward, tokenizer_for
 from runner.stages.export import export
@@ -55,7 +55,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
 
     # 4. One optimizer step per turn
     for s in range(first, total):
-        share = learning_rate(s, total, 1.0, rm.lr_schedule, rm.warmup, rm.lr_end)
+        share = lr_share(s, total, rm.lr_schedule, rm.warmup, rm.lr_end)
         engine.set_learning_rate(model, share)
         here = batches.rows(s)
         pairs = int((here != EMPTY).sum())

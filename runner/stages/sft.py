@@ -15,7 +15,7 @@ from runner.durable.checkpoint import Checkpoints
 from runner.losses import sft_loss
 from runner.metrics import RunLog
 from runner.plan import engine_configs
-from runner.schedules import learning_rate, warmup_steps
+from runner.schedules import lr_share, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, tokenizer_for
 from runner.stages.export import export
@@ -61,7 +61,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
 
     # 4. One optimizer step per turn
     for s in range(first, total):
-        share = learning_rate(s, total, 1.0, sft.lr_schedule, sft.warmup, sft.lr_end)
+        share = lr_share(s, total, sft.lr_schedule, sft.warmup, sft.lr_end)
         engine.set_learning_rate(actor, share)
         here = batches.rows(s)
         here = here[here != EMPTY]
