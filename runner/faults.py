@@ -151,27 +151,17 @@ def _gpu_full(end: End) -> tuple[str, str]:
     return what, f"Type {less_memory(end.cfg, end.step.stage, note.get('phase', ''), note.get('traceback', ''))}."
 
 
-# Where no micro batch is to blame: the forecast's savings in its order, though its sums were too low here, and what each does
-LADDER = (
-    (fit.recomputed_layers, "the backward pass computes layers again, and keeps less"),
-    (fit.weights_spread_over_the_gpus, "ZeRO-3 spreads the weights over the GPUs"),
-    (fit.optimizer_in_cpu_memory, "it keeps the optimizer's states in CPU memory"),
-    (fit.frozen_models_in_cpu_memory, "models that only read wait in CPU memory"),
-    (fit.adapters, "adapters need no optimizer states for the other weights"),
-    (fit.actor_in_cpu_memory, "it keeps the actor's weights in CPU memory"),
-)
-
-
 def less_memory(cfg: Config, stage: str, phase: str, traceback: str) -> str:
-    """The override that lowers the GPU memory of a phase most cheaply, given what is set now."""
+    """The cheapest override that lowers the GPU memory of a phase, given what is set now: its micro batch, then the forecast's savings."""
     if knob := _knob(stage, phase, traceback):
         any_size = knob in ("rollout", "score")
         now = getattr(cfg.hardware.micro_batch, knob) if any_size else micro_batch(cfg, knob)
         if sizes := range(now // 2, 0, -1) if any_size else fit.smaller_sizes(cfg, knob):
             return f"hardware.micro_batch.{knob}={sizes[0]} (now {now})"
-    for saving, effect in LADDER if phase in ("train", "update") else LADDER[1:]:
-        if words := saving(cfg, stage):
-            return f"{fit.spelt(words)}: {effect}"
+    for saving, effect in fit.SAVINGS.items():
+        helps = effect and (saving is not fit.recomputed_layers or phase in ("train", "update"))
+        if helps and (overrides := saving(cfg, stage)):
+            return f"{fit.typed(overrides)}: {effect}"
     return "model= with a smaller one, or hardware= with more or larger GPUs"
 
 

@@ -50,36 +50,37 @@ def gb(count: float) -> str:
 
 # --- what to type -----------------------------------------------------------------------------------------------------
 
-# Key -> value: what someone could type
-Words = dict[str, int | bool]
+# Key -> value
+Overrides = dict[str, int | bool]
 
 
 def cure(cfg: Config, stages: list[str]) -> str:
     """The overrides with which all stages fit, in a sentence."""
-    words: Words = {}
+    overrides: Overrides = {}
     for stage in stages:
-        now = typed(cfg, words)
+        now = applied(cfg, overrides)
         if fits(now, stage):
             continue
         more = _enough(now, stage)
         if more is None:
             return "Take a smaller model, or more or larger GPUs"
-        words |= more
-    said = f"Type {spelt(words)}"
-    if any(".lora." in key for key in words):
+        overrides |= more
+    said = f"Type {typed(overrides)}"
+    if any(".lora." in key for key in overrides):
         said += " (adapters train in place of all weights)"
-    if needed := max(host_bytes(typed(cfg, words), stage) for stage in stages):
+    if needed := max(host_bytes(applied(cfg, overrides), stage) for stage in stages):
         said += f". That takes about {gb(needed)} of CPU memory per machine"
     return said
 
 
-def _enough(cfg: Config, stage: str) -> Words | None:
-    """With what a stage fits: the cheapest saving that does alone, or else as few of them together as do. None where all do not."""
+def _enough(cfg: Config, stage: str) -> Overrides | None:
+    """What makes a stage fit: the cheapest saving that is enough alone, or else as few together as are. None if all are not enough."""
 
     def enough(savings) -> bool:
-        return fits(typed(cfg, _together(cfg, stage, savings)), stage)
+        return fits(applied(cfg, _together(cfg, stage, savings)), stage)
 
-    alone, together = [[one] for one in SAVINGS], [[*SAVINGS[:n]] for n in range(2, len(SAVINGS) + 1)]
+    every = [*SAVINGS]
+    alone, together = [[one] for one in every], [every[:n] for n in range(2, len(every) + 1)]
     found = next(filter(enough, [*alone, *together]), None)
     if found is None:
         return None
@@ -89,43 +90,44 @@ def _enough(cfg: Config, stage: str) -> Words | None:
     return _together(cfg, stage, found)
 
 
-def _together(cfg: Config, stage: str, savings: list) -> Words:
-    """What several savings type, each on top of those before it."""
-    words: Words = {}
+def _together(cfg: Config, stage: str, savings: list) -> Overrides:
+    """The overrides of several savings, each on top of those before it."""
+    overrides: Overrides = {}
     for saving in savings:
-        words |= saving(typed(cfg, words), stage)
-    return words
+        overrides |= saving(applied(cfg, overrides), stage)
+    return overrides
 
 
-def typed(cfg: Config, words: Words) -> Config:
-    """What the words make of a configuration."""
+def applied(cfg: Config, overrides: Overrides) -> Config:
+    """The configuration with these overrides. It is checked after each one."""
 
     def changed(block, path: list[str], value):
         name, *inner = path
         return replace(block, **{name: changed(getattr(block, name), inner, value) if inner else value})
 
-    for key, value in words.items():
+    for key, value in overrides.items():
         cfg = changed(cfg, key.split("."), value)
     return cfg
 
 
-def spelt(words: Words) -> str:
-    return " ".join(f"{key}={str(value).lower()}" for key, value in words.items())
+def typed(overrides: Overrides) -> str:
+    """Overrides as they are typed on the command line."""
+    return " ".join(f"{key}={str(value).lower()}" for key, value in overrides.items())
 
 
 # --- savings ------------------------------------------------------------------------------------------------------------
-# Each takes a configuration and a stage, and returns what to type: nothing where it has nothing more to offer. ZeRO's stages come before
-# what needs them, because `typed` has each state of a configuration checked
+# Each takes a configuration and a stage, and returns what to type: {} if it has nothing more to offer. ZeRO stages come before the keys
+# that need them, because `applied` checks the configuration after each key
 
 
-def smaller_micro_batch(cfg: Config, stage: str) -> Words:
+def smaller_micro_batch(cfg: Config, stage: str) -> Overrides:
     """The largest that fits, or the smallest."""
-    words: Words = {}
+    overrides: Overrides = {}
     for size in smaller_sizes(cfg, stage):
-        words = {f"hardware.micro_batch.{stage}": size}
-        if fits(typed(cfg, words), stage):
+        overrides = {f"hardware.micro_batch.{stage}": size}
+        if fits(applied(cfg, overrides), stage):
             break
-    return words
+    return overrides
 
 
 def smaller_sizes(cfg: Config, stage: str) -> list[int]:
@@ -134,50 +136,50 @@ def smaller_sizes(cfg: Config, stage: str) -> list[int]:
     return [size for size in range(micro_batch(cfg, stage) // 2, 0, -1) if batch % (size * world) == 0]
 
 
-def recomputed_layers(cfg: Config, stage: str) -> Words:
+def recomputed_layers(cfg: Config, stage: str) -> Overrides:
     return _new(cfg, {f"hardware.gradient_checkpointing.{name}": True for name in ENGINES[stage]})
 
 
-def fewer_responses_at_a_time(cfg: Config, stage: str) -> Words:
+def fewer_responses_at_a_time(cfg: Config, stage: str) -> Overrides:
     now = cfg.hardware.micro_batch.rollout
     return {"hardware.micro_batch.rollout": now // 4} if stage == "ppo" and now >= 4 else {}
 
 
-def weights_spread_over_the_gpus(cfg: Config, stage: str) -> Words:
+def weights_spread_over_the_gpus(cfg: Config, stage: str) -> Overrides:
     models = (*ENGINES[stage], *_frozen(cfg, stage))
     return _new(cfg, {f"hardware.zero.{name}": 3 for name in models}) if cfg.hardware.world_size > 1 else {}
 
 
-def optimizer_in_cpu_memory(cfg: Config, stage: str) -> Words:
+def optimizer_in_cpu_memory(cfg: Config, stage: str) -> Overrides:
     zero = {f"hardware.zero.{name}": max(2, getattr(cfg.hardware.zero, name)) for name in ("actor", "critic")}
     return _new(cfg, zero | {"hardware.offload.optimizer": True})
 
 
-def frozen_models_in_cpu_memory(cfg: Config, stage: str) -> Words:
+def frozen_models_in_cpu_memory(cfg: Config, stage: str) -> Overrides:
     frozen = _frozen(cfg, stage)
     return _new(cfg, {f"hardware.zero.{name}": 3 for name in frozen} | {f"hardware.offload.{name}": True for name in frozen})
 
 
-def adapters(cfg: Config, stage: str) -> Words:
+def adapters(cfg: Config, stage: str) -> Overrides:
     parts = ["reward" if name == "critic" else "actor" for name in ENGINES[stage]]
     return {f"model.{part}.lora.dim": 16 for part in parts if not getattr(cfg.model, part).lora.dim}
 
 
-def actor_in_cpu_memory(cfg: Config, stage: str) -> Words:
+def actor_in_cpu_memory(cfg: Config, stage: str) -> Overrides:
     return _new(cfg, {"hardware.zero.actor": 3, "hardware.offload.params": True}) if "actor" in ENGINES[stage] else {}
 
 
-# The cheapest first
-SAVINGS = (
-    smaller_micro_batch,
-    recomputed_layers,
-    fewer_responses_at_a_time,
-    weights_spread_over_the_gpus,
-    optimizer_in_cpu_memory,
-    frozen_models_in_cpu_memory,
-    adapters,
-    actor_in_cpu_memory,
-)
+# The cheapest first, and what each does. Smaller batches have no words: each helps in one phase, and runner/faults.py tries them itself
+SAVINGS = {
+    smaller_micro_batch: "",
+    recomputed_layers: "the backward pass computes layers again, and keeps less",
+    fewer_responses_at_a_time: "",
+    weights_spread_over_the_gpus: "ZeRO-3 spreads the weights over the GPUs",
+    optimizer_in_cpu_memory: "it keeps the optimizer's states in CPU memory",
+    frozen_models_in_cpu_memory: "models that only read wait in CPU memory",
+    adapters: "adapters need no optimizer states for the other weights",
+    actor_in_cpu_memory: "it keeps the actor's weights in CPU memory",
+}
 
 
 def _frozen(cfg: Config, stage: str) -> tuple[str, ...]:
@@ -186,6 +188,6 @@ def _frozen(cfg: Config, stage: str) -> tuple[str, ...]:
     return {"dpo": ref, "ppo": (*ref, "reward")}.get(stage, ())
 
 
-def _new(cfg: Config, words: Words) -> Words:
+def _new(cfg: Config, overrides: Overrides) -> Overrides:
     """Those that are not set already."""
-    return {key: value for key, value in words.items() if attrgetter(key)(cfg) != value}
+    return {key: value for key, value in overrides.items() if attrgetter(key)(cfg) != value}
