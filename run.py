@@ -1,7 +1,7 @@
-"""The entry: `python run.py model=opt1.3b hardware=a6000`. Hydra composes conf/, we check it, plan it, and run each step.
+"""The entry point: `python run.py model=opt1.3b hardware=a6000`. Hydra composes conf/; we check it, plan it and run each step.
 
-Imports neither torch nor transformers, so that --help, --cfg, completion and dry_run answer at once; the training happens
-in worker processes (runner/worker.py). README.md tells what to type.
+Imports neither torch nor transformers, so that --help, --cfg, completion and dry_run answer at once; training happens in worker
+processes (runner/worker.py). README.md says what to type.
 """
 
 import logging
@@ -24,37 +24,38 @@ from runner.door import load
 from runner.durable.resume import refuse
 from runner.errors import UserError
 from runner.files import remove_unused
+from runner.forecast.fit import refuse_the_impossible
+from runner.forecast.show import show_forecast
 from runner.plan import plan, show, show_details
 from runner.suggest import check_overrides, in_words
 from runner.watch import stop
 
 CONF = Path(__file__).parent / "conf"
-# Hydra would print a shortened traceback of its own and exit; we want the exception, and decide
-WANTS_TRACEBACK = os.environ.setdefault("HYDRA_FULL_ERROR", "0") not in ("", "0")
+WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0") or "debug=true" in sys.argv
+# Without it Hydra prints a shortened traceback of its own and exits; we want the exception itself
 os.environ["HYDRA_FULL_ERROR"] = "1"
-# Whether Hydra has come as far as calling us
-entered: list[bool] = []
+# Holds something once Hydra has called main
+called: list[bool] = []
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> None:
-    entered.append(True)
+    called.append(True)
     try:
         run(composed)
     except UserError as error:
-        # In a sweep the other jobs go on, so the message must not wait for the end
-        tell(f"error: {error}")
+        # Now, not at the end: in a sweep the other jobs still run
+        print_error(f"error: {error}")
         if WANTS_TRACEBACK or composed.get("debug"):
             raise
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise Told from error
+            raise Reported from error
         sys.exit(1)
     except stop.Stopped as stopped:
-        # SystemExit ends a sweep too
-        tell(str(stopped))
-        sys.exit(stop.RESUME_ME)
+        print_error(str(stopped))
+        sys.exit(stop.RESUME_ME)  # ends a whole sweep
     except BrokenPipeError:
-        say_no_more()
+        discard_stdout()
     finally:
         if HydraConfig.get().mode == RunMode.RUN or composed.get("dry_run") is True:
             remove_unused(Path(HydraConfig.get().runtime.output_dir))
@@ -63,9 +64,6 @@ def main(composed: DictConfig) -> None:
 def run(composed: DictConfig) -> None:
     """One run: check, plan, prepare, train what is missing, sum up."""
     started = time.monotonic()
-    from runner.forecast.fit import refuse_the_impossible
-    from runner.forecast.show import show_forecast
-
     cfg = load(composed)
     stop.limit(cfg.time_limit_seconds)
     steps = plan(cfg)
@@ -78,6 +76,7 @@ def run(composed: DictConfig) -> None:
         if step.earlier and cfg.resume == "auto" and HydraConfig.get().mode == RunMode.RUN:
             refuse(cfg, step.stage, step.earlier)
 
+    # Not at the top: --help and dry_run can do without
     from runner.launch import launch
     from runner.prepare import prepare
     from runner.reporting.summary import show_summary
@@ -93,46 +92,45 @@ def run(composed: DictConfig) -> None:
         show_summary(cfg.name, steps, reused, run_dir, list(hydra_facts.overrides.task), took=took)
 
 
-def tell(text: str) -> None:
-    """Say it on stderr, if anybody still listens: the exit code is not to change for that."""
-    with suppress(BrokenPipeError):
+def print_error(text: str) -> None:
+    with suppress(BrokenPipeError):  # nobody reads stderr any more: the exit code still counts
         print(f"\n{text}", file=sys.stderr, flush=True)
 
 
-def say_no_more() -> None:
-    """`run.py dry_run=true | head`: who read us has seen enough."""
+def discard_stdout() -> None:
+    """The reader of `run.py dry_run=true | head` has left: send the rest, and what Python flushes at exit, to /dev/null."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class Told(Exception):
-    """A UserError whose message has been printed."""
+class Reported(Exception):
+    """A UserError whose message has already been printed."""
 
 
 if __name__ == "__main__":
     stop.listen()
-    logging.raiseExceptions = False  # --info goes through logging, which would print a traceback for each line that nobody reads
+    logging.raiseExceptions = False  # `--info | head`: logging would print a traceback for each line that nobody reads
     try:
         sys.argv[1:] = check_overrides(sys.argv[1:], CONF)
     except UserError as error:
-        if WANTS_TRACEBACK or "debug=true" in sys.argv:
+        if WANTS_TRACEBACK:
             raise
         sys.exit(f"error: {error}")
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # of --help, --cfg or --info, which Hydra prints
-        say_no_more()
+    except BrokenPipeError:  # in the output of --help, --cfg or --info, which Hydra prints
+        discard_stdout()
     except KeyboardInterrupt as interrupt:
         sys.exit(interrupt.args[0] if interrupt.args else 128 + 2)
-    except Told:
+    except Reported:
         sys.exit(1)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        if WANTS_TRACEBACK or "debug=true" in sys.argv:
+        if WANTS_TRACEBACK:
             raise
         sys.exit(f"error: {in_words(error)}")
     except OSError as error:
-        # Before it calls us, Hydra makes the folder of this command
-        if WANTS_TRACEBACK or "debug=true" in sys.argv or entered:
+        # Hydra makes the folder of this command before it calls main
+        if WANTS_TRACEBACK or called:
             raise
         folder = f"hydra.{'sweep' if sweeps(sys.argv) else 'run'}.dir=/a/folder/of/yours"
         sys.exit(f"error: {error.filename} cannot be made here ({error.strerror}): call run.py from a folder of yours, or type {folder}")
