@@ -17,7 +17,7 @@ from common import NEVER, SHAPES, Tokenizer, configure, emit, free, inputs, opti
 from runner import flops
 from runner.engine import DTYPES
 from runner.rollout import graph
-from runner.rollout.forms import network_of, side_by_side
+from runner.rollout.families import network_of, side_by_side
 from runner.rollout.sampling import uniforms
 from runner.stages import build
 

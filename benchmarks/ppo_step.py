@@ -21,7 +21,7 @@ from runner.config import Config
 from runner.engine import DTYPES
 from runner.rollout import graph
 from runner.rollout.collect import Models, Reader, sample, score
-from runner.rollout.forms import network_of
+from runner.rollout.families import network_of
 from runner.rollout.record import CPU, Rollout
 from runner.rollout.sampling import uniforms
 from runner.stages import ppo

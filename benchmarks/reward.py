@@ -46,7 +46,7 @@ def measure(part: str, args) -> None:
         with clock.phase("train"):
             engine.backward(model, pairwise_loss(*last_scores(model, batch), 0.0), pairs, last=True)
             engine.step(model)
-    phases, facts = clock.median(skip=2), counted([batch], work)
+    phases, facts = clock.median(skip=2), counted([batch], wrapper.packed, work)
     row = {"benchmark": "reward", "shape": "1.3B" if part == "actor" else "350M", "tokens": int(facts["tokens"]), "pairs": pairs, **phases}
     row |= {
         "tokens_per_s": facts["tokens"] / sum(phases.values()),

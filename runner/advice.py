@@ -1,7 +1,7 @@
-"""One line at the end of a stage: the largest win that its own numbers show, and what to type for it.
+"""One line of advice at the end of a stage: the largest speed-up that its own measurements suggest, and what to type for it.
 
-A suggestion has a price, the share of the stage's time that it can save at most, computed from measured phases. Below `NOTABLE`
-nothing is said: most runs are well as they are. Nothing here imports torch.
+Each suggestion carries the share of the stage's time that it can save at most, computed from the measured phases. Below `NOTABLE`
+nothing is said: most runs are fine as they are. Nothing here imports torch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,9 +12,9 @@ from runner.config import ENGINES, Config
 
 # Share of the time below which a win is not worth a line
 NOTABLE = 0.1
-# Fewer steps say nothing of the next ones
+# Fewer steps than this say nothing about the next ones
 FEW = 5
-# A step may take this share of the GPU's memory and leave room for twice the micro batch
+# A step that takes less than this share of the GPU's memory leaves room for twice the micro batch
 ROOM = 0.45
 # Below these shares of the data sheet's rates a larger micro batch is likely to help
 LOW_MFU, LOW_MBU = 0.35, 0.5
@@ -38,7 +38,7 @@ def advise(cfg: Config, stage: str, rows: Sequence[dict], phases: dict[str, floa
 
 
 class Seen:
-    """What was measured: medians over the steps, and shares of the time of a step or of the whole stage."""
+    """What was measured: medians over the steps, and shares of the time of a step or the whole stage."""
 
     def __init__(self, rows: Sequence[dict], phases: dict[str, float]):
         self.rows, self.phases, self.all = rows, phases, sum(phases.values()) or 1.0
@@ -56,13 +56,13 @@ class Seen:
         return self.phases.get(name, 0.0) / self.all
 
     def room(self, cfg: Config) -> bool:
-        """Whether a step leaves memory for more at a time; of a CPU nothing is known against it."""
+        """Whether a step leaves memory for larger batches; always, on a CPU, whose memory is not measured."""
         peak = self.median("perf/gpu_mem_peak_gb")
         return peak is None or peak < ROOM * cfg.hardware.memory_gb
 
 
 def around(stage: str, seen: Seen) -> Iterator[Suggestion]:
-    """What is not training."""
+    """Time around the training."""
     if share := seen.stage("eval"):
         yield share / 2, f"evaluations took {pct(share)} of the stage: {stage}.eval_every=0, or a larger number, makes fewer"
     if share := seen.stage("checkpoint"):
@@ -74,22 +74,22 @@ def around(stage: str, seen: Seen) -> Iterator[Suggestion]:
 
 
 def padding(stage: str, seen: Seen) -> Iterator[Suggestion]:
-    """Positions that hold nothing cost what real ones do."""
+    """Padding costs as much as real tokens."""
     empty = seen.median("perf/padding_fraction") or 0.0
     busy = seen.step("scoring", "update") if stage == "ppo" else seen.step("train")
     text = f"{pct(empty)} of the positions were padding"
-    yield empty * busy, f"{text}: model.attention=packed computes none"
+    yield empty * busy, f"{text}: model.attention=packed computes no padding"
 
 
 def memory(cfg: Config, stage: str, seen: Seen) -> Iterator[Suggestion]:
-    """A GPU with room to spare can recompute less, or do more at a time."""
+    """A GPU with memory to spare can recompute less, or take larger micro batches."""
     peak = seen.median("perf/gpu_mem_peak_gb")
     if peak is None or not seen.room(cfg):
         return
     busy, room = seen.step("update" if stage == "ppo" else "train"), f"{peak:.0f} of {cfg.hardware.memory_gb:.0f} GB were used"
     on = [key for key in ENGINES[stage] if getattr(cfg.hardware.gradient_checkpointing, key)]
     if on:
-        # One forward of four: forward, forward again, and a backward of two
+        # One quarter: forward, recomputed forward, and a backward that costs two
         words = " ".join(f"hardware.gradient_checkpointing.{key}=false" for key in on)
         yield busy / 4, f"{room}: {words} saves up to {pct(busy / 4)} of the time"
     mfu, micro = seen.median("perf/mfu"), micro_batch(cfg, stage)
@@ -98,14 +98,14 @@ def memory(cfg: Config, stage: str, seen: Seen) -> Iterator[Suggestion]:
 
 
 def rollouts(cfg: Config, seen: Seen) -> Iterator[Suggestion]:
-    """Sampling: the right engine, and as many responses at a time as there are."""
+    """Sampling: the right engine, with as many responses at a time as there are."""
     share, micro, cuda = seen.step("rollout"), cfg.hardware.micro_batch.rollout, cfg.hardware.accelerator == "cuda"
     took = f"rollouts took {pct(share)} of a PPO step"
     if cfg.rollout.engine == "hf":
         yield share / 2, f"{took}: rollout.engine=auto samples faster than transformers' generate"
     mine, mbu = cfg.ppo.rollout_batch // cfg.hardware.world_size, seen.median("perf/mbu")
     if micro < mine and seen.room(cfg):
-        # Twice the responses in one step of decoding: at best in the time of one
+        # A decode step of twice the responses takes at best the time of one
         yield share / 2, f"{took}: hardware.micro_batch.rollout={min(2 * micro, mine)} samples more responses at a time"
     elif cuda and mbu is not None and mbu < LOW_MBU:
         saved = share * (1 - mbu / LOW_MBU) / 2
@@ -116,11 +116,11 @@ def rollouts(cfg: Config, seen: Seen) -> Iterator[Suggestion]:
 
 
 def scoring(cfg: Config, seen: Seen) -> Iterator[Suggestion]:
-    """Reading the rollout with actor, reference, critic and reward model."""
+    """Scoring the rollout with actor, reference, critic and reward model."""
     share = seen.step("scoring")
     apart = (seen.median("rollout/logprob_mismatch") or 0.0) > cfg.rollout.max_mismatch
     if apart and cfg.rollout.max_mismatch:
-        text = "sampler and trainer differ by more than rollout.max_mismatch, so that the actor reads every rollout again"
+        text = "sampler and trainer differ by more than rollout.max_mismatch, so the actor rereads every rollout"
         yield share / 4, f"scoring took {pct(share)} of a PPO step, and {text}: see rollout/logprob_mismatch"
     mine, micro = cfg.ppo.rollout_batch // cfg.hardware.world_size, cfg.hardware.micro_batch.score
     if cfg.hardware.accelerator == "cuda" and 2 * micro <= mine and seen.room(cfg):

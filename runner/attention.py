@@ -1,8 +1,8 @@
-"""Attention over packed rows, and the body of a model that runs on them, for the four families.
+"""Attention over packed rows, and the forward pass of a model's body on them, for the four families.
 
-Attention runs on the packed row (`varlen_attn`) where such a kernel exists, else on rows that are padded on the right, where causality
-alone hides the padding: neither needs a mask. transformers knows it as the implementation "packed"; a forward pass without a Layout, as
-in generation, is its "sdpa" ("eager" for BLOOM).
+Attention runs on the packed row (`varlen_attn`) where that kernel exists, otherwise on rows padded on the right, where causality alone
+hides the padding: neither needs a mask. It is registered in transformers as the implementation "packed"; a forward pass without a
+Layout, as in generation, falls back to "sdpa" ("eager" for BLOOM).
 """
 
 from functools import cache
@@ -36,7 +36,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, at: Layout, dropout: float
 
 @cache
 def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether flash attention over packed rows exists: in half precision, from Ampere on. It has neither dropout nor a bias."""
+    """Whether flash attention over packed rows is available: in half precision, from Ampere on. It takes neither dropout nor a bias."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -45,13 +45,13 @@ def _attention(module, query, key, value, attention_mask, scaling, dropout=0.0, 
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     groups = query.size(1) // key.size(1)
-    # Not x[0]: the gradient of an index is copied into zeros
+    # squeeze, not x[0]: the gradient of an index is copied into zeros
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
     return attend(query, key, value, layout, dropout, scaling).unsqueeze(0), None
 
 
 def _mask(config, **options):
-    """The mask of a forward pass without a Layout. BLOOM adds its mask to the scores, which a mask of booleans does not survive."""
+    """The mask of a forward pass without a Layout. BLOOM adds its mask to the scores, so it cannot be boolean."""
     return (eager_mask if config.model_type == "bloom" else sdpa_mask)(config=config, **options)
 
 
@@ -67,7 +67,7 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def adopt(model: nn.Module) -> None:
-    """Make a model that was loaded as "packed" ready for `body`: BLOOM's attention does not ask transformers for a function."""
+    """Prepare a model that was loaded as "packed" for `body`: BLOOM's attention does not use transformers' attention interface."""
     for module in model.modules():
         if type(module) is modeling_bloom.BloomAttention:
             module.__class__ = BloomAttention
@@ -77,15 +77,15 @@ def body(model: nn.Module, at: Layout) -> Tensor:
     """Hidden states of the real tokens after the last layer norm. (N, H)."""
     if model.config.model_type == "bloom":
         return _bloom(model, at)
-    # The Layout travels as an argument, so that recomputed layers get it too. A mask of four dimensions is passed on as it is: without
-    # one, transformers would look for packed rows by itself, wait for the GPU and build an N x N mask
+    # The Layout is passed as an argument, so that recomputed layers get it too. transformers passes on a mask of four dimensions as it is;
+    # without one it would look for packed rows by itself, wait for the GPU and build an N x N mask
     no_mask = at.bounds.view(1, 1, 1, -1)
     out = model(input_ids=at.ids, position_ids=at.positions, attention_mask=no_mask, use_cache=False, layout=at)
     return out.last_hidden_state.squeeze(0)
 
 
 def _bloom(model: nn.Module, at: Layout) -> Tensor:
-    """transformers' BloomModel.forward, which takes neither positions nor a Layout: here they stand for ALiBi and mask."""
+    """transformers' BloomModel.forward with a Layout, which the original does not take: it is passed in place of the mask."""
     hidden = model.word_embeddings_layernorm(model.word_embeddings(at.ids))
     alibi = alibi_bias(model.num_heads, at.longest, hidden.dtype, hidden.device)
     for block in model.h:
@@ -96,10 +96,10 @@ def _bloom(model: nn.Module, at: Layout) -> Tensor:
 def alibi_bias(heads: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """slope * (key - query) below the diagonal, minus infinity above. (1, heads, length, length).
 
-    Softmax does not tell it from transformers' slope * key. Rounded to bf16, it is exact where it counts: for near keys.
+    After softmax it equals transformers' slope * key. Rounded to bf16 it is exact where it matters: for near keys.
     """
     slopes = send(alibi_slopes(heads), device).view(-1, 1, 1)
-    width = length + -length % 16  # CUDA's kernel for masks would copy rows that do not begin at a multiple of 16
+    width = length + -length % 16  # the CUDA kernel would copy rows that do not start at a multiple of 16
     distance = torch.arange(width, device=device) - torch.arange(length, device=device).unsqueeze(1)
     bias = torch.empty(heads, length, width, dtype=dtype, device=device)
     torch.mul(slopes, distance, out=bias).masked_fill_(distance > 0, -torch.inf)
@@ -107,7 +107,7 @@ def alibi_bias(heads: int, length: int, dtype: torch.dtype, device: torch.device
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """Slopes of arXiv 2108.12409: a geometric series for a power of two; for other numbers of heads, every second one of the next."""
+    """Slopes of arXiv 2108.12409: a geometric series for a power of two; for other numbers, every second one of the next."""
     power = 2 ** (heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * (n + 1) / power) for n in range(power)]
     more = [2.0 ** (-4.0 * (2 * n + 1) / power) for n in range(heads - power)]
@@ -115,7 +115,7 @@ def alibi_slopes(heads: int) -> Tensor:
 
 
 class BloomAttention(modeling_bloom.BloomAttention):
-    """BLOOM's attention; given a Layout as its mask, without the matrix of scores in memory."""
+    """BLOOM's attention; with a Layout as its mask it keeps no matrix of scores in memory."""
 
     def forward(self, hidden_states: Tensor, residual: Tensor, alibi: Tensor, attention_mask: Tensor | Layout | None, **kwargs):
         if not isinstance(attention_mask, Layout):

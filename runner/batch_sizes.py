@@ -1,4 +1,4 @@
-"""How many sequences an optimizer step takes, and how they come to ranks and micro batches."""
+"""How many sequences an optimizer step takes, and how they divide over ranks and micro batches."""
 
 import math
 
@@ -7,7 +7,7 @@ from runner.errors import UserError
 
 
 def batches_per_epoch(rows: int, batch: int, drop_last: bool) -> int:
-    """drop_last: the rows that fill no batch are left out."""
+    """drop_last: leave out the last rows, which do not fill a batch."""
     return rows // batch if drop_last else math.ceil(rows / batch)
 
 
@@ -23,16 +23,16 @@ def step_batch(cfg: Config, stage: str) -> int:
 
 
 def micro_batch(cfg: Config, stage: str) -> int:
-    """Sequences (pairs) of the greatest length in a micro batch: what the machine takes, or all that a rank has of an optimizer step."""
+    """Sequences (pairs) of maximum length in a micro batch: what the machine can take, or a rank's whole share of an optimizer step."""
     return min(getattr(cfg.hardware.micro_batch, stage), max(step_batch(cfg, stage) // cfg.hardware.world_size, 1))
 
 
 def accumulation(cfg: Config, stage: str) -> int:
     """Micro batches per optimizer step and rank, at most: global batch = micro batch x ranks x accumulation, exactly.
 
-    Rows that are shorter than the longest possible share fewer (`micro_positions`).
+    Shorter rows are packed into fewer of them (`micro_positions`).
 
-    Raises UserError, naming what to type, when it does not divide.
+    Raises UserError, with what to type, when it does not divide.
     """
     micro, world, batch = micro_batch(cfg, stage), cfg.hardware.world_size, step_batch(cfg, stage)
     if batch % (micro * world) == 0:
@@ -52,5 +52,5 @@ def accumulation(cfg: Config, stage: str) -> int:
 
 
 def micro_positions(cfg: Config, stage: str) -> int:
-    """Tokens of a micro batch, at most: so many rows of the greatest length, or more rows that are shorter."""
+    """Tokens of a micro batch, at most: `micro_batch` rows of maximum length, or more rows that are shorter."""
     return micro_batch(cfg, stage) * (cfg.model.max_prompt_tokens + cfg.model.max_response_tokens)

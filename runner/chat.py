@@ -1,7 +1,7 @@
-"""Talk to an exported actor: `python -m runner.chat runs/store/ppo-<hash>/model`. A Hugging Face id does as well.
+"""Talk to an exported actor: `python -m runner.chat runs/store/ppo-<hash>/model`, or to a model of the hub by its id.
 
-The dialogue becomes text through the tokenizer's chat template, as in training; the oldest turns are forgotten when it
-outgrows the model's context. /clear begins anew, /quit or Ctrl-D ends, Ctrl-C cuts an answer short.
+The tokenizer's chat template turns the dialogue into text, as in training; when it outgrows the model's context, the oldest turns are
+forgotten. /clear starts over, /quit or Ctrl-D ends, Ctrl-C cuts an answer short.
 """
 
 import argparse
@@ -24,14 +24,14 @@ def find(path: str) -> str:
         return path
     inside = [folder / name for name in ("", "model", "ppo/model", "dpo/model", "sft/model") if (folder / name / "config.json").is_file()]
     if not inside:
-        raise UserError(f"{path} {'is no checkpoint: it has no config.json' if folder.exists() else 'does not exist'}. {instead(path)}")
+        raise UserError(f"{path} {'is not a checkpoint: it has no config.json' if folder.exists() else 'does not exist'}. {instead(path)}")
     if inside[0] != folder:
         print(f"using {inside[0]}", file=sys.stderr)
     return str(inside[0])
 
 
 def instead(path: str) -> str:
-    """What to type in place of `path`: the actor trained last under runs/store, if there is another one."""
+    """What to type instead of `path`: the most recently trained actor under runs/store, if there is another one."""
     found = [p.parent for stage in ("ppo", "dpo", "sft") for p in Path("runs/store").glob(f"{stage}-*/model/config.json")]
     actors = [actor for actor in found if actor.resolve() != Path(path).resolve()]
     newest = max(actors, key=lambda p: p.stat().st_mtime, default="FOLDER (the model/ of an SFT, DPO or PPO step)")
@@ -39,11 +39,11 @@ def instead(path: str) -> str:
 
 
 def load(path: str):
-    """Tokenizer and model, on the GPU if there is one. Raises UserError for whatever cannot talk."""
+    """Tokenizer and model, on the GPU if there is one. Raises UserError for anything that cannot talk."""
     from runner.prepare import hub_answers
 
     if not Path(path).exists() and "HF_HUB_OFFLINE" not in os.environ and not hub_answers():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # its client would retry for half a minute
+        os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's client would retry for half a minute
     import torch
     import transformers
     import yaml
@@ -65,7 +65,7 @@ def load(path: str):
         raise refused_pickle(path, None) from error
     except Exception as error:  # whatever transformers, safetensors and the hub raise
         raise UserError(f"{path} cannot talk: {redact((str(error) or repr(error)).splitlines()[0])}. {instead(path)}") from error
-    # A model that was not trained here may have no template: then ours
+    # A model that was not trained here may have no template: use ours
     tokenizer.chat_template = tokenizer.chat_template or yaml.safe_load(TEMPLATE.read_text())["chat_template"]
     check_template(tokenizer, f"the chat template of {path}")
     return tokenizer, model
@@ -86,7 +86,7 @@ def fit(turns: list[dict[str, str]], tokenizer, room: float) -> tuple[list[dict[
 
 
 def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | None) -> str:
-    """Generate an answer and print it as it comes. temperature: None takes the likeliest token."""
+    """Generate an answer and print it as it comes. temperature: None decodes greedily."""
     import torch
     from transformers import GenerationConfig, TextStreamer
 
@@ -96,7 +96,7 @@ def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | 
             print("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text), end="", flush=True)
 
     prompt = torch.tensor([ids], device=model.device)
-    # A config of our own: generate would otherwise mix in the checkpoint's, and top_k=50
+    # Our own config: generate would otherwise mix in the checkpoint's, and top_k=50
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     how |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "max_new_tokens": longest}
     screen = Screen(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -110,7 +110,7 @@ def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | 
 
 
 def longest_trained(path: str) -> float:
-    """Tokens of the longest prompt that the model has seen in training, from the config.yaml of its step; infinite if there is none."""
+    """Tokens of the longest prompt in training, from the config.yaml of the model's step; infinite if there is none."""
     import yaml
 
     config = Path(path).parent / "config.yaml"
@@ -118,7 +118,7 @@ def longest_trained(path: str) -> float:
 
 
 def hear() -> str:
-    """The next message. Through a pipe nobody sees what was typed: then it is shown."""
+    """The next message; echoed if it comes through a pipe, where nobody sees it typed."""
     message = input("\nHuman: ").strip()
     if not sys.stdin.isatty():
         print(message)
@@ -128,7 +128,7 @@ def hear() -> str:
 def talk(tokenizer, model, longest: int | None, temperature: float | None, familiar: float = math.inf) -> None:
     """Read messages and answer them until the end of the input. familiar: the longest prompt of its training, in tokens."""
     longest = longest or model.generation_config.max_new_tokens or 256
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf  # ALiBi knows no limit
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf  # ALiBi has no limit
     if longest >= context:
         raise UserError(f"answers of {longest} tokens leave no room in the context of {context}: lower --max-new-tokens")
     for stream in (sys.stdin, sys.stdout):
@@ -143,7 +143,7 @@ def talk(tokenizer, model, longest: int | None, temperature: float | None, famil
             elif message:
                 kept, ids = fit([*turns, {"role": "user", "content": message}], tokenizer, context - longest)
                 if len(ids) > familiar:
-                    print(f"(the dialogue has {len(ids)} tokens; in training the model has seen {familiar} at most)")
+                    print(f"(the dialogue has {len(ids)} tokens; in training the model saw at most {familiar})")
                 turns = [*kept, {"role": "assistant", "content": answer(ids, tokenizer, model, longest, temperature)}]
         except UserError as error:
             print(f"({error})")
@@ -152,11 +152,11 @@ def talk(tokenizer, model, longest: int | None, temperature: float | None, famil
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m runner.chat", description="Talk to an exported actor. /clear begins anew, /quit ends.")
+    parser = argparse.ArgumentParser(prog="python -m runner.chat", description="Talk to an exported actor. /clear starts over, /quit ends.")
     parser.add_argument("path", help="folder of an SFT, DPO or PPO model (or of its step, or of a run), or a Hugging Face id")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: what the model was trained with")
-    parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="default 0.7; 1 is what PPO has trained")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="default 0.7; PPO trains at 1")
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     args = parser.parse_args()
     if not 0 < args.temperature < float("inf") or (args.max_new_tokens is not None and args.max_new_tokens < 1):
         parser.error("--temperature must be above 0 (for the likeliest token: --greedy), and --max-new-tokens at least 1")

@@ -12,9 +12,9 @@ from runner.checks import limits
 STAGES = ("sft", "reward", "dpo", "ppo")
 # Stages whose models a stage starts from
 PARENTS = {"sft": (), "reward": (), "dpo": ("sft",), "ppo": ("sft", "reward")}
-# Whose share of the prompts a stage learns from: DPO and reward model take the same pairs, and nothing is trained on both
+# Whose share of the prompts a stage learns from: DPO takes the reward model's pairs, since no run trains both
 SHARES = {"sft": "sft", "reward": "reward", "dpo": "reward", "ppo": "ppo"}
-# Engines that a stage trains, by the names under which hardware configures them: the reward model's is the critic's
+# Engines that a stage trains, by their names in the hardware block: the reward model trains under the critic's settings
 ENGINES = {"sft": ("actor",), "reward": ("critic",), "dpo": ("actor",), "ppo": ("actor", "critic")}
 
 
@@ -46,7 +46,7 @@ class ModelPart:
 
 @dataclass
 class SizeRecipe:
-    """Hyper-parameters that go with the size of a network; conf/stage reads them by interpolation."""
+    """Hyper-parameters that depend on the size of the network; conf/stage reads them by interpolation."""
 
     sft_lr: float
     sft_batch: int
@@ -82,7 +82,7 @@ class Model:
 
 @dataclass
 class Source:
-    """The only block with values here: its name is the user's, so that no preset can give it any. A path is enough."""
+    """The only block with defaults here: its name is the user's, so no preset can provide them. A path is enough."""
 
     path: str
     adapter: str = "fields"
@@ -212,7 +212,7 @@ class Training:
 
 @dataclass
 class Supervised(Training):
-    """What SFT, reward model and DPO have beside it."""
+    """What SFT, reward model and DPO have in addition."""
 
     global_batch: int
     lr: float

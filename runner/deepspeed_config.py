@@ -5,7 +5,7 @@ import difflib
 from runner.config import Config
 from runner.errors import UserError
 
-# DeepSpeed ignores an unknown key at the top level without a word, so we check the user's block against what it reads
+# DeepSpeed silently ignores unknown keys at the top level, so we check the user's block against those that it reads
 TOP_LEVEL_KEYS = frozenset(
     """activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type
     compression_training csv_monitor curriculum_learning data_efficiency data_types disable_allgather dump_state
@@ -17,7 +17,7 @@ TOP_LEVEL_KEYS = frozenset(
     zero_optimization""".split()
 )
 
-# What the runner itself decides: setting it by hand would contradict the plan
+# Keys that the runner decides: set by hand they would contradict the plan. -> what to set instead
 OURS = {
     "train_batch_size": "sft.global_batch, reward.global_batch, dpo.global_batch, ppo.rollout_batch",
     "train_micro_batch_size_per_gpu": "hardware.micro_batch",
@@ -28,8 +28,7 @@ OURS = {
     "hybrid_engine": "rollout.engine: DeepSpeed's hybrid engine accelerates no model family under transformers 5",
 }
 
-
-# Inside a block
+# The same inside a block
 OURS_INSIDE = {
     ("zero_optimization", "stage"): "hardware.zero",
     ("fp16", "enabled"): "hardware.precision",
@@ -46,7 +45,7 @@ def check_raw(raw: dict) -> None:
             raise UserError(f"hardware.deepspeed.{key} is decided by the runner: set {OURS[key]} instead")
         if key not in TOP_LEVEL_KEYS:
             near = difflib.get_close_matches(key, TOP_LEVEL_KEYS, n=1)
-            raise UserError(f"hardware.deepspeed.{key} is no DeepSpeed setting" + (f" (did you mean {near[0]}?)" if near else ""))
+            raise UserError(f"hardware.deepspeed.{key} is not a DeepSpeed setting" + (f" (did you mean {near[0]}?)" if near else ""))
         if key in BLOCKS and not isinstance(raw[key], dict):
             raise UserError(f"hardware.deepspeed.{key}={raw[key]} is a block of settings: type hardware.deepspeed.{key}.NAME=VALUE")
     for (block, key), ours in OURS_INSIDE.items():
@@ -69,7 +68,7 @@ def training_config(cfg: Config, engine: str, micro_batch: int, accumulation: in
         "gradient_clipping": grad_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        # We bring the optimizer; otherwise DeepSpeed insists on compiling its own for the CPU
+        # Otherwise DeepSpeed insists on compiling its own optimizer for offloaded states
         "zero_force_ds_cpu_optimizer": False,
     }
     return _merge(config, hardware.deepspeed)
@@ -104,7 +103,7 @@ def _zero3(offload_params: bool, accelerator: str) -> dict:
 
 
 def _merge(config: dict, raw: dict) -> dict:
-    """raw over config, block by block."""
+    """config with the keys of raw on top, block by block."""
     merged = dict(config)
     for key, value in raw.items():
         merged[key] = _merge(merged.get(key) or {}, value) if isinstance(value, dict) else value

@@ -1,4 +1,4 @@
-"""The door: the only way from composed YAML to a Config, so that a wrong key, type or value dies before anything is started."""
+"""The door: the only way from composed YAML to a Config, so that a wrong key, type or value is refused before anything starts."""
 
 import difflib
 import os
@@ -21,7 +21,7 @@ def load(composed: DictConfig | str | Path) -> Config:
     """Turn composed YAML (Hydra's DictConfig, or the path of a saved one) into a checked Config.
 
     Raises:
-        UserError: a key that does not exist, a value of the wrong type or out of range, a mandatory value left open.
+        UserError: a key that does not exist, a value of the wrong type or out of range, a mandatory value that is missing.
     """
     if not isinstance(composed, DictConfig):
         composed = OmegaConf.create(read_yaml(Path(composed)))
@@ -31,7 +31,7 @@ def load(composed: DictConfig | str | Path) -> Config:
         values = expand_home(OmegaConf.to_container(composed, resolve=True))
         secrets.refuse_in_config(values)
         chosen = values.get("stage")
-        for stage in STAGES:  # an experiment may fill blocks that the chosen stage does not read
+        for stage in STAGES:  # an experiment may fill blocks that the chosen stage does not use
             if chosen in STAGES and stage not in (chosen, *PARENTS[chosen]):
                 values.pop(stage, None)
         check_kinds(values)
@@ -51,12 +51,12 @@ def load(composed: DictConfig | str | Path) -> Config:
         raise UserError(str(error)) from error
 
 
-# Keys, in whatever block, whose values are paths or lists of paths
+# Keys, in any block, whose values are paths or lists of paths
 PATHS = ("store", "path", "use", "hostfile", "sft_only", "pretrain")
 
 
 def expand_home(node: Any, key: str = "") -> Any:
-    """Values with the home folder in place of the ~ that paths begin with: the shell leaves that of `model.actor.path="~/m"` alone."""
+    """Replace a leading ~ in paths with the home folder: the shell does not expand the one in `model.actor.path="~/m"`."""
     if isinstance(node, dict):
         return {name: expand_home(value, name) for name, value in node.items()}
     if isinstance(node, list):
@@ -65,8 +65,8 @@ def expand_home(node: Any, key: str = "") -> Any:
 
 
 def check_kinds(values: dict, node: type = Config, prefix: str = "") -> None:
-    """Raise UserError, with what to type, for a value of another kind than its key's: null, a list for a block, infinity."""
-    for f in sorted(fields(node), key=lambda f: f.name == "sources"):  # they repeat dataset.fields, whose key is the shorter one
+    """Raise UserError, with what to type, for a value of the wrong kind for its key: null, a list for a block, infinity."""
+    for f in sorted(fields(node), key=lambda f: f.name == "sources"):  # last, since they repeat dataset.fields, whose key is shorter
         if f.name not in values:
             continue
         key, value, kind = prefix + f.name, values[f.name], _bare(f.type)
@@ -105,7 +105,7 @@ def _check_kind(key: str, value: object, kind: type) -> None:
 
 
 def read_yaml(path: Path) -> dict:
-    """A file of plain YAML: mappings, lists and scalars. Tags that would make Python objects are refused."""
+    """Read a file of plain YAML: mappings, lists and scalars. Tags that would make Python objects are refused."""
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
@@ -118,20 +118,20 @@ def read_yaml(path: Path) -> dict:
 
 
 def broken_yaml(error: yaml.YAMLError, path: Path | None = None) -> str:
-    """Where a YAML file is broken, and how; the path may be known to the error only."""
+    """Where a YAML file is broken, and how. path: None where only the error knows it."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error).splitlines()[0]
     tag = re.search(r"tag '(.*?)'", problem)
     where = f"{path or getattr(mark, 'name', 'a YAML file')}:{mark.line + 1}" if mark else str(path)
     return f"{where}: {f'the tag {tag[1]} is refused: it would run Python code' if tag else f'not valid YAML ({problem})'}"
 
 
-# By the names that OmegaConf has for them
+# What OmegaConf calls the types in its errors -> what we call them
 KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "bool": "true or false"}
 PLAIN = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
 
 
 def open_keys(node: object, prefix: str = "") -> Iterator[str]:
-    """Dotted keys whose value is still '???'. OmegaConf's own search resolves interpolations, and dies of those that lead to one."""
+    """Dotted keys whose value is still '???'. OmegaConf's own search resolves interpolations, and fails on those that lead to one."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from open_keys(value, f"{prefix}.{key}" if prefix else str(key))
@@ -156,7 +156,7 @@ def known_keys(node: type = Config, prefix: str = "") -> List[str]:
 
 
 def unknown(key: str) -> str:
-    """What to say of a key that is in no schema: the one it resembles, or the few that its block has."""
+    """The message for a key that does not exist: the one it resembles, or the few that its block has."""
     block, _, leaf = key.rpartition(".")
     beside = [name.removeprefix(f"{block}.") for name in known_keys() if name.startswith(f"{block}.")]
     beside = [name for name in beside if "." not in name and name != "*"]

@@ -1,6 +1,6 @@
 """An exponential moving average of the trained weights, kept in fp32.
 
-In bf16 a decay of 0.992 moves a weight by less than half a unit in its last place: the average would stay where it began.
+In bf16, with a decay of 0.992, updates are below half a unit in the last place: the average would never move.
 Under ZeRO-3 each rank averages its own pieces.
 """
 
@@ -20,7 +20,7 @@ class Ema:
         self.restart()
 
     def restart(self) -> None:
-        """Begin with the weights as they are now."""
+        """Start from the current weights."""
         self.shadow = [self._local(p).float().clone() for p in self.live]
 
     @staticmethod
@@ -35,7 +35,7 @@ class Ema:
 
     @contextmanager
     def swapped_in(self):
-        """Inside this block the model has the averaged weights, for export; afterwards its own, bit for bit."""
+        """Inside this block the model has the averaged weights, for export; afterwards its own again, bit for bit."""
         own = [self._local(p).clone() for p in self.live]
         self._write(self.shadow)
         try:

@@ -1,4 +1,4 @@
-"""Models inside DeepSpeed: building, stepping, generating, and the few places where its behaviour must be worked around."""
+"""Models inside DeepSpeed: building, stepping, gathering for generation, and the few workarounds it needs."""
 
 import math
 import shutil
@@ -24,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def skip_cpu_op_builds() -> None:
     """On a CPU, deepspeed.initialize compiles a shared-memory collective for a minute and fails without a compiler.
 
-    Gloo does the same work at our sizes. DeepSpeed has no switch for it, hence the private name.
+    Gloo does as well at our sizes. DeepSpeed has no switch for it, hence the private name.
     """
     try:
         import deepspeed.ops
@@ -36,7 +36,7 @@ def skip_cpu_op_builds() -> None:
 
 @contextmanager
 def building(ds_config: dict):
-    """Inside this block transformers builds models the way the engine wants them: already partitioned under ZeRO-3.
+    """Inside this block transformers builds models as the engine needs them: already partitioned under ZeRO-3.
 
     The HfDeepSpeedConfig must be alive while the model is built, and gone when the next, unpartitioned one is.
     """
@@ -50,7 +50,7 @@ def building(ds_config: dict):
 
 @contextmanager
 def settings_in_words(ds_config: dict):
-    """DeepSpeed alone knows the types of its settings: what it says of one becomes an error that names hardware.deepspeed."""
+    """Turn DeepSpeed's complaint about a setting, whose type only it knows, into an error that names hardware.deepspeed."""
     try:
         yield
     except ValidationError as error:
@@ -63,7 +63,7 @@ def settings_in_words(ds_config: dict):
 def trainable(wrapper: nn.Module, ds_config: dict, *, lr: float, lora_lr: float, weight_decay: float, betas, eps: float):
     """A DeepSpeed engine with AdamW around an Actor or a Scalar."""
     groups = parameter_groups(wrapper, lr, lora_lr, weight_decay)
-    # zero.Init was only alive while the weights were loaded; an engine of its own does the rest
+    # We bring the optimizer: DeepSpeed would take "AdamW" in its config for its own FusedAdam, which must be compiled
     optimizer = _adamw(ds_config)(groups, lr=lr, betas=tuple(betas), eps=eps)
     with settings_in_words(ds_config):
         engine, *_ = deepspeed.initialize(model=wrapper, optimizer=optimizer, config=ds_config)
@@ -75,7 +75,7 @@ def trainable(wrapper: nn.Module, ds_config: dict, *, lr: float, lora_lr: float,
 def _step_at_once(optimizer: FP16_UnfusedOptimizer) -> bool:
     """DeepSpeed's step in half precision without ZeRO, for all parameters at once. Returns whether it was skipped for an overflow.
 
-    DeepSpeed's own looks at each parameter by itself, with some sixty launches and two waits: 0.1 s for 1.3 B parameters on an H200,
+    DeepSpeed's own loops over the parameters, with some sixty launches and two waits for each: 0.1 s for 1.3 B parameters on an H200,
     where the arithmetic takes 0.02 s.
     """
     pairs = [pair for half, full in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True) for pair in zip(half, full, strict=True)]
@@ -84,12 +84,12 @@ def _step_at_once(optimizer: FP16_UnfusedOptimizer) -> bool:
     grads = [(torch.zeros_like if half.grad is None else torch.empty_like)(master) for half, master in zip(halves, masters, strict=True)]
     given = [(grad, half.grad) for grad, half in zip(grads, halves, strict=True) if half.grad is not None]
     torch._foreach_copy_(*map(list, zip(*given, strict=True)))
-    norm = float(torch.nn.utils.get_total_norm(grads))  # the only wait
+    norm = float(torch.nn.utils.get_total_norm(grads))  # the only wait for the GPU
     if not math.isfinite(norm):
         return optimizer._skip_invalid_grad_norm()
     optimizer.overflow, optimizer._global_grad_norm = False, norm / scale
-    # DeepSpeed divides the norm by the scale itself. Before the scale grows: the gradients were made with the old one, which DeepSpeed's
-    # own step forgets, so that every step that doubles the scale halves its gradients
+    # unscale_and_clip_grads divides the norm by the scale itself. It must come before the scale grows, because the gradients were made with
+    # the old one. DeepSpeed's own step gets that wrong: each time the scale doubles, it halves the gradients
     torch._foreach_mul_(grads, 1.0 / optimizer.unscale_and_clip_grads(norm, apply_scale=False))
     optimizer._update_scale(False)
     for master, grad in zip(masters, grads, strict=True):
@@ -102,17 +102,17 @@ def _step_at_once(optimizer: FP16_UnfusedOptimizer) -> bool:
 
 
 def _adamw(ds_config: dict):
-    """torch's AdamW, which needs no compilation; DeepSpeed's own for offloaded states where it can be built, being 5x faster."""
+    """torch's AdamW, which needs no compilation; for offloaded states DeepSpeed's own if it can be compiled, which is 5x faster."""
     offloaded = "offload_optimizer" in ds_config["zero_optimization"]
     if offloaded and torch.cuda.is_available() and shutil.which("nvcc") and shutil.which("ninja"):
         return deepspeed.ops.adam.DeepSpeedCPUAdam
-    # One kernel for all tensors: on a CPU a fifth of the time, which tiny models notice
+    # One kernel for all tensors: five times as fast on a CPU, which matters for tiny models
     fused = not (torch.cuda.is_available() and offloaded)
     return lambda groups, **options: torch.optim.AdamW(groups, fused=fused, **options)
 
 
 def frozen(wrapper: nn.Module, ds_config: dict, device: torch.device) -> nn.Module:
-    """A model that is only read: in ZeRO-3 where the config says so, otherwise a replica on the device."""
+    """A model that never trains: in ZeRO-3 if the config says so, otherwise a replica on the device."""
     wrapper.eval().requires_grad_(False)
     if ds_config.get("zero_optimization", {}).get("stage") == 3:
         with settings_in_words(ds_config):
@@ -128,13 +128,13 @@ def reference(actor, ref: nn.Module | None):
 
 
 def set_learning_rate(engine, share: float) -> None:
-    """Every group gets `share` of its own peak: adapters and full weights follow one schedule."""
+    """Give every group `share` of its own peak: adapters and full weights follow one schedule."""
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
 
 
 def learning_rate(engine) -> float:
-    """The largest rate that any group has now: of the adapters, where only they train."""
+    """The largest rate of any group; the adapters' where only they train."""
     return max(group["lr"] for group in engine.optimizer.param_groups)
 
 
@@ -144,19 +144,19 @@ def backward(engine, loss_sum: Tensor, total: float, last: bool) -> None:
     DeepSpeed divides by the accumulation steps and averages over ranks; both are compensated, so that the gradient is
     that of (sum over all micro batches and ranks) / total, whatever their number and however uneven they are.
 
-    last: no other micro batch follows before `step`. Their number varies, and DeepSpeed cannot count to it.
+    last: no other micro batch follows before `step`. Their number varies, so DeepSpeed cannot count them.
     """
     engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss_sum * (dist.get_world_size() * engine.gradient_accumulation_steps() / total))
     if not last:
-        engine.step()  # moves nothing, but DeepSpeed wants it after each backward
+        engine.step()  # moves nothing, but DeepSpeed requires it after each backward
 
 
 def step(engine) -> float:
-    """Move the optimizer, after the last backward. Returns the gradient norm before clipping; the GPU is waited for."""
+    """Take the optimizer step, after the last backward. Returns the gradient norm before clipping. Waits for the GPU."""
     norm = None
     if isinstance(engine.optimizer, torch.optim.Optimizer):
-        # fp32 without ZeRO, which keeps no norm. All ranks hold the same averaged gradients here
+        # fp32 without ZeRO: DeepSpeed keeps no norm. All ranks hold the same averaged gradients
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()
     _check_scale(engine)
@@ -165,7 +165,7 @@ def step(engine) -> float:
 
 
 def _check_scale(engine) -> None:
-    """fp16 at stage 0 would skip step after step for ever; ZeRO raises in these words."""
+    """Raise as ZeRO does when the loss scale cannot fall any further: stage 0 would skip every step from here on."""
     scale = getattr(engine.optimizer, "loss_scale_config", None)
     if engine.fp16_enabled() and scale and engine.optimizer.overflow and scale.cur_scale <= scale.min_loss_scale:
         raise RuntimeError("Current loss scale already at minimum - cannot decrease scale anymore")
@@ -173,9 +173,9 @@ def _check_scale(engine) -> None:
 
 @contextmanager
 def whole_weights(engine):
-    """(module, True) with complete weights on every rank, gathered once: sampling reads them token by token. Collective.
+    """Yield (module, True) with complete weights on every rank, gathered once: sampling reads them for every token. Collective.
 
-    (module, False) under ZeRO-3 where they do not fit: then every forward gathers layer by layer, on all ranks together.
+    (module, False) under ZeRO-3 if they do not fit: then every forward gathers layer by layer, on all ranks together.
     """
     if engine.zero_optimization_stage() != 3:
         yield engine.module, True
@@ -199,7 +199,7 @@ def _fits_whole(engine) -> bool:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that the device can still give, with those that the allocator keeps unused. No bound on a CPU."""
+    """Bytes that can still be allocated on the device, including what the allocator holds unused. Infinite on a CPU."""
     if device.type != "cuda":
         return float("inf")
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -207,10 +207,10 @@ def free_memory(device: torch.device) -> float:
 
 
 def align_overflow(*engines) -> None:
-    """fp16: when one engine overflows in this optimizer step, the others skip it too. Call it before `step`, at the boundary.
+    """fp16: if one engine overflows in this optimizer step, the others skip it too. Call after the last backward, before `step`.
 
-    A skipped update of one model alone would let actor and critic drift apart. The others skip because they are told of an overflow of
-    their own, which also lowers their loss scale once; it recovers.
+    If only one model skipped, actor and critic would drift apart. The others are made to skip by faking an overflow of their own, which
+    also lowers their loss scale once; it recovers.
     """
     if not engines[0].fp16_enabled():
         return
@@ -222,17 +222,17 @@ def align_overflow(*engines) -> None:
 
 
 def _overflowed(engine) -> bool:
-    """Whether what this rank will step with, whole gradients or its ZeRO partitions, is not finite."""
+    """Whether the gradients that this rank will step with (whole, or its ZeRO partition) are not finite."""
     zero = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         return not zero.grad_partitions_flat_buffer.isfinite().all()
-    if _offloads(engine):  # its gradients are in fp32 on the CPU, and were looked at on their way
+    if _offloads(engine):  # its fp32 gradients are on the CPU, and were checked on their way there
         return zero.local_overflow
     return any(not g.isfinite().all() for g in _gradients(engine))
 
 
 def _overflow(engine) -> None:
-    """Make DeepSpeed believe that this step has overflowed."""
+    """Make DeepSpeed believe that this step overflowed."""
     zero = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         zero.inf_or_nan_tracker.fill_(True)
@@ -248,7 +248,7 @@ def _offloads(engine) -> bool:
 
 
 def _gradients(engine) -> Iterator[Tensor]:
-    """The gradients that this rank will step with: whole ones, or its partitions of ZeRO 1 and 2."""
+    """The gradients that this rank will step with: whole, or its partitions under ZeRO-1 and -2."""
     if engine.zero_optimization_stage():
         for tensors in engine.optimizer.averaged_gradients.values():
             yield from (t for t in tensors or [] if t is not None)

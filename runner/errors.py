@@ -1,10 +1,10 @@
-"""The one exception whose message is written for the person at the keyboard, and a help for its words."""
+"""The one exception whose message is written for the person at the keyboard, and did-you-mean."""
 
 import difflib
 
 
 class UserError(Exception):
-    """Something the user can mend: says what is wrong, where, and what to type instead."""
+    """Something the user can fix: says what is wrong, where, and what to type instead."""
 
 
 def did_you_mean(word: str, choices: list[str]) -> str:

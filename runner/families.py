@@ -1,4 +1,4 @@
-"""The one table of what the code must know of each family of models. No torch: the launcher reads it too."""
+"""What the code must know about each family of models, in one table. No torch: the launcher reads it too."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from runner.errors import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """What the code must know of a family of models."""
+    """One row of the table."""
 
-    attention: tuple[str, ...]  # implementations: ours (runner/attention.py), then those that transformers has
+    attention: tuple[str, ...]  # implementations: ours (runner/attention.py) first, then those of transformers
     position_ids: bool  # False: takes none (ALiBi)
     lora_targets: tuple[str, ...]  # linear layers that get adapters
     dropouts: tuple[str, ...]  # config fields that hold a dropout probability
-    kept: tuple[float, float]  # what a layer keeps of a token for its backward pass: so many values of the hidden size, and of the MLP's
-    pads: tuple[str, ...]  # tokens that its checkpoints keep for padding: taken where PAD would be missing or EOS
+    kept: tuple[float, float]  # activations a layer keeps per token for its backward pass: vectors of the hidden size, and of the MLP's
+    pads: tuple[str, ...]  # padding tokens of its checkpoints, used where PAD is missing or is EOS
 
 
 FAMILIES = {

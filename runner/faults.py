@@ -1,7 +1,7 @@
-"""How a worker ended, in one paragraph: what happened, the probable cause, the command that helps, the failing rank's last lines.
+"""Why the workers ended, in one paragraph: what happened, the probable cause, what to type, the failing rank's last lines.
 
-`examine` is the launcher's: it reads what the ranks left in logs/ (error_rankN.json, rank_N.alive, rank_N.log) and goes down the
-table FAULTS. Imports no torch.
+The launcher calls `examine`. It reads what the ranks left in logs/ (error_rankN.json, rank_N.alive, rank_N.log) and takes the first
+fault of the table FAULTS that fits. Imports no torch.
 """
 
 import json
@@ -27,7 +27,7 @@ from runner.watch.machine import MORE_SPACE, disk_full, gb, memory_limit
 class Fault:
     what: str  # half a sentence, for the line that announces a restart
     text: str  # the paragraph
-    repeats: bool  # would happen again: the launcher does not try
+    repeats: bool  # would happen again: the launcher does not restart
 
 
 @dataclass
@@ -37,15 +37,15 @@ class End:
     cfg: Config
     step: Step
     code: int  # of the launch command, negative for a signal
-    lines: list[str]  # its last ones
-    oom_kills: int | None  # of the kernel, meanwhile; None where it does not count them
+    lines: list[str]  # the last ones it printed
+    oom_kills: int | None  # by the kernel, while it ran; None where they are not counted
 
     @cached_property
     def notes(self) -> list[dict]:
-        """What the ranks that could still speak said, the first one first."""
+        """The notes of the ranks that could still write one, the earliest first."""
         notes = []
         for path in (self.step.folder / "logs").glob("error_rank*.json"):
-            with suppress(OSError, json.JSONDecodeError):  # a full disk takes none
+            with suppress(OSError, json.JSONDecodeError):  # on a full disk they are missing or empty
                 notes.append(json.loads(path.read_text()))
         return sorted(notes, key=lambda note: note["time"])
 
@@ -55,26 +55,26 @@ class End:
 
     @cached_property
     def culprit(self) -> tuple[int, int, dict | None]:
-        """(rank, exit code, note) of the first rank to fail, not of one that failed because of it."""
+        """(rank, exit code, note) of the rank that failed first, not of those that failed because of it."""
         rank, code = _torchrun_says(self.lines) or (0, self.code if self.code < 128 else 128 - self.code)
         if code < 0:
             return rank, code, None
         causes = [note for note in self.notes if not CONSEQUENCE.search(note["message"])]
         silent = set(range(self.cfg.hardware.world_size)) - {note["rank"] for note in self.notes}
-        if self.notes and not causes and silent:  # all complain of a neighbour that left without a word
+        if self.notes and not causes and silent:  # all complain about a rank that died without a note
             return min(silent, key=lambda r: next((b["time"] for b in self.beats if b["rank"] == r), 0)), code, None
         note = next(iter(causes or self.notes), None)
         return (note["rank"], 1, note) if note else (rank, code, None)
 
     @cached_property
     def said(self) -> str:
-        """The text in which a fault is recognised."""
+        """The text that FAULTS searches."""
         note = self.culprit[2]
         return f"{note['kind']}: {note['message']}" if note else "\n".join(self.last_lines(200))
 
     @cached_property
     def who(self) -> str:
-        """'rank 1, in phase update after step 12,'; the rank only where there are several."""
+        """'rank 1, in phase update after step 12,'; 'the worker' where there is only one."""
         rank, _, note = self.culprit
         name = f"rank {rank}" if self.cfg.hardware.world_size > 1 else "the worker"
         if note:
@@ -83,7 +83,7 @@ class End:
         return f"{name}, last seen {place(seen)}," if seen else name
 
     def last_lines(self, count: int) -> list[str]:
-        """Of the failing rank, without what torchrun said about it."""
+        """The last lines of the failing rank, without torchrun's report about it."""
         rank, _, note = self.culprit
         if note:
             lines = note["traceback"].strip().splitlines()
@@ -95,7 +95,7 @@ class End:
         return lines[-count:]
 
 
-# A rank says so when another one has left
+# What a rank says when another one has died
 CONSEQUENCE = re.compile(
     r"Connection (closed|reset)|Broken pipe|remote process exited|communicator was aborted|Socket (closed|error)", re.I
 )
@@ -110,31 +110,31 @@ def _torchrun_says(lines: list[str]) -> tuple[int, int] | None:
 
 
 def place(facts: dict) -> str:
-    """Where a rank was, from its note or its last sign of life."""
+    """Where a rank was, from its note or its last heartbeat."""
     if not facts["phase"] and not facts["step"]:
         return "while starting"
     return (f"in phase {facts['phase']} " if facts["phase"] else "") + f"after step {facts['step']}"
 
 
 def examine(end: End) -> Fault:
-    """Name the fault. With debug=true the whole traceback is shown, otherwise its last lines."""
+    """Explain the fault. debug=true shows the whole traceback, otherwise only its last lines."""
     note = end.culprit[2]
     if note and note["user"] and not end.cfg.debug:
         return Fault("", f"{end.step.stage}: {note['message']}", repeats=True)
-    tell, repeats = next((tell, repeats) for recognise, tell, repeats in FAULTS if recognise(end))
-    what, help_ = tell(end)
+    explain, repeats = next((explain, repeats) for fits, explain, repeats in FAULTS if fits(end))
+    what, advice = explain(end)
     lines = end.last_lines(10**6 if end.cfg.debug and note else 3 if note else 8)
     last = "\n".join(f"  {line.removeprefix('~')}" for line in lines) or "  (none)"
-    text = f"{end.step.stage}: {what}. {help_} {kept(end.step)}\nIts last lines:\n{last}\nAll of it: {end.step.folder / 'logs'}"
+    text = f"{end.step.stage}: {what}. {advice} {kept(end.step)}\nIts last lines:\n{last}\nFull logs: {end.step.folder / 'logs'}"
     return Fault(what, text, repeats or bool(note and note["user"]))
 
 
 def kept(step: Step) -> str:
-    """What of a step survives."""
+    """What survives of a step."""
     at = steps_done(step.folder)
     if at is None:
-        return "There is no checkpoint yet: the same command starts the stage anew"
-    return f"The checkpoint of step {at} is intact: the same command goes on from it"
+        return "There is no checkpoint yet: the same command starts the stage from the beginning"
+    return f"The checkpoint of step {at} is intact: the same command resumes from it"
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -207,24 +207,24 @@ def _bus_error(end: End) -> tuple[str, str]:
 # --- other ranks, the machine, the network ----------------------------------------------------------------------------
 
 
-# Seconds without a sign of life after which a rank counts as dead or stopped
+# Seconds without a heartbeat after which a rank counts as dead or stopped
 SILENT = 5.0
 
 
 def _late(end: End) -> tuple[str, str]:
-    """Which rank kept the others waiting: one that no longer lives, or that is not waiting itself, or the one farthest behind."""
+    """Name the rank that kept the others waiting: one that is dead, or one that is not waiting itself, or the one farthest behind."""
     minutes = f"{end.cfg.hardware.timeout_minutes:g}"
     what = f"the ranks waited for each other longer than hardware.timeout_minutes={minutes}"
     if end.beats:
         newest = max(beat["time"] for beat in end.beats)
         late = min(end.beats, key=lambda b: (b["time"] > newest - SILENT, b["where"] == heartbeat.WAITING, b["step"]))
         at = late["where"] if late["where"] == heartbeat.WAITING else f"at {late['where'] or 'unknown code'}"
-        what += f"; late is rank {late['rank']}, {place(late)}, {at}"
+        what += f"; rank {late['rank']} is late, {place(late)}, {at}"
         if late["time"] <= newest - SILENT:
-            what += f", with its last sign of life {newest - late['time']:.0f} s before the others'"
+            what += f", its last sign of life {newest - late['time']:.0f} s before the others'"
     return what, (
         "If that rank was only slow, raise hardware.timeout_minutes. If it hangs, look at its machine (nvidia-smi, dmesg); "
-        "NCCL_DEBUG=INFO before the command shows the network that NCCL chose."
+        "NCCL_DEBUG=INFO before the command shows which network NCCL chose."
     )
 
 
@@ -238,7 +238,7 @@ def _missing_module(end: End) -> tuple[str, str]:
 def _no_kernels(end: End) -> tuple[str, str]:
     return (
         f"{end.who} could not compile Triton's kernels",
-        "The C compiler says why in the log; most often the headers of Python are missing: apt-get install python3-dev.",
+        "The log has the C compiler's error; most often Python's headers are missing: apt-get install python3-dev.",
     )
 
 
@@ -249,7 +249,7 @@ def _disk_full(end: End) -> tuple[str, str]:
 def _is_disk_full(end: End) -> bool:
     if re.search(r"No space left on device|Disk quota exceeded", end.said):
         return True
-    # torch.save says less
+    # torch.save does not say why
     writing = "inline_container" in end.said or "file write failed" in end.said
     return writing and shutil.disk_usage(end.step.folder).free < 100e6
 
@@ -257,7 +257,7 @@ def _is_disk_full(end: End) -> bool:
 def _hub(end: End) -> tuple[str, str]:
     return (
         f"{end.who} could not reach the Hugging Face hub",
-        "Behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT; with everything in the local cache HF_HUB_OFFLINE=1. Without a network "
+        "Behind a proxy set HTTPS_PROXY; for a mirror, HF_ENDPOINT; with everything in the local cache, HF_HUB_OFFLINE=1. Without network "
         "download first: hf download MODEL --local-dir FOLDER, then model.actor.path=FOLDER (or model.reward.path).",
     )
 
@@ -265,7 +265,7 @@ def _hub(end: End) -> tuple[str, str]:
 def _loss_scale(end: End) -> tuple[str, str]:
     return (
         f"{end.who} found infinite gradients at every loss scale of fp16, down to the smallest",
-        "The training has diverged or overflows in fp16: hardware.precision=bf16 where the GPU has it, a lower learning rate "
+        "Training has diverged, or overflows in fp16. Try hardware.precision=bf16 where the GPU supports it, a lower learning rate "
         f"({lower_rate(end.cfg, end.step.stage)}), or a longer warmup.",
     )
 
@@ -284,12 +284,15 @@ def _no_command(end: End) -> tuple[str, str]:
 
 def _exception(end: End) -> tuple[str, str]:
     note = end.culprit[2]
-    return f"{end.who} failed: {note['kind']}: {(note['message'].strip() or '(no message)').splitlines()[0]}", "debug=true shows all of it."
+    return (
+        f"{end.who} failed: {note['kind']}: {(note['message'].strip() or '(no message)').splitlines()[0]}",
+        "debug=true shows the whole traceback.",
+    )
 
 
 def _unknown(end: End) -> tuple[str, str]:
     ended = f"ended with exit code {end.code}" if end.code else "ended without finishing"
-    return f"{end.who} {ended}", "The launch command or its log may tell why."
+    return f"{end.who} {ended}", "The launch command or its log may say why."
 
 
 def _says(pattern: str):
@@ -302,7 +305,7 @@ def _died(number: int):
 
 
 TIMEOUT = r"(?i)timed out (waiting|after)|wait timeout|collective operation timeout|heartbeat monitor timed out"
-# How a fault is recognised, how it is told, and whether it would repeat. The first that fits counts
+# How a fault is recognised, how it is explained, and whether it would repeat. The first that fits counts
 FAULTS = (
     (lambda end: _died(9)(end) and bool(end.oom_kills), _host_full, True),
     (_died(9), _killed, False),

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent."""
+"""Files and folders that are complete or absent."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write into. At the end of the block it takes its place; after an error it is gone."""
+    """Yield a temporary folder next to `folder`. It replaces `folder` at the end of the block; after an error it is deleted."""
     work = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -22,7 +22,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def put_in_place(work: Path, folder: Path) -> None:
-    """Give a finished folder its name, in place of what has it now."""
+    """Rename a finished folder, replacing whatever has that name now."""
     for path in [*work.rglob("*"), work]:
         flush(path)
     shutil.rmtree(folder, ignore_errors=True)
@@ -31,7 +31,7 @@ def put_in_place(work: Path, folder: Path) -> None:
 
 
 def remove_unused(run_dir: Path) -> None:
-    """Delete the folder that Hydra has made for a command, and parents of it under this folder, where nothing came of the command."""
+    """Delete the folder that Hydra made for a command that wrote nothing there, and empty parents below the working directory."""
     if not run_dir.is_dir() or not {path.name for path in run_dir.glob("*")} <= {".hydra", "run.log", "multirun.yaml"}:
         return
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -42,7 +42,7 @@ def remove_unused(run_dir: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is whole or as it was; a link at its place is replaced, not followed."""
+    """Write a file atomically: it is complete, or as it was. A symlink at that path is replaced, not followed."""
     work = path.with_name(path.name + ".tmp")
     work.unlink(missing_ok=True)
     work.write_text(text, encoding="utf-8")
@@ -51,7 +51,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Push a file, or the names in a folder, to the disk."""
+    """fsync a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,15 +1,15 @@
-"""How much work a model is, counted from its matrices: floating-point operations, and the bytes that decoding reads.
+"""How much work a model does, counted from its matrices: floating-point operations, and the bytes that decoding reads.
 
-The definition behind `perf/mfu`, model FLOPs utilisation (arXiv 2204.02311), and `perf/mbu`, memory bandwidth utilisation:
+The definitions behind `perf/mfu`, model FLOPs utilisation (arXiv 2204.02311), and `perf/mbu`, memory bandwidth utilisation:
 
 - A multiply-add is 2 FLOPs. Matrix products count and nothing else: no embedding look-up, norm, softmax or loss.
 - Body: 2 per weight of its matrices and token. Head: 2 per weight and token whose logits are made; a scalar head, a vector, is left out.
-- Attention: 4 x heads x head_dim per layer and pair of a query and a key that it sees (q k^T, and the product with v). Causal: a sequence
-  of T tokens has T (T + 1) / 2 such pairs.
-- Backward: once more for the gradient of what went in, and once more for the gradient of every weight that trains. So 3 x forward in
+- Attention: 4 x heads x head_dim per layer and pair of a query and a key that it sees (q k^T, and the product with v). Causal attention
+  over T tokens has T (T + 1) / 2 such pairs.
+- Backward: one forward's worth for the gradient of the inputs, and one for the gradient of the weights that train. So 3 x forward in
   full training, 2 x for matrices below adapters; attention, which has no weights, 3 x.
-- Only real tokens count, and what is computed again (gradient checkpointing, chunks of logits) does not: padding and recomputation
-  lower the utilisation, as they should.
+- Only real tokens count, and recomputation (gradient checkpointing, chunks of logits) does not: both padding and recomputation lower the
+  utilisation, as they should.
 - Decoding reads every matrix once per step, and the keys and values of all tokens before the new one.
 """
 
@@ -29,8 +29,8 @@ class Work:
 
 
 def count(hf) -> Work:
-    """The work of a Hugging Face model, adapters included, also where ZeRO-3 has left a piece or nothing was allocated (meta)."""
-    from torch import nn  # the forecast does without it
+    """The work of a Hugging Face model, adapters included; also if it is partitioned by ZeRO-3 or on the meta device."""
+    from torch import nn  # the forecast imports this module without torch
 
     config = hf.config.get_text_config()
     layers, heads = config.num_hidden_layers, config.num_attention_heads
@@ -47,12 +47,12 @@ def _numbers(weights: list, trained: bool = False) -> int:
 
 
 def forward(work: Work, lengths, logits: float = 0) -> float:
-    """FLOPs of reading sequences. lengths: tokens of each; logits: tokens, over all of them, whose logits are made."""
+    """FLOPs of a forward pass. lengths: tokens of each sequence; logits: tokens, over all of them, that get logits."""
     return 2.0 * work.body * _tokens(lengths) + 4.0 * work.attention * _pairs(lengths) + 2.0 * work.head * logits
 
 
 def training(work: Work, lengths, logits: float = 0) -> float:
-    """FLOPs of forward and backward of the same."""
+    """FLOPs of forward and backward together."""
     weights = 2.0 * work.body_trained * _tokens(lengths) + 2.0 * work.head_trained * logits
     return 2 * forward(work, lengths, logits) + weights + 4.0 * work.attention * _pairs(lengths)
 
@@ -66,7 +66,7 @@ def _pairs(lengths) -> float:
 
 
 def _listed(lengths) -> list:
-    """Of a list, an array or a tensor."""
+    """A list, an array or a tensor as a list."""
     return lengths.tolist() if hasattr(lengths, "tolist") else lengths
 
 
@@ -76,10 +76,10 @@ def decode_bytes(work: Work, steps: float, cached: float, itemsize: int) -> floa
 
 
 def mfu(flops: float, seconds: float, tflops: float, devices: int = 1) -> float:
-    """Share of the data sheet's matrix rate. tflops: of one device, TFLOP/s."""
+    """Model FLOPs utilisation: share of the data sheet's matrix rate. tflops: of one device, TFLOP/s."""
     return flops / seconds / (tflops * 1e12 * devices)
 
 
 def mbu(read: float, seconds: float, gb_s: float) -> float:
-    """Share of the data sheet's memory bandwidth. read: bytes on one device; gb_s: its bandwidth, GB/s."""
+    """Memory bandwidth utilisation: share of the data sheet's rate. read: bytes on one device; gb_s: its bandwidth, GB/s."""
     return read / seconds / (gb_s * 1e9)

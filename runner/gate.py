@@ -1,4 +1,4 @@
-"""A last look at the composed configuration before Hydra writes it down: presets may hold what the command line may not.
+"""A last look at the composed configuration before Hydra saves it: a preset may hold what suggest.py refuses on the command line.
 
 A Hydra callback, because Hydra makes the run folder and saves the configuration there before it calls run.py's main.
 """
@@ -17,19 +17,19 @@ from runner.errors import UserError
 
 class Gate(Callback):
     def on_run_start(self, config: DictConfig, **kwargs) -> None:
-        """End the command when a secret would be saved, the name of the run leads out of runs/, or paths would count from elsewhere."""
+        """Exit when a secret would be saved, the run's name leads out of runs/, or relative paths would start from another folder."""
         try:
             if config.hydra.job.chdir:
-                raise UserError("hydra.job.chdir=true: store and dataset.path count from the folder that you are in. Leave it out")
+                raise UserError("hydra.job.chdir=true: store and dataset.path are relative to the folder that you are in. Leave it out")
             secrets.refuse_in_config(OmegaConf.to_container(config))
-            with suppress(OmegaConfBaseException):  # an unknown interpolation is reported by those who need its value
+            with suppress(OmegaConfBaseException):  # an unknown interpolation is reported where its value is needed
                 secrets.refuse_in_config({"name": config.name})
                 check_name(str(config.name))
         except (UserError, ValueError) as error:
-            sys.exit(f"error: {error}")  # Hydra makes warnings of all exceptions but this one
+            sys.exit(f"error: {error}")  # Hydra turns every other exception into a warning
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
-        """The same for a sweep, and end it when no job could know which checkpoint is its own."""
+        """The same for a sweep; and refuse resume=force, since no job could tell which checkpoint is its own."""
         if config.resume == "force":
-            sys.exit("error: resume=force goes on from what was worked at last, which in a sweep may be any job's: force one run at a time")
+            sys.exit("error: resume=force continues the last interrupted step, which in a sweep may be any job's: force one run at a time")
         self.on_run_start(config)

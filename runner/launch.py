@@ -1,4 +1,4 @@
-"""Starting the workers of a step, showing what they print, and saying why they ended when they failed."""
+"""Start the workers of a step, show what they print, and explain why they failed."""
 
 import json
 import os
@@ -26,20 +26,20 @@ from runner.watch import machine, stop
 from runner.worker import ENVIRONMENT, LAUNCHER_PID, WORKERS_LOCK
 
 ROOT = Path(__file__).parent.parent
-# Set by a surrounding torchrun or srun: a worker must not take them for its own
+# Set by a surrounding torchrun or srun: our workers must not inherit them
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-# How the names begin of what the workers need on every machine. Over ssh DeepSpeed passes on PYTHONPATH, NCCL's and little else
+# Prefixes of the variables that workers need on every machine. Over ssh DeepSpeed passes on PYTHONPATH, NCCL's and little else
 INHERITED = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "OMP_", "DS_ACCELERATOR", "GLOO_", "TORCH_", "PYTORCH_", "TRITON_")
 INHERITED += ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
 def launch(cfg: Config, step: Step, inputs: dict | None, run_dir: Path) -> bool:
-    """Train a step unless it is done. Returns True if it was trained here, False if it was there or another job made it.
+    """Train a step unless it is done. Returns True if it was trained here, False if it existed or another job trained it.
 
     Raises:
-        UserError: the workers failed, and were restarted `max_restarts` times in vain; with the cause.
-        Stopped: somebody or the time limit asked to stop, and the step has saved its state.
+        UserError: the workers failed, also after `max_restarts` restarts; the message gives the cause.
+        Stopped: a signal or the time limit stopped the step, which has saved its state.
     """
     if step.pinned:
         return False
@@ -69,31 +69,31 @@ def launch(cfg: Config, step: Step, inputs: dict | None, run_dir: Path) -> bool:
 
 
 def _await_orphans(step: Step) -> None:
-    """Workers whose launcher was killed die with it, but one that hangs in a write to disk only when that is done."""
+    """Wait for workers of a killed launcher: they die with it, but one that is writing to disk dies only when that is done."""
     with lock(step.folder / WORKERS_LOCK, f"the workers of an earlier run of {step.folder.name}"):
         pass
 
 
 def _raise_if_stopped(step: Step) -> None:
-    """Rank 0 leaves a note when the stage was stopped: through torchrun its exit code would be lost."""
+    """Rank 0 leaves a note when the stage was stopped: torchrun does not pass its exit code on."""
     note = step.folder / stop.NOTE
     if note.exists():
         facts = json.loads(note.read_text())
         at = f"at step {facts['step']} of {facts['total']}"
         if facts["reason"] == stop.reason(stop.TIME_IS_UP):
             raise stop.out_of_time(f"{at} of {step.stage}")
-        raise stop.Stopped(f"{step.stage}: stopped by {facts['reason']} {at}; the same command goes on from there")
+        raise stop.Stopped(f"{step.stage}: stopped by {facts['reason']} {at}; the same command resumes from there")
 
 
 def _link(name: Path, target: Path) -> None:
-    """runs/<name>/<time>/sft -> the step's folder in the store: a convenience, and no reason to fail."""
+    """runs/<name>/<time>/sft -> the step's folder in the store. A convenience: if it fails, nothing is lost."""
     with suppress(OSError):
         name.parent.mkdir(parents=True, exist_ok=True)
         name.symlink_to(target)
 
 
 def _write_inputs(cfg: Config, step: Step, inputs: dict) -> None:
-    """The worker's whole knowledge: config.yaml, step.json, environment.json, ds_config.json."""
+    """Write everything the workers read: config.yaml, step.json, environment.json. ds_config.json is for people."""
     logs = step.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     for old in (*logs.glob("error_rank*.json"), *logs.glob("rank_*.alive"), step.folder / stop.NOTE):
@@ -109,7 +109,7 @@ def _write_inputs(cfg: Config, step: Step, inputs: dict) -> None:
 
 
 def inherited(environment: dict[str, str]) -> dict[str, str]:
-    """What of an environment is for the workers of all machines, without whatever looks like a secret: it lies in a file."""
+    """The part of an environment that workers on all machines get, without anything that looks like a secret: it is written to a file."""
     wanted = {name: value for name, value in environment.items() if name.startswith(INHERITED) and not name.endswith(SECRET)}
     return {name: value for name, value in wanted.items() if not find(f"{name}={value}")}
 
@@ -117,15 +117,15 @@ def inherited(environment: dict[str, str]) -> dict[str, str]:
 def _environment(cfg: Config) -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # ninja and torchrun of this environment, also when its python was called by its full path
+    # Find ninja and torchrun of this environment even when its python was called by its full path
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    # More threads than cores slow gloo ranks down five- to tenfold
+    # With more threads than cores, gloo ranks are 5 to 10 times slower
     environment.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // cfg.hardware.gpus)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # torchrun passes a signal on and waits as long for the workers to save. Unasked it would not handle SIGUSR1, and kill after 30 s
+    # torchrun passes these signals on and gives the workers 600 s to save. By default: no SIGUSR1, and 30 s
     environment["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     environment["PET_SHUTDOWN_TIMEOUT"] = "600"
-    if cfg.hardware.launch.startswith(("{python}", "env ")):  # not where srun, ssh or a container may take it: numbers differ there
+    if cfg.hardware.launch.startswith(("{python}", "env ")):  # not through srun, ssh or a container, where process ids differ
         environment[LAUNCHER_PID] = str(os.getpid())
     if cfg.hardware.accelerator == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
@@ -133,13 +133,13 @@ def _environment(cfg: Config) -> dict[str, str]:
 
 
 def _run(cfg: Config, step: Step, held: int) -> tuple[int, list[str]]:
-    """Run the workers; their lines go to logs/rank_0.log and our console. Returns the exit code (negative: a signal) and the last lines."""
-    # On several nodes the command is a messenger (srun, ssh), which must be able to pass its end on
+    """Run the workers; their output goes to logs/rank_0.log and the console. Returns exit code (negative: a signal) and last lines."""
+    # On several nodes the command is srun or ssh, which needs a chance to end its remote processes
     last_wish = signal.SIGKILL if cfg.hardware.nodes == 1 else signal.SIGTERM
     launcher = os.getpid()
 
     def prepare_child() -> None:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until it handles it
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until it installs its own handler
         stop.die_with_parent(last_wish, launcher)
 
     with stop.running(step.folder):
@@ -163,7 +163,7 @@ def _run(cfg: Config, step: Step, held: int) -> tuple[int, list[str]]:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """We are leaving: take the workers along, also those that only take note of SIGTERM. torchrun's die with it."""
+    """End the workers with us, also those that merely note a SIGTERM. Those of torchrun die with it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
             with suppress(ProcessLookupError):
@@ -173,15 +173,15 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _relay(lines, log) -> list[str]:
-    """Copy the workers' own lines to the console; those of libraries go to the log only. Returns the last ones.
+    """Copy all lines to the log, and our own ones ("[sft] ...") to the console. Returns the last lines.
 
-    A line that begins with '~' reports progress: on a terminal each overwrites the one before.
+    A line that starts with '~' reports progress: on a terminal each overwrites the one before.
     """
     live, columns = sys.stdout.isatty(), shutil.get_terminal_size().columns
     pending, last = False, deque(maxlen=200)
     for line in map(redact, lines):
         last.append(line.rstrip("\n"))
-        with suppress(OSError):  # a full disk ends the workers; we are still needed, to say so
+        with suppress(OSError):  # on a full disk the workers fail; we must live on to say so
             log.write(line)
             log.flush()
         progress = line.startswith("~[")
@@ -195,7 +195,7 @@ def _relay(lines, log) -> list[str]:
                 print(f"\r\x1b[K{text[: columns - 1] if progress else text}", end="" if progress else "\n", flush=True)
             else:
                 print(text, flush=True)
-        except BrokenPipeError:  # `| tee` has ended by the same Ctrl-C, and the workers have yet to save
+        except BrokenPipeError:  # the same Ctrl-C ended `| tee`, and the workers have yet to save
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         pending = progress
     if live and pending:

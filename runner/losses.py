@@ -35,7 +35,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def warp_logits(logits: Tensor, temperature: float, top_k: int, top_p: float, keep: Tensor | None = None) -> Tensor:
     """The logits of the distribution that is sampled from: temperature, then top-k, then nucleus.
 
-    Training uses the same function as sampling, with keep = the sampled token (N,): a token that has left the truncated
+    Training uses the same function as sampling, with keep = the sampled token (N,): a token that has dropped out of the truncated
     set since it was sampled keeps a finite log-probability.
 
     Args: logits (N, V). Returns: (N, V) with -inf outside the kept set.
@@ -59,7 +59,7 @@ def warp_logits(logits: Tensor, temperature: float, top_k: int, top_p: float, ke
 
 
 def without_token(logits: Tensor, token: int, rows: Tensor) -> Tensor:
-    """logits (N, V) with minus infinity at `token`, in the rows (N,) bool that may not have it."""
+    """logits (N, V) with minus infinity at `token` in the rows (N,) bool that must not choose it."""
     barred = torch.zeros_like(logits, dtype=torch.bool)
     barred[:, token] = rows
     return logits.masked_fill(barred, -torch.inf)
@@ -99,7 +99,7 @@ class _ChosenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor, _):
-        logits, tokens, normalisers = ctx.saved_tensors  # once: a recomputed layer gives them no second time
+        logits, tokens, normalisers = ctx.saved_tensors  # read only once: under checkpointing a second read raises
         if _in_one_pass(logits):
             from runner import loss_kernels
 
@@ -167,7 +167,7 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, center_coef: float) -> Tenso
 def dpo_loss(chosen: Tensor, rejected: Tensor, label_smoothing: float) -> Tensor:
     """-log sigmoid(chosen - rejected), summed over pairs (N,) of implicit rewards: beta * (log actor - log reference) of the responses.
 
-    label_smoothing: the probability that a label is wrong; then the loss is what is expected of it (conservative DPO).
+    label_smoothing: the probability that a label is wrong; the loss is the expectation over that (conservative DPO).
     """
     margin = chosen - rejected
     return -((1 - label_smoothing) * F.logsigmoid(margin) + label_smoothing * F.logsigmoid(-margin)).sum()

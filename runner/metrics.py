@@ -1,7 +1,7 @@
-"""Where numbers go: metrics.jsonl always, the console now and then, W&B on top. Only rank 0 writes.
+"""Where numbers go: always to metrics.jsonl, now and then to the console, and to W&B. Only rank 0 writes.
 
-metrics.jsonl is the truth: one flat JSON object per line, flushed. What is not finite (the gradient norm of a step that fp16 skipped)
-is left out, for JSON has no word for it. A run that resumes drops what came after its checkpoint.
+metrics.jsonl is the source of truth: one flat JSON object per line, flushed. Values that are not finite (the gradient norm of a step that
+fp16 skipped) are left out: JSON cannot express them. A run that resumes drops the lines after its checkpoint.
 Metric names are an API; README.md lists them.
 """
 
@@ -23,7 +23,7 @@ from runner.config import Config
 from runner.files import write_text
 from runner.watch import heartbeat, stop
 
-# How the names begin of what differs between two runs that are otherwise the same
+# Prefixes of the metrics that differ between two otherwise identical runs
 CLOCK = ("time/", "perf/tokens", "perf/mfu", "perf/mbu", "perf/gpu_mem", "rollout/decode_ms")
 # Seconds between two progress lines
 QUIET = 5.0
@@ -39,11 +39,11 @@ class RunLog:
         self.phases: dict[str, float] = defaultdict(float)
         self.step_phases: dict[str, float] = defaultdict(float)
         self._step_started, self.total, self.first = self.started, 0, 0
-        self.broken: Counter[str] = Counter()  # invariants, since the last row; see runner/stages/invariants.py
+        self.broken: Counter[str] = Counter()  # broken invariants since the last row; see runner/stages/invariants.py
         self.wandb = self._start_wandb(parents) if self.writes else None
         self._told = 0  # lines of metrics.jsonl that W&B has from before an interruption
 
-    # --- the loop's side ---
+    # --- what the loops call ---
 
     def begin(self, first: int, total: int) -> None:
         """Announce a loop over steps first..total-1."""
@@ -60,30 +60,30 @@ class RunLog:
         return {"bytes": size, "seconds": time.monotonic() - self.started, "phases": dict(self.phases)}
 
     def restore(self, state: dict) -> None:
-        """Go on counting the time, and drop what was logged after the checkpoint: there is neither a gap nor a line twice."""
+        """Continue the clocks, and drop what was logged after the checkpoint, so that no line is missing or doubled."""
         self.started -= state["seconds"]
         self.phases |= state["phases"]
         path = self.folder / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
         if self.writes and size < state["bytes"]:
-            self.say(f"metrics.jsonl has {size} bytes and not the {state['bytes']} of the checkpoint: earlier lines are lost")
+            self.say(f"metrics.jsonl has {size} bytes instead of the checkpoint's {state['bytes']}: earlier lines are lost")
         elif self.writes and size > state["bytes"]:
-            # What W&B has already been told of, it will not be told again
+            # W&B already has these lines, and must not get them twice
             self._told = path.read_bytes()[state["bytes"] :].count(b"\n") if self.wandb and not self.wandb.offline else 0
             os.truncate(path, state["bytes"])
 
     def sync(self) -> None:
-        """Push metrics.jsonl to the disk, for a checkpoint counts on it."""
+        """fsync metrics.jsonl: a checkpoint relies on its length."""
         if (path := self.folder / "metrics.jsonl").exists():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
     @contextmanager
     def phase(self, name: str):
-        """Count the time inside as this phase's. The GPU is waited for, or its time would be booked on the next phase."""
+        """Book the time inside on this phase. Waits for the GPU, or its time would be booked on the next one."""
         start = time.monotonic()
         heartbeat.now["phase"] = name
-        yield  # no `finally`: after an error the phase is where it happened
+        yield  # no `finally`: after an error, `phase` says where it happened
         heartbeat.now["phase"] = ""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -97,8 +97,8 @@ class RunLog:
     ) -> None:
         """Record the metrics of a finished step (counted from 1).
 
-        Args: tokens: real ones, over all ranks. work: FLOPs as runner/flops.py counts them, over all ranks. during: the phase in
-        which they were spent; None for the whole step.
+        Args: tokens: without padding, over all ranks. work: FLOPs as runner/flops.py counts them, over all ranks. during: the phase that
+        spent them; None for the whole step.
         """
         now = time.monotonic()
         heartbeat.now["step"] = step
@@ -126,12 +126,12 @@ class RunLog:
             self.say(f"step {step}/{self.total}  {headline}  {_clock(left)} left", passing=True)
 
     def record(self, step: int, metrics: dict[str, float], headline: str = "") -> None:
-        """Record metrics outside the step's rhythm: evaluations."""
+        """Record metrics between two steps: evaluations."""
         if self.writes:
             self._append({"step": step, **metrics})
             if headline:
                 self.say(f"step {step}/{self.total}  {headline}")
-        # Neither the next step's time nor the estimate of what is left should hold the evaluation's
+        # Keep the evaluation out of the next step's time, and of the estimate of the time left
         self._step_started, spent = time.monotonic(), time.monotonic() - self._step_started
         self._loop_started += spent
         self.step_phases.clear()
@@ -160,7 +160,7 @@ class RunLog:
             self.wandb.log({name: wandb.Histogram(values), "step": step})
 
     def result(self, facts: dict) -> None:
-        """Write result.json, what the summary is made of, and close W&B."""
+        """Write result.json, from which the summary is made, and close W&B."""
         if not self.writes:
             return
         common = {"stage": self.stage, "seconds": time.monotonic() - self.started, "phases": dict(self.phases), "world_size": ranks.world()}
@@ -178,11 +178,11 @@ class RunLog:
         if self.wandb:
             self.wandb.finish()
 
-    # --- where it goes ---
+    # --- where rows go ---
 
     def _append(self, row: dict) -> None:
         row |= {f"invariants/{name}": count for name, count in self.broken.items() if count}
-        self.broken = Counter(dict.fromkeys(self.broken, 0))  # the names stay: each is said once
+        self.broken = Counter(dict.fromkeys(self.broken, 0))  # keep the names: each is reported once
         row = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()}
         row = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
         with (self.folder / "metrics.jsonl").open("a") as file:
@@ -215,7 +215,7 @@ class RunLog:
             id=run_id,
             resume="allow" if mode == "online" else None,
             config=asdict(self.cfg) | facts,
-            # No git: it would upload the remote's URL, with whatever credentials stand in it, and changes that were not committed
+            # No git: W&B would upload the remote's URL, credentials included, and uncommitted changes
             settings=wandb.Settings(silent=True, console="off", disable_git=True),
         )
         axis = "episode" if self.stage == "ppo" else "step"
@@ -225,7 +225,7 @@ class RunLog:
 
 
 def has_wandb_key(in_file: bool = False) -> bool:
-    """in_file: what the environment holds does not count."""
+    """Whether W&B finds an API key. in_file: only in ~/.netrc, not in the environment."""
     if os.environ.get("WANDB_API_KEY") and not in_file:
         return True
     netrc = Path("~/.netrc").expanduser()
@@ -233,7 +233,7 @@ def has_wandb_key(in_file: bool = False) -> bool:
 
 
 def _git_commit() -> str | None:
-    """The commit of this code, read from .git: no subprocess in a worker."""
+    """The commit of this code, read from .git without starting a subprocess."""
     git = Path(__file__).parents[1] / ".git"
     try:
         head = (git / "HEAD").read_text().strip()

@@ -1,8 +1,8 @@
 """Models: the actor and the scalar model (reward model, critic), LoRA, loading and saving.
 
-Both wrappers take right-, left- or un-padded token ids with an attention mask, best on the CPU: there they are laid out and sent to
-the model, which computes no padding (runner/packing.py). Positions follow from the mask and are passed explicitly. What comes out
-is fp32. Saved folders are plain Hugging Face checkpoints in safetensors.
+Both wrappers take token ids with an attention mask, padded on either side or not at all, best on the CPU: there they are packed, so that
+the model computes no padding (runner/packing.py). Positions follow from the mask and are passed explicitly. Outputs are fp32. Saved
+folders are plain Hugging Face checkpoints in safetensors.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -29,7 +29,7 @@ from runner.losses import chosen_logprobs, entropy, token_logprobs, warp_logits,
 
 
 class Wrapper(nn.Module):
-    """A Hugging Face model, with or without peft around it, whose hidden states we read."""
+    """A Hugging Face model whose hidden states we read, with or without peft around it."""
 
     def __init__(self, model: nn.Module, family: str):
         super().__init__()
@@ -48,7 +48,7 @@ class Wrapper(nn.Module):
         return attention.is_packed(self.hf)
 
     def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Of the N real tokens, row after row, after the last layer norm. (B, T) -> (N, H)."""
+        """Hidden states of the N real tokens, row after row, after the last layer norm. (B, T) -> (N, H)."""
         device = self.hf.device
         if self.packed:
             return attention.body(self.hf.base_model, packing.lay_out(ids, mask).to(device))
@@ -60,7 +60,7 @@ class Wrapper(nn.Module):
 
     @contextmanager
     def without_adapter(self):
-        """The model as it was before training, where only adapters train: the reference costs no second copy."""
+        """The model as it was before its adapters were trained: a reference without a second copy."""
         with self.model.disable_adapter():
             yield self
 
@@ -68,10 +68,10 @@ class Wrapper(nn.Module):
 class Actor(Wrapper):
     """A causal language model that returns log-probabilities of chosen tokens, never the logits of a whole batch.
 
-    sampling: temperature, top_k, top_p of the distribution whose log-probabilities are meant.
-    least: tokens of a response, before which EOS is impossible.
-    chunk: tokens whose logits exist at one time; 0 for all at once, which ZeRO-3 needs: every rank must gather the head
-    equally often.
+    temperature, top_k, top_p: of the distribution whose log-probabilities are returned.
+    least: tokens of a response before which EOS is impossible.
+    chunk: tokens whose logits exist at a time; 0 for all at once, which ZeRO-3 needs: every rank must gather the head the same
+    number of times.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class Actor(Wrapper):
 
         Args:
             ids, mask (B, T).
-            index (N,): positions in the flattened (B * T) whose next token is meant; targets (N,): these tokens.
-            steps (N,): their numbers in a response, from 0, which tell where EOS is impossible; None where it never is.
+            index (N,): positions in the flattened (B * T) whose next token is predicted; targets (N,): those next tokens.
+            steps (N,): their positions in the response, from 0, which decide where EOS is impossible; None if it never is.
         Returns: logprobs (N,), entropies (N,) without gradient, zeros unless asked for.
         """
         hidden = self.hidden_states(ids, mask)
@@ -107,7 +107,7 @@ class Actor(Wrapper):
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
     def _score(self, with_entropy: bool, hidden: Tensor, targets: Tensor, early: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """From hidden states (N, H). early (N,) bool: where EOS is impossible."""
+        """Log-probabilities and entropies (N,) from hidden states (N, H). early (N,) bool: where EOS is impossible."""
         head = self.hf.get_output_embeddings()
         if self.sampling == (1.0, 0, 1.0) and early is None:
             return chosen_logprobs(head(hidden), targets, with_entropy)
@@ -126,8 +126,8 @@ class Scalar(Wrapper):
     mean, std = 0.0, 1.0
 
     def normalise(self, mean: float, std: float) -> None:
-        """Read the model in standard deviations from a mean: a critic that begins as the reward model then begins in the units of
-        the rewards that it is to foresee."""
+        """Output standard deviations from a mean: a critic that starts as the reward model then starts in the units of the rewards
+        that it must predict."""
         self.mean, self.std = mean, std
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class Scalar(Wrapper):
 
 
 class Fp32Linear(nn.Linear):
-    """The scalar head: weights as stored, arithmetic in fp32, because values differ by less than bf16 can tell."""
+    """The scalar head: weights as stored, arithmetic in fp32, because values differ by less than bf16 can resolve."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.float(), self.weight.float())
@@ -178,7 +178,7 @@ def _load(auto, path: str, *, dtype, attention: str, dropout: float | None, seed
     if dropout is not None:
         for name in family.dropouts:
             setattr(config, name, dropout)
-    # OPT could leave out whole layers, other ones on every rank: their gradients would then wait for each other for ever
+    # OPT can skip layers at random, different ones on each rank: the reduction of gradients would hang
     config.layerdrop = 0.0
     if attention == "auto":
         attention = family.attention[0]
@@ -200,11 +200,11 @@ def family_of(config, path: str) -> Family:
 
 
 def _fit_tokenizer(model: PreTrainedModel, tokenizer) -> None:
-    """Rows for all tokens, and PAD and EOS as the tokenizer has them."""
+    """Make the embeddings large enough for all tokens, and take PAD, EOS and BOS from the tokenizer."""
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
-        # The mean of the old rows, not random ones: actor and reference stay alike, and unknown tokens unlikely
+        # New rows are the mean of the old ones, not random: actor and reference stay identical, and new tokens unlikely
         for table in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
             with gathered([table.weight], modify=True) as writes, torch.no_grad():
                 if writes:
@@ -220,7 +220,7 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
     targets = list(lora.targets) or list(FAMILIES[model.config.model_type].lora_targets)
     heads = ["score"] if hasattr(model, "score") else None
     config = LoraConfig(r=lora.dim, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, modules_to_save=heads)
-    # Adapters in the model's own precision, not in fp32: the optimizer has an fp32 copy, and ZeRO-3 refuses two precisions
+    # Adapters in the model's precision, not in fp32: the optimizer keeps an fp32 copy, and ZeRO-3 refuses mixed precisions
     try:
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
@@ -228,17 +228,17 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
         raise UserError(f"lora.targets={targets} fit no layer of {model.config.model_type}: take some of {', '.join(known)}") from error
     if lora.train_rest:
         for name, parameter in peft_model.named_parameters():
-            # The matrices below the adapters stay; so does the original that peft keeps beside a fully trained head
+            # The matrices under the adapters stay frozen; so does the original that peft keeps of a fully trained head
             parameter.requires_grad_(not name.endswith(".base_layer.weight") and "original_module" not in name)
     return peft_model
 
 
 def parameter_groups(model: nn.Module, lr: float, lora_lr: float, weight_decay: float) -> list[dict]:
-    """AdamW groups: matrices decay, vectors do not; adapters have their own learning rate. `peak_lr` drives the schedule."""
+    """AdamW groups: weight decay on matrices, none on vectors; adapters have their own learning rate. The schedule scales `peak_lr`."""
     groups: dict[tuple[bool, bool], list] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # Under ZeRO-3 the local piece is flat: the true shape stands in ds_shape
+            # Under ZeRO-3 the local piece is flat; ds_shape is the true shape
             decays = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
             groups.setdefault(("lora_" in name, decays), []).append(parameter)
     return [
@@ -252,7 +252,7 @@ def parameter_groups(model: nn.Module, lr: float, lora_lr: float, weight_decay: 
 
 
 def gathered(parameters: list, modify: bool = False):
-    """Whole parameters inside the block, also under ZeRO-3. Yields True where they may be read (modify: on rank 0)."""
+    """Whole parameters inside the block, also under ZeRO-3; there it yields True on rank 0 only, which alone may write (modify)."""
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     if any(hasattr(p, "ds_id") for p in parameters):
         import deepspeed
@@ -282,7 +282,7 @@ def full_state_dict(wrapper: Wrapper, dtype: torch.dtype) -> dict[str, Tensor]:
                 state |= _merged(name, module, dtype)
             elif rank == 0:
                 for key, tensor in own.items():
-                    # Tied weights stay one tensor: then they are written once
+                    # Tied weights stay one tensor, so that they are written once
                     if id(tensor) not in copies:
                         copies[id(tensor)] = tensor.detach().to("cpu", dtype, copy=True)
                     state[_plain_name(f"{name}.{key}" if name else key)] = copies[id(tensor)]
@@ -306,7 +306,7 @@ def _plain_name(name: str) -> str:
 
 
 def _merged(name: str, module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """W + scale * B A, computed beside the weights: merging in place would not undo exactly in bf16."""
+    """W + scale * B A as a new tensor: merging in place could not be undone exactly in bf16."""
     base = module.base_layer
     weight = base.weight.float() + module.get_delta_weight("default").float()
     state = {f"{name}.weight": weight.to("cpu", dtype)}
@@ -318,9 +318,9 @@ def _merged(name: str, module: nn.Module, dtype: torch.dtype) -> dict[str, Tenso
 def save_model(wrapper: Wrapper, folder: Path, tokenizer, *, dtype: torch.dtype, max_new_tokens: int, extra: dict | None = None) -> None:
     """Write a Hugging Face checkpoint: safetensors, config, tokenizer with chat template, generation config. Collective.
 
-    The folder is whole or absent.
+    The folder is complete or absent.
 
-    extra: facts that go into config.json, such as the units in which a critic's values are to be read.
+    extra: facts for config.json, such as the units of a critic's values.
     """
     state = full_state_dict(wrapper, dtype)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
@@ -332,7 +332,7 @@ def save_model(wrapper: Wrapper, folder: Path, tokenizer, *, dtype: torch.dtype,
             ids = {k: getattr(tokenizer, k) for k in ("pad_token_id", "eos_token_id", "bos_token_id")}
             hf.generation_config = GenerationConfig(**ids, max_new_tokens=max_new_tokens)
         with whole_folder(folder) as work:
-            # Under ZeRO-3 transformers would look at the empty local pieces: the state dict says all
+            # Under ZeRO-3 transformers would save the empty local pieces: it must use the state dict
             hf.save_pretrained(work, state_dict=state)
             tokenizer.save_pretrained(work)
     if torch.distributed.is_initialized():

@@ -1,7 +1,7 @@
-"""Batches without their padding: the real tokens of all rows in one row.
+"""Packing: the real tokens of all rows of a batch in one row, without padding.
 
-Linear layers, norms and embeddings then see the N real tokens of a (B, T) batch and nothing else; runner/attention.py keeps the rows
-apart. Everything here is best done on the CPU, where a micro batch is made: on the GPU each number of tokens would be waited for.
+Linear layers, norms and embeddings then see only the N real tokens of a (B, T) batch; runner/attention.py keeps the rows apart. All of
+this is best done on the CPU, where micro batches are made: on the GPU, reading each count of tokens would wait for it.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from runner.data.batches import send
 
 @dataclass(frozen=True)
 class Layout:
-    """The N real tokens of B rows, and where they lie."""
+    """The N real tokens of B rows, and where they are."""
 
     ids: Tensor  # (1, N), row after row
     positions: Tensor  # (1, N), counted from 0 in each row
@@ -41,7 +41,7 @@ class Layout:
 
 
 def lay_out(ids: Tensor, mask: Tensor) -> Layout:
-    """Where the real tokens of a batch lie. ids, mask (B, T), padded anywhere; on the CPU, or the GPU is waited for."""
+    """Pack a batch. ids, mask (B, T), padded anywhere. On the CPU: on the GPU it would wait for it."""
     lengths, where = mask.sum(dim=1), real(mask)
     positions, longest = positions_from_mask(mask).flatten()[where], int(lengths.max())
     slots = where // mask.size(1) * longest + positions
@@ -60,10 +60,10 @@ def real(mask: Tensor) -> Tensor:
 
 
 def among_real(mask: Tensor, index: Tensor) -> Tensor:
-    """Positions in the flattened (B * T), which are of real tokens, as positions among the N real tokens."""
+    """Positions of real tokens in the flattened (B * T) -> their positions among the N real tokens."""
     return (mask.flatten().cumsum(0) - 1)[index]
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:
-    """One value per real token (N,), in their order, at its place -> the shape of mask, 0 on padding."""
+    """Inverse of packing for one value per real token: (N,) -> the shape of mask, 0 on padding."""
     return values.new_zeros(mask.numel()).scatter(0, send(real(mask), values.device), values).view(mask.shape)

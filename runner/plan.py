@@ -1,8 +1,8 @@
-"""The plan: which steps a command needs, which of them exist already, and the DeepSpeed configs of each.
+"""The plan: which steps a command needs, which of them are already done, and the DeepSpeed configs of each.
 
-A run is a make target. Every step has a key that hashes what shapes its result (stage block, model fields that it reads,
-data, seed, parents' keys) and not where or how fast it runs; its folder in the store carries the key. Pure: no torch, no
-network, nothing is started.
+A run is a make target. Every step has a key: a hash of what shapes its result (stage block, model fields that it reads, data, seed,
+parents' keys), and not of where or how fast it runs. Its folder in the store is named after the key. Pure: no torch, no network,
+nothing is started.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from runner.durable.resume import Unfinished, check_forced, forced, unfinished
 from runner.errors import UserError
 from runner.families import check_family
 
-# Raise it when the code changes what a step computes
+# Increase it when the code changes what a step computes
 VERSION = 5
 
 # Settings that do not shape the result
@@ -39,9 +39,9 @@ class Step:
     stage: str
     key: str
     folder: Path  # <store>/<stage>-<key>
-    pinned: str | None  # the checkpoint of `<stage>.use`
+    pinned: str | None  # the checkpoint given as `<stage>.use`
     parents: dict[str, str]  # stage -> model folder or hub id
-    facts: dict  # all that shapes the result; the key is their hash
+    facts: dict  # everything that shapes the result; the key is their hash
     earlier: Unfinished | None = None  # interrupted under the same name with another configuration
 
     @property
@@ -50,12 +50,12 @@ class Step:
 
     @property
     def model(self) -> str:
-        """The model that this step yields: a Hugging Face folder or hub id."""
+        """The model that this step produces: a Hugging Face folder or hub id."""
         return self.pinned or str(self.folder / "model")
 
 
 def plan(cfg: Config) -> list[Step]:
-    """The steps of cfg.stage in the order in which they run, parents first."""
+    """The steps of cfg.stage in the order they run, parents first."""
     check_raw(cfg.hardware.deepspeed)
     for name, source in sources_of(cfg.dataset).items():
         check_adapter(f"dataset.sources.{name}", source.adapter, source.fields)
@@ -69,7 +69,7 @@ def plan(cfg: Config) -> list[Step]:
         pinned = getattr(cfg, stage).use
         facts = _pinned_facts(stage, pinned) if pinned else _facts(cfg, stage, data, parents)
         models = {name: step.model for name, step in parents.items()}
-        steps[stage] = _going_on(cfg, Step(stage, _key(facts), _folder(cfg, stage, _key(facts)), pinned, models, facts))
+        steps[stage] = _or_interrupted(cfg, Step(stage, _key(facts), _folder(cfg, stage, _key(facts)), pinned, models, facts))
         if steps[stage].done:
             _check_whole(steps[stage])
         else:
@@ -86,10 +86,10 @@ def _folder(cfg: Config, stage: str, key: str) -> Path:
     return Path(cfg.store).absolute() / f"{stage}-{key}"
 
 
-def _going_on(cfg: Config, step: Step) -> Step:
-    """The step itself; or, if one was interrupted with another configuration, with that one beside it.
+def _or_interrupted(cfg: Config, step: Step) -> Step:
+    """The step; if another one was interrupted under this name with another configuration, with that one as `earlier`.
 
-    With resume=force it goes on from there, and its key says so: the result is not that of a clean run.
+    With resume=force the step continues from there, and its key says so: the result is not that of a clean run.
     """
     store = step.folder.parent
     if cfg.resume == "force" and not step.pinned and (found := forced(store, step.stage, cfg.name, step.facts)):
@@ -109,7 +109,7 @@ def _going_on(cfg: Config, step: Step) -> Step:
 
 
 def _check_whole(step: Step) -> None:
-    """A step that says DONE has left its model and its facts; someone may have deleted or cut them since."""
+    """A step that says DONE has written its model and its facts; someone may have deleted or truncated them since."""
     if step.pinned:
         return
     try:
@@ -118,27 +118,27 @@ def _check_whole(step: Step) -> None:
         check_weights(step.folder / "model")
         check_vocabulary(step.folder / "model")
     except UserError as error:
-        raise UserError(f"{_shown(step.folder)} says DONE, but {error}. Delete the folder, and it is trained anew") from error
+        raise UserError(f"{_shown(step.folder)} says DONE, but {error}. Delete the folder to train it again") from error
 
 
 def _check_share(cfg: Config, stage: str) -> None:
-    """A stage without a share of the prompts has nothing to learn from."""
+    """Refuse a stage that has no share of the prompts to learn from."""
     dataset, share = cfg.dataset, SHARES[stage]
     demonstrations = stage == "sft" and any(source.sft_only for source in sources_of(dataset).values())
     if getattr(dataset.split, share) or demonstrations:
         return
     others = f"give it a share, for example dataset.split.{share}=1, or pin a checkpoint with {stage}.use=..."
     only = "type stage=sft, " if stage != "sft" and not (dataset.split.reward or dataset.split.ppo) else ""
-    raise UserError(f"dataset={dataset.name} leaves no rows to stage {stage}, for dataset.split.{share}=0: {only}{others}")
+    raise UserError(f"dataset={dataset.name} leaves stage {stage} no rows (dataset.split.{share}=0): {only}{others}")
 
 
 def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dict:
-    """Everything that shapes the result of a stage, under the names that the configuration has for it."""
+    """Everything that shapes the result of a stage, under the names it has in the configuration."""
     model = cfg.model
-    # Dropout falls on other places in rows that are laid out in another way
+    # attention too: dropout hits other elements when rows are laid out differently
     shapes = {"family": model.family, "attention": model.attention, "chat_template": model.chat_template, "end_token": model.end_token}
     shapes |= {"max_prompt_tokens": model.max_prompt_tokens, "max_response_tokens": model.max_response_tokens}
-    if stage == "ppo":  # it takes its weights from its parents; of the model block it reads the adapters only
+    if stage == "ppo":  # its weights come from its parents; of the model block it reads only the adapters
         shapes |= {"actor": {"lora": asdict(model.actor.lora)}, "reward": {"lora": asdict(model.reward.lora)}}
     elif stage == "dpo":
         shapes["actor"] = {"lora": asdict(model.actor.lora)}
@@ -156,7 +156,7 @@ def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dic
 
 
 def _first_weights(cfg: Config, name: str) -> dict:
-    """What the actor or the reward model begins with: random weights and a tokenizer of this data, a folder's files, or a hub model."""
+    """What the actor or reward model starts from: random weights and a tokenizer of this data, a folder's files, or a hub model."""
     part = getattr(cfg.model, name)
     lora = {"lora": asdict(part.lora)}
     if part.init == "random":
@@ -167,19 +167,19 @@ def _first_weights(cfg: Config, name: str) -> dict:
 
 
 def _files(key: str, path: str) -> list[list]:
-    """What a local checkpoint, typed under `key`, holds: name, size and time of each file. Where it lies does not count."""
+    """The files of a local checkpoint, given under `key`: name, size and time of each. Where the folder is does not matter."""
     folder = Path(path)
     if not folder.exists():
         raise UserError(no_folder(key, path))
     if not (folder / "config.json").exists():
         inside = f". Type {key}={folder / 'model'}" if (folder / "model" / "config.json").exists() else ""
-        raise UserError(f"{key}={path} is no Hugging Face checkpoint: there is no {folder / 'config.json'}{inside}")
+        raise UserError(f"{key}={path} is not a Hugging Face checkpoint: there is no {folder / 'config.json'}{inside}")
     check_family(f"{key}={path}", read_settings(folder / "config.json").get("model_type"))
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
 
 
 def _pinned_facts(stage: str, path: str) -> dict:
-    """A pinned checkpoint by what it holds: a folder by its files, a hub model by its name."""
+    """What identifies a pinned checkpoint: the files of a folder, the name of a hub model."""
     if not is_local(path):
         return {"use": path}
     folder, files = Path(path), _files(f"{stage}.use", path)
@@ -187,7 +187,7 @@ def _pinned_facts(stage: str, path: str) -> dict:
     kind = "".join(map(str, settings.get("architectures") or ()))
     if kind and (stage == "reward") != kind.endswith("ForSequenceClassification"):
         wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"
-        raise UserError(f"{stage}.use={path} holds {kind}, but {stage} is {wanted}: name the folder of such a one")
+        raise UserError(f"{stage}.use={path} holds {kind}, but {stage} is {wanted}: give the folder of one")
     check_weights(folder)
     return {"use": files}
 
@@ -203,7 +203,7 @@ def engine_configs(cfg: Config, stage: str) -> dict[str, dict]:
         return {"actor": training_config(cfg, "actor", micro, gas, block.grad_clip)}
     if stage == "reward":
         return {"reward": training_config(cfg, "critic", micro, gas, block.grad_clip)}
-    # The ptx mixture adds as many micro batches of text to every step of the actor
+    # The ptx mixture adds as many micro batches of text again to every step of the actor
     texts = stage == "ppo" and block.ptx_coef
     configs = {"actor": training_config(cfg, "actor", micro, gas * (2 if texts else 1), block.grad_clip)}
     if stage == "ppo":
@@ -215,7 +215,7 @@ def engine_configs(cfg: Config, stage: str) -> dict[str, dict]:
 
 
 def shares_reference(actor: ModelPart) -> bool:
-    """With adapters only, the reference is the actor without them: no second copy."""
+    """Whether the reference is the actor itself with its adapters off: no second copy in memory."""
     return actor.lora.dim > 0 and not actor.lora.train_rest
 
 
@@ -223,22 +223,22 @@ def command(cfg: Config, folder: Path) -> str:
     """The shell command that starts the workers of a step."""
     h = cfg.hardware
     if "{folder}" not in h.launch:
-        raise UserError(f"hardware.launch={h.launch!r} does not name the step to work at: it ends with -m runner.worker {{folder}}")
+        raise UserError(f"hardware.launch={h.launch!r} does not say which step to work on: it must end with -m runner.worker {{folder}}")
     values = {"python": sys.executable, "gpus": h.gpus, "nodes": h.nodes, "world": h.world_size, "hostfile": h.hostfile}
     try:
         return h.launch.format(**values, folder=shlex.quote(str(folder)))
     except (KeyError, IndexError, ValueError) as error:
         known = ", ".join("{" + name + "}" for name in [*values, "folder"])
-        raise UserError(f"hardware.launch holds {error}: it knows {known}; write other braces doubled") from error
+        raise UserError(f"hardware.launch holds {error}: it may use {known}; double any other braces") from error
 
 
 def over_ssh(h: Hardware) -> bool:
-    """Whether the launch command goes to other machines by itself. Their workers inherit next to nothing of our environment."""
+    """Whether the launch command starts workers over ssh. They inherit next to nothing of our environment."""
     return h.nodes > 1 and "{hostfile}" in h.launch
 
 
 def missing_hostfile(cfg: Config) -> str | None:
-    """What to do about the file that names the machines, if the launch command reads it and it is not there."""
+    """What to type if the launch command reads a hostfile that does not exist."""
     h = cfg.hardware
     if not over_ssh(h) or Path(h.hostfile).is_file():
         return None
@@ -252,7 +252,7 @@ def missing_hostfile(cfg: Config) -> str | None:
 
 
 def show(cfg: Config, steps: list[Step]) -> None:
-    """Print what will run, on what, in which batches."""
+    """Print what will run, on what hardware, with which batch sizes."""
     h = cfg.hardware
     unit = "GPU" if h.accelerator == "cuda" else "process" if h.gpus == 1 else "processes"
     machine = f"{h.nodes} x {h.gpus} {unit}" if h.nodes > 1 else f"{h.gpus} {unit}"
@@ -271,27 +271,27 @@ def show(cfg: Config, steps: list[Step]) -> None:
 
 
 def unread(cfg: Config, stages: list[str]) -> Iterator[str]:
-    """Settings that others switch off. Told and not refused: a sweep over the others may well have them."""
+    """Settings that other settings switch off. Noted and not refused: a sweep over those others may well include them."""
     for name, readers in (("actor", {"sft", "dpo", "ppo"}), ("reward", {"reward", "ppo"})):
         lora = getattr(cfg.model, name).lora
         if readers & set(stages) and lora.train_rest and not lora.dim:
-            yield f"model.{name}.lora.train_rest=true is not read, for there are no adapters: model.{name}.lora.dim=0"
+            yield f"model.{name}.lora.train_rest=true has no effect: there are no adapters (model.{name}.lora.dim=0)"
     if "ppo" in stages and cfg.dataset.pretrain and not cfg.ppo.ptx_coef:
-        yield "dataset.pretrain is not read: ppo.ptx_coef=0 mixes no text in. InstructGPT has ppo.ptx_coef=27.8"
+        yield "dataset.pretrain has no effect: ppo.ptx_coef=0 mixes in no text. InstructGPT uses ppo.ptx_coef=27.8"
     for stage in stages if cfg.checkpoint.keep_best else ():
         if not getattr(cfg, stage).eval_every:
-            yield f"checkpoint.keep_best={cfg.checkpoint.keep_best} finds no best of {stage}: {stage}.eval_every=0 evaluates none"
+            yield f"checkpoint.keep_best={cfg.checkpoint.keep_best} has no effect on {stage}: {stage}.eval_every=0 scores no checkpoint"
 
 
 def print_columns(rows: list[tuple[str, ...]]) -> None:
-    """Print a table, as wide as its cells are."""
+    """Print a table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def show_details(cfg: Config, steps: list[Step]) -> None:
-    """Print launch command and DeepSpeed configs, as dry_run does."""
+    """Print the launch command and the DeepSpeed configs of each step, for dry_run."""
     h = cfg.hardware
     if note := missing_hostfile(cfg):
         print(f"\nnote: {note}")
@@ -304,6 +304,6 @@ def show_details(cfg: Config, steps: list[Step]) -> None:
 
 
 def _shown(path) -> str:
-    """A path as short as it can be said from here."""
+    """A path relative to the working directory where it lies inside it."""
     path = Path(path)
     return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)

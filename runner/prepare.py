@@ -1,7 +1,7 @@
-"""Everything that can be wrong with the input is found here, before the first training step of the first stage.
+"""Everything that can be wrong with the inputs is found here, before the first stage trains.
 
-Runs in the launcher, once: models and data sets are looked up, tokenizers compared, data read, split and tokenised into the
-store. The workers then find files.
+Runs once, in the launcher: looks up models and data sets, compares tokenizers, reads, splits and tokenises the data into the store. The
+workers only open files.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from runner.families import check_family
 from runner.files import whole_folder
 from runner.plan import Step, missing_hostfile, over_ssh
 
-# Fewer iterations of PPO than this are said to be few
+# Warn of fewer PPO iterations than this
 FEW_ITERATIONS = 5
 
 
@@ -77,7 +77,7 @@ def _writable(store: str) -> Path:
 
 
 def _check_devices(cfg: Config) -> None:
-    """Enough GPUs for this machine's share. A job of several nodes may be started from one that has none."""
+    """Check that this machine has enough GPUs. A job of several nodes may be started from a machine without any."""
     h = cfg.hardware
     if problem := missing_hostfile(cfg):
         raise UserError(problem)
@@ -96,13 +96,13 @@ def _check_devices(cfg: Config) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         hidden = "CUDA_VISIBLE_DEVICES is not set" if visible is None else f"CUDA_VISIBLE_DEVICES={visible}"
         raise UserError(
-            f"hardware={h.name} wants {h.gpus} GPU{'s' * (h.gpus > 1)}, this machine shows {found} ({hidden}). "
+            f"hardware={h.name} needs {h.gpus} GPU{'s' * (h.gpus > 1)}, this machine has {found} ({hidden}). "
             f"Type {instead}, or dry_run=true to see the plan only"
         )
 
 
 def _check_wandb(cfg: Config) -> None:
-    """wandb.mode=online needs a key: the worker would find out only after everything is tokenised."""
+    """wandb.mode=online needs a key. The worker would only find out after everything is tokenised."""
     if cfg.wandb.mode != "online":
         return
     from runner.metrics import has_wandb_key
@@ -120,7 +120,7 @@ def _check_wandb(cfg: Config) -> None:
 
 
 def _check_hub_token(cfg: Config) -> None:
-    """HF_TOKEN opens gated models to us alone, where the workers do not inherit it. After we may have gone offline: it imports the hub."""
+    """Over ssh the workers do not inherit HF_TOKEN, which gated models need. Runs after we may have gone offline: it imports the hub."""
     if not over_ssh(cfg.hardware) or not os.environ.get("HF_TOKEN") or os.environ.get("HF_HUB_OFFLINE") == "1":
         return
     from huggingface_hub.constants import HF_TOKEN_PATH
@@ -133,7 +133,7 @@ def _check_hub_token(cfg: Config) -> None:
 
 
 def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
-    """Refuse PPO with too few prompts for one iteration, and a run whose actor would never be trained; warn of one that learns little."""
+    """Refuse PPO with too few prompts for one iteration, or whose actor would never train; warn if there is little to learn from."""
     from runner.data.cache import counts_of
 
     train, block = counts_of(data)["train"], getattr(cfg, stage)
@@ -142,20 +142,20 @@ def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
     if not per_epoch:
         raise UserError(
             f"there are {train} prompts for PPO, fewer than ppo.rollout_batch={ppo.rollout_batch}: lower it, "
-            f"for example ppo.rollout_batch={max(1, train // ppo.minibatches) * ppo.minibatches}, or give more data"
+            f"for example ppo.rollout_batch={max(1, train // ppo.minibatches) * ppo.minibatches}, or provide more data"
         )
     if ppo:
         _warn_of_few(ppo, train, per_epoch)
     total = steps_of(per_epoch, block.epochs, block.max_steps)
     if ppo and ppo.critic_warmup >= total:
         raise UserError(
-            f"ppo.critic_warmup={ppo.critic_warmup} trains the critic alone in all of the {total} iterations, and the actor in none: "
-            f"type ppo.critic_warmup={total // 10}, or give more iterations"
+            f"ppo.critic_warmup={ppo.critic_warmup} trains only the critic in all of the {total} iterations, and the actor in none: "
+            f"type ppo.critic_warmup={total // 10}, or run more iterations"
         )
     if block.lr_schedule != "constant" and block.warmup > max(1, total):
         print(
-            f"warning: {stage} has {total} step{'s' * (total > 1)}, in which a warmup of {stage}.warmup={block.warmup:g} steps comes to "
-            f"{total / block.warmup:.2g} of the learning rate. Type {stage}.warmup=0.03 for a share of the run",
+            f"warning: {stage} has {total} step{'s' * (total > 1)}, in which a warmup of {block.warmup:g} steps ({stage}.warmup) only "
+            f"reaches {total / block.warmup:.2g} of the learning rate. Type {stage}.warmup=0.03 for a share of the run",
             file=sys.stderr,
         )
 
@@ -165,7 +165,7 @@ def _warn_of_few(ppo: Ppo, train: int, per_epoch: int) -> None:
     if iterations < FEW_ITERATIONS and (ppo.max_steps is None or ppo.max_steps > iterations):
         print(
             f"warning: {train} prompts make {iterations} iteration{'s' * (iterations > 1)} of PPO, too few to learn from. "
-            f"Type ppo.epochs={math.ceil(FEW_ITERATIONS / per_epoch)} or more, a smaller ppo.rollout_batch, or give more data",
+            f"Type ppo.epochs={math.ceil(FEW_ITERATIONS / per_epoch)} or more, a smaller ppo.rollout_batch, or provide more data",
             file=sys.stderr,
         )
 
@@ -174,7 +174,7 @@ def _warn_of_few(ppo: Ppo, train: int, per_epoch: int) -> None:
 
 
 def _tokenizers(cfg: Config, store: Path, steps: dict[str, Step]) -> dict[str, tuple[str, object]]:
-    """(where it lies, tokenizer) of actor and reward model, as far as the steps need them; they must agree."""
+    """(path, tokenizer) of actor and reward model, as far as the steps need them. They must agree."""
     found = {}
     for part, stage in (("actor", "sft"), ("reward", "reward")):
         if stage in steps:
@@ -202,8 +202,8 @@ def _one_tokenizer(cfg: Config, steps: dict[str, Step]) -> str:
     if pinned and own:
         given, made = f"{pinned[0]}.use", own[0]
         return (
-            f"That of {given} came with its model, that of the {made} model (init=random) is trained on the data of this command: take the "
-            f"data and the model of the run that {given} comes from, or pin both models of one run with {made}.use=..."
+            f"{given} brings the tokenizer of its own run; the {made} model (init=random) gets one trained on the data of this command. "
+            f"Use the data and model of the run that {given} comes from, or pin both models of one run with {made}.use=..."
         )
     return "Pick a reward model of the same family: model.reward.path=..."
 
@@ -213,7 +213,7 @@ def _tokenizer(cfg: Config, store: Path, part: ModelPart, key: str) -> tuple[str
 
     path = _own_tokenizer(cfg, store) if part.init == "random" else part.path
     options = {"revision": part.revision, "trust_remote_code": cfg.model.trust_remote_code}
-    with _loading(key if part.init == "pretrained" else "the tokenizer of this data, which lies in the store", path):
+    with _loading(key if part.init == "pretrained" else "the tokenizer of this data, in the store", path):
         tokenizer = load_tokenizer(path, end_token=cfg.model.end_token, chat_template=cfg.model.chat_template, **options)
     check_template(tokenizer, "model.chat_template")
     return path, tokenizer
@@ -242,7 +242,7 @@ def _own_tokenizer(cfg: Config, store: Path) -> str:
 
 
 def base_model(cfg: Config, store: Path, name: str, tokenizer) -> str:
-    """Where the worker loads the first weights of `name`, actor or reward, from: the checkpoint, or a folder with a random one's config."""
+    """Where the worker loads the first weights of `name` (actor or reward) from: a checkpoint, or for random ones a config alone."""
     from transformers import AutoConfig
 
     part = getattr(cfg.model, name)
@@ -272,7 +272,7 @@ def base_model(cfg: Config, store: Path, name: str, tokenizer) -> str:
 
 
 def _check_names_of_sizes(config, shape: dict, key: str) -> None:
-    """transformers keeps a size that it does not know without a word, and builds the network with its own. Old names it translates."""
+    """Refuse sizes that the family does not have: transformers silently ignores them. Old names are fine, it translates those."""
     known = vars(type(config)())
     for size in shape:
         if size in vars(config) and size not in known:
@@ -280,7 +280,7 @@ def _check_names_of_sizes(config, shape: dict, key: str) -> None:
 
 
 def _check_network(config, key: str) -> None:
-    """Whether sizes fit each other, by building the network without memory for its weights."""
+    """Check that the sizes fit together, by building the network on the meta device."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -290,7 +290,7 @@ def _check_network(config, key: str) -> None:
 
 @contextmanager
 def _sizing(key: str) -> Iterator[None]:
-    """Whatever transformers says of a size, and it raises anything, becomes one message."""
+    """Turn whatever transformers raises about a size into one message."""
     try:
         yield
     except Exception as error:
@@ -309,9 +309,9 @@ def _check_context(cfg: Config, path: str, config) -> None:
 
 @contextmanager
 def _loading(key: str, path: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes one message about the checkpoint at `path`: a broken file makes libraries raise anything.
+    """Turn whatever goes wrong inside into one message about the checkpoint at `path`: libraries raise anything on a broken file.
 
-    key: where the path was given, and where another one is to be typed.
+    key: where the path was given, and where to type another one.
     """
     try:
         yield
@@ -322,7 +322,7 @@ def _loading(key: str, path: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    if isinstance(error, LookupError):  # its words are the key alone
+    if isinstance(error, LookupError):  # its message is the key alone
         return repr(error)
     return (str(error) or repr(error)).splitlines()[0].removesuffix(" from one of: ")
 
@@ -343,7 +343,7 @@ def _cannot_load(key: str, path: str, why: str) -> str:
 
 
 def _go_offline_without_network(cfg: Config, steps: list[Step]) -> None:
-    """Probe the hub once, quickly: its client would retry for a minute per look-up. Must run before it is imported."""
+    """Probe the hub once, quickly: its client would retry each look-up for a minute. Must run before the client is imported."""
     names = [s.path for s in sources_of(cfg.dataset).values() if s.adapter != "toy"] + list(cfg.dataset.pretrain)
     names += [part.path for part in (cfg.model.actor, cfg.model.reward) if part.init == "pretrained"]
     names += [step.pinned for step in steps if step.pinned]
@@ -366,7 +366,7 @@ def hub_answers(seconds: float = 3.0) -> bool:
             socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=seconds).close()
             answered.set()
 
-    # In a thread, because looking up the name knows no time limit
+    # In a thread, because DNS look-ups have no time limit
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(seconds)

@@ -1,17 +1,17 @@
-"""Presets of one's own, looked at before Hydra composes them: its errors name neither the file nor what to write there."""
+"""The user's own presets, checked before Hydra composes them: its errors name neither the file nor what to write there."""
 
 from pathlib import Path
 
 from runner.door import read_yaml
 from runner.errors import UserError
 
-# What a preset of these groups begins with: it has the keys that all of its kind share
+# What a preset of these groups inherits from, to get the keys that all of its kind share
 BASES = {"model": "opt1.3b", "dataset": "base/common", "hardware": "base/gpu"}
 GLOBAL = "# @package _global_"
 
 
 def check_preset(group: str, name: str, conf: Path) -> None:
-    """Raise UserError for a file of conf/ that Hydra would read otherwise than it was meant; one that does not exist passes."""
+    """Raise UserError for a file of conf/ that Hydra would misread. A file that does not exist passes."""
     path = conf / group / f"{name}.yaml"
     if not path.is_file():
         return
@@ -26,7 +26,7 @@ def check_preset(group: str, name: str, conf: Path) -> None:
 
 
 def _check_header(path: Path, shown: str) -> None:
-    """Hydra looks for the package in the first line that is not blank, and behind it only as long as such lines go on."""
+    """The package line must come first: Hydra stops looking for it at the first line that is not such a header."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines or lines[0].replace(" ", "") != GLOBAL.replace(" ", ""):
         raise UserError(f"{shown}: its first line must be {GLOBAL}")
@@ -36,7 +36,7 @@ def _check_choices(body: dict, shown: str, conf: Path) -> None:
     """The presets that an experiment chooses: `- override /model: opt1.3b` in its defaults, and no other way."""
     groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
     for group in groups:
-        if isinstance(body.get(group), str) and group != "stage":  # which is a key as well
+        if isinstance(body.get(group), str) and group != "stage":  # which is also a key
             raise UserError(f"{shown}: {group}: {body[group]} chooses no preset. Write under defaults: - override /{group}: {body[group]}")
     for entry in body.get("defaults") or []:
         for key, option in entry.items() if isinstance(entry, dict) else ():

@@ -1,4 +1,4 @@
-"""Who am I among the processes, and the few sums that they share."""
+"""Which of the processes am I, and the few collectives they share."""
 
 import os
 import socket
@@ -21,24 +21,24 @@ def start(accelerator: str, timeout_minutes: float = 30) -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    # Gloo beside NCCL: a few Python objects travel over the CPU
+    # Gloo as well as NCCL: a few Python objects travel over the CPU
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    # DeepSpeed makes groups of its own without naming a time, and torch would give NCCL's 10 minutes
+    # DeepSpeed makes groups of its own without a timeout; torch would give them NCCL's 10 minutes
     dist.new_group = partial(_new_group, timeout=timeout)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout, **_meeting_here(timeout))
     else:
-        # Alone: no port that a neighbour could hold
+        # Alone: a store in memory needs no port, which another process could hold
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
 
 
 def _meeting_here(timeout: timedelta) -> dict:
-    """Where ranks of one machine meet when the launcher has not opened a port for it (conf/hardware): at 127.0.0.1.
+    """The store through which ranks of one machine meet, at 127.0.0.1, when the launcher opened none (conf/hardware).
 
-    A store that PyTorch opens by itself listens on all interfaces, and believes whoever connects.
+    A store that PyTorch opens by itself listens on all interfaces and trusts whoever connects.
     """
     alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     if not alone or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "False":
@@ -64,7 +64,7 @@ def world() -> int:
 
 
 def total(values: dict[str, float | torch.Tensor], device: torch.device) -> dict[str, float]:
-    """Sum each entry over all ranks. Collective, and one transfer for all of them."""
+    """Sum each entry over all ranks, in one transfer. Collective."""
     packed = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values.values()])
     dist.all_reduce(packed)
     return dict(zip(values, packed.tolist(), strict=True))
@@ -78,12 +78,12 @@ def every(value) -> list:
 
 
 def first(make):
-    """What `make()` gives on rank 0, on all ranks. Collective."""
+    """What `make()` returns on rank 0, on all ranks. Collective."""
     return every(make() if rank() == 0 else None)[0]
 
 
 def all_of(true: bool) -> bool:
-    """Whether something is true on every rank. Collective, over the CPU: the GPU is not waited for."""
+    """Whether something is true on every rank. Collective, over the CPU: does not wait for the GPU."""
     flag = torch.tensor(int(true))
     if world() > 1:
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)

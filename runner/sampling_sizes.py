@@ -1,11 +1,11 @@
-"""Sizes by which sampling is done, and by which the forecast counts it: no torch here."""
+"""Sizes that sampling uses and the forecast counts with. No torch here."""
 
-# Tokens of prompts that are read in one forward
+# Prompt tokens per prefill
 PREFILL_TOKENS = 16384
-# The trainer reads every so manyth row of a rollout again, to see whether it agrees with the sampler
+# The trainer rereads every PROBE-th row of a rollout, to check that it agrees with the sampler
 PROBE = 8
 
 
 def fits_whole(weights: float, free: float) -> bool:
-    """Whether sampling under ZeRO-3 gathers all weights once: they leave half of a GPU's free memory to the cache. Both in bytes."""
+    """Whether sampling under ZeRO-3 gathers all weights once: only if that leaves half of the GPU's free memory for the cache. In bytes."""
     return 2 * weights < free

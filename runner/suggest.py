@@ -1,4 +1,4 @@
-"""Typos on the command line, found before Hydra runs: Hydra has no did-you-mean, and its hint to add a `+` is harmful here."""
+"""Typos on the command line, caught before Hydra runs: Hydra has no did-you-mean, and its hint to add a `+` does harm here."""
 
 import importlib.metadata
 import re
@@ -50,16 +50,16 @@ def check_overrides(argv: list[str], conf: Path) -> list[str]:
 
 
 def _no_override(argument: str, after: str, known: list[str]) -> str:
-    """What to type in place of a word without =, from the word behind it."""
+    """The message for a word without =. after: the next word, which may be its value."""
     if argument == "help":
-        return "'help' is no override: python run.py --help explains, and --cfg job prints all keys"
+        return "'help' is not an override: python run.py --help explains, and --cfg job prints all keys"
     if argument in known:
         return f"{argument!r} has no value: type {argument}={'...' if '=' in after or not after else after}"
-    return f"{argument!r} is no override: type key=value{did_you_mean(argument.strip('='), known)}"
+    return f"{argument!r} is not an override: type key=value{did_you_mean(argument.strip('='), known)}"
 
 
 def _tell_repeated(given: dict[str, list[str]]) -> None:
-    """A key that stands twice may be a slip, or a script that puts its own in front of its caller's. Mappings are laid over each other."""
+    """Note a key that is given twice: a slip, or a script that puts its own before its caller's. Mappings are merged: no note."""
     for key, arguments in given.items():
         if len(arguments) > 1 and "={" not in arguments[-1]:
             print(f"note: {key} is given {len(arguments)} times; the last one counts: {arguments[-1]}", file=sys.stderr)
@@ -76,32 +76,32 @@ def _parse(parser: OverridesParser, argument: str):
 
 
 def _quoting(key: str, value: str) -> str:
-    """How to type a value that Hydra, or the shell before it, has misread."""
+    """How to type a value that Hydra, or the shell before it, misread."""
     takes_names = any(name.startswith(f"{key.lstrip('+')}.") for name in known_keys())
     if value.startswith("{") and takes_names:
-        return f"A mapping with spaces wants quotes around it: {key}='{{name: value, other: value}}'"
+        return f"A mapping with spaces needs quotes around it: {key}='{{name: value, other: value}}'"
     if value.startswith("["):
-        return f"A list is closed by ], and with spaces it wants quotes around it: {key}='[one, two]'"
+        return f"A list ends with ], and with spaces it needs quotes around it: {key}='[one, two]'"
     quoted = shlex.quote(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
-    return f"Brackets, braces, quotes, spaces, commas, = and letters beyond a to z in a value want quotes: {quoted}"
+    return f"Brackets, braces, quotes, spaces, commas, = and letters beyond a to z in a value need quotes: {quoted}"
 
 
 def _check_sweep(override, sweeps: bool) -> None:
     if override.is_sweep_override() and not sweeps:
         raise UserError(f"{override.input_line} names several values: type -m for a sweep, or quote the comma: 'key=\"a,b\"'")
     if override.is_sweep_override() and override.key_or_group == "resume":
-        raise UserError(f"{override.input_line}: all jobs of a sweep begin alike. Type resume=new, or leave it out")
+        raise UserError(f"{override.input_line}: all jobs of a sweep start the same way. Type resume=new, or leave it out")
 
 
 def _check_names(override) -> None:
-    """The names of a sweep's jobs: Hydra makes their folders before anything else looks at them."""
+    """Check the name, or a sweep's names: Hydra makes folders of them before anything else looks at them."""
     if override.key_or_group == "name" and not override.is_delete():
         for name in override.sweep_string_iterator() if override.is_discrete_sweep() else [str(override.value())]:
             _check_name(name.strip("'\""))
 
 
 def _check_name(value: str) -> None:
-    if "${" in value:  # known only when all is composed: runner/gate.py looks again
+    if "${" in value:  # known only once composed: runner/gate.py checks it then
         return
     try:
         check_name(value)
@@ -121,7 +121,7 @@ def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: st
         return argument
     if key in groups:
         if argument.startswith("+"):
-            raise UserError(f"{argument}: there is one already, or a place for it. Type {argument.lstrip('+')}")
+            raise UserError(f"{argument}: the defaults list has it already. Type {argument.lstrip('+')}")
         _check_options(key, value, groups[key])
         for option in _options(value):
             check_preset(key, option, conf)
@@ -137,7 +137,7 @@ def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: st
 
 
 def _check_deletion(argument: str, key: str, known: list[str]) -> None:
-    """A source can be left out, and what lies in a free mapping. Everything else has to have a value."""
+    """Only a source, or what is in a free-form mapping, can be deleted. Everything else needs a value."""
     if key != "hydra" and not _is_known(key, known):
         raise UserError(f"{argument}: {unknown(key)}")
     if not _is_free(key, known) and not _fits(["dataset", "sources", "*"], key.split(".")):
@@ -146,7 +146,7 @@ def _check_deletion(argument: str, key: str, known: list[str]) -> None:
 
 
 def _refuse_unknown(key: str, value: object, known: list[str]) -> None:
-    """Also the names inside a mapping that is given as one value."""
+    """Raise UserError for a key that does not exist, also one inside a mapping that is given as one value."""
     if not _is_known(key, known):
         raise UserError(f"{unknown(key)}. `python run.py --cfg job` prints all keys")
     for name, inside in value.items() if isinstance(value, dict) else ():
@@ -161,7 +161,7 @@ def _check_launcher(name: str) -> None:
 
 
 def _check_options(group: str, value: str, options: list[str]) -> None:
-    if value.startswith("[") and group != "experiment":  # of which several can be laid over each other
+    if value.startswith("[") and group != "experiment":  # several experiments can be stacked
         raise UserError(
             f"{group}={value}: one {group} at a time. Type {group}=..., or -m {group}={value.strip('[]')} for one after the other"
         )
@@ -176,11 +176,11 @@ def _options(value: str) -> list[str]:
 
 
 def _no_preset(group: str, option: str, options: list[str]) -> str:
-    """What to type in place of an option that does not exist: a preset, or for the path of a file the key that takes paths."""
+    """The message for a preset that does not exist. For a path it names the key that takes paths."""
     if group == "dataset" and ("/" in option or option.endswith(SUFFIXES)):
-        return f"{group}={option} names no preset: type dataset={'jsonl' if is_local(option) else 'hub'} dataset.path={option}"
+        return f"{group}={option} is not a preset: type dataset={'jsonl' if is_local(option) else 'hub'} dataset.path={option}"
     if group == "model" and "/" in option:
-        return f"{group}={option} names no preset: type model.actor.path={option} beside the preset of its size, model=opt1.3b say"
+        return f"{group}={option} is not a preset: type model.actor.path={option} with the preset of its size, such as model=opt1.3b"
     return f"{group}={option} does not exist{did_you_mean(option, options)}. There are: {', '.join(options)}"
 
 
@@ -191,7 +191,7 @@ def _is_known(key: str, known: list[str]) -> bool:
 
 
 def _is_free(key: str, known: list[str]) -> bool:
-    """Whether a key lies inside a mapping whose keys are not ours to know: a DeepSpeed block, a model's shape, a field map."""
+    """Whether a key is inside a mapping whose keys we do not define: a DeepSpeed block, a model's shape, a field map."""
     parts = key.split(".")
     frees = [pattern.split(".")[:-1] for pattern in known if pattern.endswith(".*") and pattern != "dataset.sources.*"]
     return any(len(parts) > len(free) and _fits(free, parts[: len(free)]) for free in frees)
@@ -220,7 +220,7 @@ def _consumed(stage: str, conf: Path) -> set[str]:
 
 
 def in_words(error: Exception) -> str:
-    """What Hydra or OmegaConf has to say, without the hint to add a `+`: it would add a key that nothing reads."""
+    """An error of Hydra or OmegaConf as one message, without the hint to add a `+`: that would add a key that nothing reads."""
     if isinstance(error, yaml.YAMLError):
         return broken_yaml(error)
     said = str(error)
@@ -231,11 +231,11 @@ def in_words(error: Exception) -> str:
     if found := re.search(r"Could not find '(hydra/\w+)/(.+?)'\n+Available options in .*:\n((?:\t.*\n?)+)", said):
         return _no_preset(found[1], found[2], [*found[3].split(), *(LAUNCHERS if found[1] == "hydra/launcher" else ())])
     if "does not support sweep type" in said:
-        return "an interval has no end of values: name those to try, as in -m sft.lr=1e-3,2e-3 or -m seed='range(1,4)'"
+        return "an interval has infinitely many values: list the ones to try, as in -m sft.lr=1e-3,2e-3 or -m seed='range(1,4)'"
     return re.split(r"\n\s*full_key:|\n\s*Config search path:", said)[0].rstrip()
 
 
 def _not_there(key: str) -> str:
     if key.startswith(("dataset.path", "dataset.fields")):
-        return f"{key}: the chosen data set names its own source. Type dataset=jsonl (a file) or dataset=hub beside it"
-    return f"{key} is not there to be changed in what you chose. The same command with --cfg all shows what is"
+        return f"{key}: the chosen data set has its own source. Also type dataset=jsonl (a file) or dataset=hub"
+    return f"{key} does not exist in what you chose. The same command with --cfg all shows what does"

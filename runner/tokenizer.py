@@ -1,7 +1,7 @@
 """Tokenizers: loading them so that PAD is never EOS, training one for the random models, and turning dialogues into tokens.
 
-A dialogue is a list of turns {"role": ..., "content": ...}. The chat template of the config is the only description of how
-it becomes text: training, rollouts, `runner.chat` and the exported checkpoint all go through it. No torch in here.
+A dialogue is a list of turns {"role": ..., "content": ...}. The chat template of the config alone decides how it becomes text: training,
+rollouts, `runner.chat` and the exported checkpoint all use it. No torch in here.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ def load_tokenizer(
 
 
 def _no_end(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
-    """What to type for a tokenizer that names no EOS; it may well have the token."""
+    """The message for a tokenizer that declares no EOS; its vocabulary may well have such a token."""
     vocabulary = tokenizer.get_vocab()
     end = next((token for token in ENDS if token in vocabulary), ENDS[0])
     typed = f"'model.end_token=\"{end}\"'"
@@ -83,9 +83,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Text without what the tokenizer would read as special tokens: a "</s>" in the data must not end a response.
+    """Remove what the tokenizer would read as special tokens: a "</s>" in the data must not end a response.
 
-    Nor may one that comes about when another is taken out of its middle: "<</s>/s>".
+    Also one that only appears when another is removed from its middle: "<</s>/s>".
     """
     special = _special_tokens(tokenizer)
     if not any(token in text for token in special):
@@ -100,19 +100,19 @@ def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 @lru_cache(maxsize=4)
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Those with a name, such as EOS, and those without one: LLaMA 3 has 250 in reserve."""
+    """Named special tokens, such as EOS, and unnamed ones: LLaMA 3 has 250 in reserve."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return tuple(sorted({*tokenizer.all_special_tokens, *added}))
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> str:
-    """The text that the model is given: the dialogue so far and the opening of its reply."""
+    """The text that the model gets: the dialogue so far and the opening of its reply."""
     turns = [turn | {"content": plain(tokenizer, turn["content"])} for turn in turns]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raise UserError when the chat template is broken, reaches for what a template must not touch, or forgets the messages."""
+    """Raise UserError if the chat template is broken, does something the sandbox forbids, or leaves out the messages."""
     from jinja2 import TemplateError
 
     try:
@@ -132,7 +132,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Seque
 def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> list[list[int]]:
     """Tokens of ' ' + response + EOS, as they follow 'Assistant:'.
 
-    Tokenised behind a colon, which is then cut off: SentencePiece would put a second space before the first word.
+    Tokenised after a colon, which is then cut off: otherwise SentencePiece would add a second space before the first word.
     """
     anchor = len(tokenizer(":", add_special_tokens=False).input_ids)
     texts = [": " + plain(tokenizer, response).strip() for response in responses]

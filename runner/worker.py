@@ -1,4 +1,4 @@
-"""What every rank runs: `python -m runner.worker <step folder>`, started by runner/launch.py through torchrun or alone."""
+"""What every rank runs: `python -m runner.worker <step folder>`, started by runner/launch.py, through torchrun or directly."""
 
 import json
 import os
@@ -15,15 +15,15 @@ from runner.watch import heartbeat, stop
 
 WORKERS_LOCK = "logs/workers.lock"
 ENVIRONMENT = "environment.json"
-# Of the launcher on this machine, in the environment
+# Environment variable: the launcher's process id, where it runs on this machine
 LAUNCHER_PID = "RLHF_RUNNER_PID"
 
 
 def main(folder: Path) -> None:
-    # Nobody would see what goes on without who started us, and nobody could stop it
+    # Without the process that started us, nobody could see or stop us
     stop.die_with_parent(signal.SIGKILL, os.getppid())
     if LAUNCHER_PID in os.environ:
-        os.kill(int(os.environ[LAUNCHER_PID]), 0)  # raises if it is gone, and torchrun with it, before the kernel could be told
+        os.kill(int(os.environ[LAUNCHER_PID]), 0)  # raises if the launcher died before torchrun asked the kernel for that signal
     inherit(folder)
     rank = int(os.environ.get("RANK", "0"))
     if rank:
@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
 
 
 def inherit(folder: Path) -> None:
-    """Take over what the launcher's environment has, where ssh has lost it. Before torch reads its number of threads."""
+    """Restore what ssh lost of the launcher's environment. Must come before torch reads its number of threads."""
     if (file := folder / ENVIRONMENT).exists():
         for name, value in json.loads(file.read_text()).items():
             os.environ.setdefault(name, value)
@@ -65,7 +65,7 @@ def work(folder: Path) -> None:
         engine.skip_cpu_op_builds()
     if cfg.hardware.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True, warn_only=True)  # a cumulative sum has no such kernel
+        torch.use_deterministic_algorithms(True, warn_only=True)  # warn: cumsum has no deterministic kernel
     device = ranks.start(cfg.hardware.accelerator, cfg.hardware.timeout_minutes)
     check_ranks(cfg.hardware, ranks.world())
     torch.manual_seed(cfg.seed + ranks.rank())
@@ -81,19 +81,19 @@ def work(folder: Path) -> None:
 
 
 def check_ranks(hardware, started: int) -> None:
-    """The batch sizes are those of the planned ranks: fewer of them would train on less than they say, under the same key."""
+    """Refuse another number of ranks than was planned: fewer would train on smaller batches, under the same key."""
     from runner.errors import UserError
 
     if started != hardware.world_size:
         raise UserError(
-            f"hardware.launch has started {started} rank{'s' * (started > 1)}, and not hardware.nodes={hardware.nodes} x "
-            f"hardware.gpus={hardware.gpus} = {hardware.world_size}. Pick a preset that starts as many (cpu2, dgx8, gpu64, slurm), or "
-            "write hardware.launch so that it does"
+            f"hardware.launch started {started} rank{'s' * (started > 1)} instead of hardware.nodes={hardware.nodes} x "
+            f"hardware.gpus={hardware.gpus} = {hardware.world_size}. Pick a preset that starts that many (cpu2, dgx8, gpu64, slurm), or "
+            "change hardware.launch so that it does"
         )
 
 
 def leave(folder: Path, name: str, text: str) -> None:
-    """When all ranks are here, rank 0 writes the file that tells the launcher how it ended, as torchrun's exit code cannot. Collective."""
+    """Once all ranks are here, rank 0 writes the file that tells the launcher how the stage ended: an exit code cannot. Collective."""
     import torch.distributed as dist
 
     dist.barrier()
@@ -102,7 +102,7 @@ def leave(folder: Path, name: str, text: str) -> None:
 
 
 def report(folder: Path, rank: int, error: BaseException) -> None:
-    """Leave a note for the launcher: what went wrong here, and where. runner/faults.py reads it."""
+    """Leave a note for the launcher: what went wrong on this rank, and where. runner/faults.py reads it."""
     from runner.checks.secrets import redact
     from runner.errors import UserError
 
@@ -116,12 +116,12 @@ def report(folder: Path, rank: int, error: BaseException) -> None:
         "memory": gpu_memory(error),
         **{name: heartbeat.now[name] for name in ("phase", "step")},
     }
-    with suppress(OSError):  # a full disk: then the log's last lines, which the launcher keeps, must do
+    with suppress(OSError):  # a full disk: the log's last lines, which the launcher keeps, must do
         (folder / "logs" / f"error_rank{rank}.json").write_text(json.dumps(note))
 
 
 def gpu_memory(error: BaseException) -> dict | None:
-    """GB of this rank's GPU, if it is full."""
+    """GB of this rank's GPU, if the error is that it is full."""
     if type(error).__name__ != "OutOfMemoryError":
         return None
     import torch

@@ -39,7 +39,7 @@ def test_a_few_steps_say_nothing(cfg):
 
 def test_padding_is_named_with_what_avoids_it(cfg):
     rows = steps(time_train=1.0, perf_padding_fraction=0.62)
-    assert advise(cfg, "reward", rows, {"train": 10.0}) == "62 % of the positions were padding: model.attention=packed computes none"
+    assert advise(cfg, "reward", rows, {"train": 10.0}) == "62 % of the positions were padding: model.attention=packed computes no padding"
 
 
 def test_evaluations_and_checkpoints_count_over_the_whole_stage(cfg):

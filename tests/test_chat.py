@@ -135,7 +135,7 @@ def test_a_dialogue_longer_than_those_of_the_training_is_said(step, given, monke
     config.write_text("model: {max_prompt_tokens: 40}")
     typed(monkeypatch, f"Hello.\n{'river ' * 40}\n", step / "model")
     config.unlink()
-    assert capsys.readouterr().out.count("in training the model has seen 40 at most)") == 1 and len(given) == 2
+    assert capsys.readouterr().out.count("in training the model saw at most 40)") == 1 and len(given) == 2
 
 
 def test_answers_need_room(step, monkeypatch):

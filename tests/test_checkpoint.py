@@ -102,7 +102,7 @@ def test_an_average_that_no_checkpoint_holds_begins_with_its_weights(zero, alone
     save(checkpoints(tmp_path, {"actor": first}), 2, {})
     ema = Ema(second.module, 0.9)
     checkpoints(tmp_path, {"actor": second}, ema).restore()
-    assert "step_2 holds no averaged weights: the average begins with the weights that it holds" in capsys.readouterr().out
+    assert "step_2 holds no averaged weights: the average starts from its weights" in capsys.readouterr().out
     with ema.swapped_in():
         assert all(torch.equal(t, bits(second)[n]) for n, t in bits(first).items())
     save(checkpoints(tmp_path, {"actor": first}, Ema(first.module, 0.9)), 3, {})
@@ -262,7 +262,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(spoil, says, t
     made = checkpoints(tmp_path, two_engines, keep_last=2)
     assert made.restore()[:2] == (1, {"at": 1})
     assert all(torch.equal(t, bits(two_engines["actor"])[n]) for n, t in before.items())
-    assert re.search(f"checkpoint step_2 is damaged and left out: .*{says}", capsys.readouterr().out)
+    assert re.search(f"checkpoint step_2 is damaged and skipped: .*{says}", capsys.readouterr().out)
     assert names(tmp_path) == ["step_1", "step_2.damaged"]
     save(made, 2, {"at": "again"})  # takes its place
     assert names(tmp_path) == ["step_1", "step_2"]

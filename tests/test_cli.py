@@ -152,7 +152,7 @@ def test_what_other_settings_switch_off_is_noted(capsys):
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     for note, key in zip(notes, ("model.actor.lora.train_rest=true", "dataset.pretrain", "checkpoint.keep_best=1"), strict=True):
         assert note.startswith(f"note: {key} ")
-    assert "finds no best of reward: reward.eval_every=0" in notes[2]
+    assert "has no effect on reward: reward.eval_every=0" in notes[2]
     assert not list(unread(cfg, []))
     cfg = configured("model.actor.lora.train_rest=true", "model.actor.lora.dim=8", "dataset.pretrain=[x/y]", "ppo.ptx_coef=1")
     assert not list(unread(cfg, ["sft", "reward", "ppo"]))
@@ -193,8 +193,8 @@ WRONG = {
     "key alone": ("seed name=x", "'seed' has no value: type seed=..."),
     "key with dashes": ("--model opt1.3b", "--model: overrides have no dashes. Type model=opt1.3b"),
     "cry for help": ("help", "python run.py --help explains"),
-    "no override": ("kl_coeff", "'kl_coeff' is no override: type key=value (did you mean "),
-    "no key": ("=3", "'=3' is no override: type key=value"),
+    "no override": ("kl_coeff", "'kl_coeff' is not an override: type key=value (did you mean "),
+    "no key": ("=3", "'=3' is not an override: type key=value"),
     "broken value": ("ppo.kl_coef=[1", "cannot read ppo.kl_coef=[1 "),
     "sweep without -m": ("ppo.kl_coef=0.1,0.2", "names several values: type -m for a sweep"),
     "wrong type": ("ppo.kl_coef=abc", "ppo.kl_coef=abc must be a number"),
@@ -222,8 +222,8 @@ WRONG = {
         "-m hydra/launcher=jobli seed=1",
         "hydra/launcher=jobli does not exist (did you mean joblib?). There are: basic, joblib, submitit_local, submitit_slurm",
     ),
-    "interval": ("-m sft.lr=interval(1e-3,2e-3)", "name those to try, as in -m sft.lr=1e-3,2e-3"),
-    "another working folder": ("hydra.job.chdir=true", "count from the folder that you are in. Leave it out"),
+    "interval": ("-m sft.lr=interval(1e-3,2e-3)", "list the ones to try, as in -m sft.lr=1e-3,2e-3"),
+    "another working folder": ("hydra.job.chdir=true", "are relative to the folder that you are in. Leave it out"),
     "forced sweep": ("-m resume=force seed=1,2", "force one run at a time"),
     "null in a map of texts": (
         "dataset=jsonl dataset.path=x.jsonl dataset.fields.prompt=null",
@@ -248,9 +248,9 @@ WRONG = {
     ),
     "no path": ("dataset=jsonl", "dataset.path has no value: type dataset.path=..."),
     "no hub path": ("dataset=hub", "dataset.path has no value: type dataset.path=..."),
-    "path without its group": ("dataset.path=pairs.jsonl", "Type dataset=jsonl (a file) or dataset=hub beside it"),
+    "path without its group": ("dataset.path=pairs.jsonl", "Also type dataset=jsonl (a file) or dataset=hub"),
     "unknown format": (f"dataset=jsonl dataset.path={RUN}", "unknown format; use one of .json, .jsonl"),
-    "empty split": ("dataset.split.reward=0", "dataset.split.reward=0: give it a share"),
+    "empty split": ("dataset.split.reward=0", "(dataset.split.reward=0): give it a share"),
     "demonstrations only": ("dataset=chinese", "type stage=sft, give it a share"),
     "no checkpoint": ("sft.use=/nowhere", "sft.use=/nowhere: this folder does not exist (looked from "),
     "mistyped DeepSpeed key": ("hardware.deepspeed={zero_optimisation:{}}", "did you mean zero_optimization?"),
@@ -260,8 +260,8 @@ WRONG = {
     "value for a block": ("wandb=disabled", "wandb is a block of keys (mode, project, entity): type wandb.mode=disabled"),
     "value for a list": ("dataset.sft_only=/x.jsonl", "must be a list: type dataset.sft_only=[/x.jsonl]"),
     "value for a mapping": ("hardware.deepspeed=x", "must be a mapping: type hardware.deepspeed='{name: value}'"),
-    "mapping cut by the shell": ("dataset.fields={prompt:", "wants quotes around it: dataset.fields='{name: value, other: value}'"),
-    "launch command": ("hardware.launch='{pyton}{folder}'", "hardware.launch holds 'pyton': it knows {python}, "),
+    "mapping cut by the shell": ("dataset.fields={prompt:", "needs quotes around it: dataset.fields='{name: value, other: value}'"),
+    "launch command": ("hardware.launch='{pyton}{folder}'", "hardware.launch holds 'pyton': it may use {python}, "),
     "broken template": ("model.chat_template='{%' stage=sft", "model.chat_template is refused by the template engine: "),
     "null for a text": ("name=null", "name=null must be a text"),
     "null for a source": ("dataset.sources.toy=null", "dataset.sources.toy is a block of keys"),
@@ -276,16 +276,16 @@ WRONG = {
     "seed of more than 32 bits": ("seed=99999999999999999999", "and below 4294967296"),
     "no option": ("model=", "model= does not exist. There are: bloom176b, "),
     "no such root": ("--config-name nix", "Cannot find primary config 'nix'"),
-    "option with a plus": ("+experiment=debug", "there is one already, or a place for it. Type experiment=debug"),
+    "option with a plus": ("+experiment=debug", "the defaults list has it already. Type experiment=debug"),
     "two options": ("stage=[sft,ppo]", "one stage at a time. Type stage=..., or -m stage=sft,ppo"),
     "empty store": ("store=", "store is empty: type store="),
     "empty checkpoint": ("sft.use=", "sft.use is empty: type the folder of a checkpoint, or sft.use=null"),
     "empty path": ("dataset=jsonl dataset.path=", "dataset.path is empty: type dataset.path=/data/pairs.jsonl"),
-    "accented path": ("dataset=jsonl dataset.path=/é.jsonl", "want quotes: 'dataset.path=\"/é.jsonl\"'"),
+    "accented path": ("dataset=jsonl dataset.path=/é.jsonl", "need quotes: 'dataset.path=\"/é.jsonl\"'"),
     "endless weight": ("dataset.sources.toy.weight=1e12", "type 1000 or less"),
     "small vocabulary": ("model.tokenizer_vocab=-1", "must be 259 or more"),
     "negative chunk": ("hardware.logits_chunk=-5", "hardware.logits_chunk=-5 must be 0 or more"),
-    "launch of nothing": ("hardware.launch=", "does not name the step to work at: it ends with -m runner.worker {folder}"),
+    "launch of nothing": ("hardware.launch=", "does not say which step to work on: it must end with -m runner.worker {folder}"),
     "no DeepSpeed block": ("hardware.deepspeed.bf16=3", "bf16=3 is a block of settings: type hardware.deepspeed.bf16.NAME=VALUE"),
     "ZeRO stage of DeepSpeed": ("hardware.deepspeed.zero_optimization.stage=3", "is decided by the runner: set hardware.zero instead"),
     "unknown size": ("model.actor.shape.hiden_size=64", "the family opt has no such size (did you mean hidden_size?)"),
@@ -458,7 +458,7 @@ def test_a_warmup_longer_than_the_run_is_warned_of(stage, words, warned, tmp_pat
     (tmp_path / "counts.json").write_text('{"train": 150}')
     _check_amounts(configured(*words.split()), stage, tmp_path)
     said = capsys.readouterr().err
-    assert (f"of {stage}.warmup=1000 steps comes to " in said) == warned, said
+    assert (f"a warmup of 1000 steps ({stage}.warmup) only reaches " in said) == warned, said
 
 
 def test_a_warmup_of_the_critic_that_leaves_the_actor_nothing_is_refused(tmp_path):
@@ -476,7 +476,7 @@ def test_too_few_gpus_are_said_before_data_is_read(here, refused):
     if torch.cuda.device_count() >= 8:
         pytest.skip("this machine has eight GPUs")
     message = refused("hardware=dgx8")
-    assert "hardware=dgx8 wants 8 GPUs, this machine shows" in message and "dry_run=true" in message
+    assert "hardware=dgx8 needs 8 GPUs, this machine has" in message and "dry_run=true" in message
     assert not (here / "runs" / "store").exists()
 
 
@@ -577,10 +577,10 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
     assert "have different tokenizers" in refused(*folders)
     save_file({"x": torch.zeros(1)}, here / "actor" / "model.safetensors")
     message = refused("sft.use=./actor")  # beside a reward model with random weights, whose tokenizer is trained on the data
-    assert "take the data and the model of the run that sft.use comes from" in message and "reward.use=..." in message
+    assert "Use the data and model of the run that sft.use comes from" in message and "reward.use=..." in message
     assert "longer than the 256 positions of ./actor" in refused(*folders, "model.reward.path=./actor", "model.max_prompt_tokens=250")
     assert "type model.family=opt" in refused(*folders, "model.family=llama", "stage=sft")
-    assert "model.actor.path=./runs is no Hugging Face checkpoint" in refused(*folders, "model.actor.path=./runs", "stage=sft")
+    assert "model.actor.path=./runs is not a Hugging Face checkpoint" in refused(*folders, "model.actor.path=./runs", "stage=sft")
     message = refused(*folders, "model.actor.path=/models/opt", "stage=sft")
     assert "model.actor.path=/models/opt: this folder does not exist" in message and "Repo id" not in message
 

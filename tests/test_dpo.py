@@ -50,7 +50,9 @@ def test_it_has_an_engine_for_its_reference_only_where_that_is_partitioned():
 
 def test_the_prompts_it_learns_from_are_the_reward_models():
     assert SHARES["dpo"] == "reward"
-    with pytest.raises(UserError, match=r"no rows to stage dpo, for dataset.split.reward=0: .* dataset.split.reward=1, or pin .*dpo.use="):
+    with pytest.raises(
+        UserError, match=r"leaves stage dpo no rows \(dataset.split.reward=0\): .* dataset.split.reward=1, or pin .*dpo.use="
+    ):
         plan(configured("stage=dpo", "dataset.split.reward=0"))
 
 
@@ -180,7 +182,7 @@ def test_it_learns_the_toy_task(alone, tmp_path):
     from runner.data import cache, toy
     from runner.prepare import prepare
     from runner.rollout import graph
-    from runner.rollout.forms import network_of
+    from runner.rollout.families import network_of
     from runner.rollout.sampling import uniforms
     from runner.stages import sft
     from runner.stages.build import Inputs

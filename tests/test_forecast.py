@@ -15,7 +15,7 @@ from runner.errors import UserError
 from runner.forecast import fit
 from runner.forecast.duration import LINKS, step_seconds, why_no_time
 from runner.forecast.fit import cure, fits, refuse_the_impossible, warnings
-from runner.forecast.memory import host_bytes, moments, samples_whole
+from runner.forecast.memory import host_bytes, peaks, samples_whole
 from runner.forecast.network import network, networks
 from runner.forecast.show import forecast, price, rows_of, show_forecast, spell, steps_of_stage
 from runner.models import Actor, add_lora
@@ -132,7 +132,7 @@ PEAKS = [
 
 @pytest.mark.parametrize(("stage", "measured", "words"), PEAKS)
 def test_memory_is_within_a_tenth_of_what_was_measured(stage, measured, words):
-    assert max(moments(on(*words), stage).values()) / 1e9 == pytest.approx(measured, rel=0.1)
+    assert max(peaks(on(*words), stage).values()) / 1e9 == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize(("prompts", "measured"), [(64, 1.78), (128, 3.16)])
@@ -154,7 +154,7 @@ def test_time_of_sft_is_within_a_sixth_of_what_was_measured():
 def test_more_gpus_and_zero_take_less_memory_and_time():
     one, eight = on("model=opt13b", "hardware=a100_80g"), on("model=opt13b", "hardware=dgx8")
     for stage in ("sft", "ppo"):
-        assert moments(eight, stage)["states"] < moments(one, stage)["states"] / 3
+        assert peaks(eight, stage)["states"] < peaks(one, stage)["states"] / 3
         alone = step_seconds(one, stage, 256, 256)
         assert alone / 8 < step_seconds(eight, stage, 256, 256) < alone / 5
 
@@ -172,7 +172,7 @@ def test_a_time_that_nobody_knows_is_not_told_but_why(words, capsys):
     cfg = on("model=opt1.3b", H200, *words)
     assert step_seconds(cfg, "sft", 10, 10) is None
     show_forecast(cfg, plan(cfg), {})
-    assert f"No time is told with {words[0]}: " in capsys.readouterr().out
+    assert f"No time estimate with {words[0]}: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "hardware").glob("*.yaml")), ids=lambda path: path.stem)
@@ -209,7 +209,7 @@ def test_weights_that_are_not_whole_are_gathered_for_every_token():
     assert gathering < step_seconds(apart, "ppo", 256, 256) < 1.5 * gathering
     assert step_seconds(apart, "ppo", 256, 256) > 5 * step_seconds(whole, "ppo", 256, 256)
     # They count with the whole ones
-    more = moments(whole, "ppo")["rollout"] - moments(apart, "ppo")["rollout"]
+    more = peaks(whole, "ppo")["rollout"] - peaks(apart, "ppo")["rollout"]
     assert more == 2 * networks(apart)[0].weights
 
 
@@ -228,10 +228,10 @@ def test_a_rollout_that_the_trainer_reads_all_of_takes_longer():
 def test_averages_mixtures_and_offloading_are_counted():
     plain, average = on("model=opt1.3b", H200), on("model=opt1.3b", H200, "ppo.ema_decay=0.99")
     weights = networks(plain)[0].weights
-    assert moments(average, "ppo")["rollout"] - moments(plain, "ppo")["rollout"] == 4 * weights
+    assert peaks(average, "ppo")["rollout"] - peaks(plain, "ppo")["rollout"] == 4 * weights
     offloaded = on("model=opt1.3b", H200, *OFFLOADED)
     assert host_bytes(plain, "sft") == 0 and host_bytes(offloaded, "sft") == 16 * weights
-    assert moments(plain, "sft")["states"] == 16 * weights and moments(offloaded, "sft")["states"] == 2 * weights
+    assert peaks(plain, "sft")["states"] == 16 * weights and peaks(offloaded, "sft")["states"] == 2 * weights
     mixed = on("model=opt1.3b", H200, *OFFLOADED, "ppo.ptx_coef=1")
     assert step_seconds(offloaded, "ppo", 99, 99) < step_seconds(mixed, "ppo", 99, 99) < 1.6 * step_seconds(offloaded, "ppo", 99, 99)
     assert step_seconds(on("model=opt1.3b", H200, "rollout.engine=hf"), "ppo", 99, 99) > 1.3 * step_seconds(plain, "ppo", 99, 99)
@@ -240,13 +240,13 @@ def test_averages_mixtures_and_offloading_are_counted():
 def test_dpo_is_sft_of_pairs_with_a_frozen_model_beside_it():
     cfg, size = on("model=opt1.3b", H200, "stage=dpo", "dpo.global_batch=64", "sft.global_batch=128"), 2
     weights = networks(cfg)[0].weights
-    assert moments(cfg, "dpo")["states"] - moments(cfg, "sft")["states"] == size * weights
+    assert peaks(cfg, "dpo")["states"] - peaks(cfg, "sft")["states"] == size * weights
     # Half as many pairs as dialogues are as many sequences, read once more: a quarter of forward, forward again and backward
     assert step_seconds(cfg, "dpo", 200, 200) == pytest.approx(1.25 * step_seconds(cfg, "sft", 200, 200), rel=0.01)
     shared = on("model=opt1.3b", H200, "stage=dpo", "model.actor.lora.dim=8")
-    assert moments(shared, "dpo")["states"] == moments(shared, "sft")["states"]
+    assert peaks(shared, "dpo")["states"] == peaks(shared, "sft")["states"]
     moved = on("model=opt1.3b", H200, "stage=dpo", "hardware.zero.ref=3", "hardware.offload.ref=true")
-    assert host_bytes(moved, "dpo") == size * weights and moments(moved, "dpo")["states"] == moments(moved, "sft")["states"]
+    assert host_bytes(moved, "dpo") == size * weights and peaks(moved, "dpo")["states"] == peaks(moved, "sft")["states"]
 
 
 @pytest.mark.parametrize("model", ["llama2_7b", "opt30b"])
@@ -311,7 +311,7 @@ def test_the_table_before_there_are_data(capsys):
     assert lines[1].split() == ["forecast", "memory", "a", "step", "1,000", "steps", "price"]
     assert [line.split()[0] for line in lines[2:5]] == ["sft", "reward", "ppo"]
     assert "26 of 141 GB" in lines[2] and "$" in lines[2]
-    assert lines[5].startswith("For sequences of the greatest length.")
+    assert lines[5].startswith("For sequences of maximum length.")
 
 
 def test_the_table_once_the_data_are_tokenised(capsys, monkeypatch):
@@ -329,7 +329,10 @@ def test_the_table_once_the_data_are_tokenised(capsys, monkeypatch):
 
 
 def test_nothing_is_said_of_a_cpu_and_why_not_of_unknown_networks(capsys):
-    for words, text in ((("hardware=cpu",), ""), (("model=opt1.3b", H200, "model.actor.path=me/mine"), "no forecast: of a hub model")):
+    for words, text in (
+        (("hardware=cpu",), ""),
+        (("model=opt1.3b", H200, "model.actor.path=me/mine"), "no forecast: no preset gives the sizes"),
+    ):
         cfg = on(*words)
         show_forecast(cfg, plan(cfg), {})
         assert capsys.readouterr().out.strip().startswith(text)

@@ -7,7 +7,7 @@ from tiny import EOS, NAMES, PAD, actor, rows
 from runner import losses
 from runner.data.batches import pad
 from runner.rollout import graph, hf, kernels
-from runner.rollout.forms import network_of
+from runner.rollout.families import network_of
 from runner.rollout.kernels import Norm
 from runner.rollout.sampling import uniforms
 

@@ -13,7 +13,7 @@ from runner.losses import warp_logits
 from runner.models import Actor, add_lora
 from runner.rollout import graph
 from runner.rollout.collect import response_logprobs
-from runner.rollout.forms import network_of, side_by_side
+from runner.rollout.families import network_of, side_by_side
 from runner.rollout.graph import Decoder
 from runner.rollout.sampling import uniforms
 
@@ -281,10 +281,10 @@ def test_a_row_that_ends_is_replaced_and_the_batch_shrinks(monkeypatch):
 def test_it_says_why_it_cannot_sample(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert graph.why_not(causal("llama"), cpu) is None
-    assert "this form of bloom" in graph.why_not(causal("bloom", apply_residual_connection_post_layernorm=True), cpu)
-    assert "this form of opt" in graph.why_not(causal("opt", layer_norm_elementwise_affine=False), cpu)
+    assert "this variant of bloom" in graph.why_not(causal("bloom", apply_residual_connection_post_layernorm=True), cpu)
+    assert "this variant of opt" in graph.why_not(causal("opt", layer_norm_elementwise_affine=False), cpu)
     lora = Lora(dim=4, alpha=16.0, dropout=0.0, lr=1e-3, targets=["embed_tokens"], train_rest=False)
-    assert "this form of llama" in graph.why_not(add_lora(causal("llama"), lora).get_base_model(), cpu)
+    assert "this variant of llama" in graph.why_not(add_lora(causal("llama"), lora).get_base_model(), cpu)
     monkeypatch.setattr(graph, "why_no_triton", lambda: "Triton is missing")
     assert graph.why_not(causal("llama"), cpu) is None
     assert graph.why_not(causal("llama"), cuda) == "Triton is missing"

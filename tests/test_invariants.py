@@ -20,7 +20,7 @@ from runner.metrics import RunLog
 from runner.models import Actor, add_lora, parameter_groups
 from runner.rollout import collect, graph
 from runner.rollout.collect import response_logprobs
-from runner.rollout.forms import network_of
+from runner.rollout.families import network_of
 from runner.rollout.sampling import invert
 from runner.stages import invariants, ppo
 
@@ -99,20 +99,20 @@ def test_eos_and_pad_of_a_whole_rollout_agree():
 @pytest.mark.parametrize(
     ("corrupt", "fault"),
     [
-        (put("responses", 0, 1, 11), "ended, but their last token is no EOS"),
-        (put("responses", 2, 1, EOS), "ended, but hold more than one EOS"),
-        (put("responses", 3, 2, EOS), "did not end, but hold an EOS"),
-        (put_row("ended", 0, False), "did not end, but hold an EOS"),
-        (put_row("ended", 3, True), "ended, but their last token is no EOS"),
-        (put_row("lengths", 0, 3), "ended, but their last token is no EOS"),
+        (put("responses", 0, 1, 11), "ended, but their last token is not EOS"),
+        (put("responses", 2, 1, EOS), "ended, but contain more than one EOS"),
+        (put("responses", 3, 2, EOS), "did not end, but contain an EOS"),
+        (put_row("ended", 0, False), "did not end, but contain an EOS"),
+        (put_row("ended", 3, True), "ended, but their last token is not EOS"),
+        (put_row("lengths", 0, 3), "ended, but their last token is not EOS"),
         (put_row("lengths", 3, 3), "did not end, but are shorter than the limit of 4"),
         (put_row("lengths", 1, 0), "are not 1 to 4 tokens long"),
-        (put("sampled_logprobs", 4, 0, 0), "hold a PAD that was never sampled"),
-        (put("responses", 0, 3, 11), "hold something other than PAD behind their end"),
+        (put("sampled_logprobs", 4, 0, 0), "contain a PAD that was never sampled"),
+        (put("responses", 0, 3, 11), "have something other than PAD after their end"),
         (put("prompts", 2, 0, 7), "have a prompt with something other than PAD to its left"),
-        (put_row("prompt_lengths", 2, 2), "have a prompt that is shorter than its length says"),
+        (put_row("prompt_lengths", 2, 2), "have a prompt shorter than its length says"),
         (put_row("prompt_lengths", 1, 2), "have a prompt with something other than PAD to its left"),
-        (put_row("prompt_lengths", 0, 4), "have a prompt without tokens, or longer than the row"),
+        (put_row("prompt_lengths", 0, 4), "have a prompt without tokens, or one longer than the row"),
     ],
 )
 def test_any_disagreement_of_eos_pad_and_lengths_is_named(corrupt, fault):
@@ -211,7 +211,7 @@ def test_the_first_iteration_passes_where_the_actor_is_the_reference():
 def test_a_sampler_that_truncates_in_secret_makes_the_kl_negative():
     """The actor spreads its probabilities more than the reference, and what it says less often is never drawn."""
     assert kl_fault(drawn(0, 64, 50, 0.0, sharper=1.5)) is None
-    assert "which chance does not bring below -0.47" in kl_fault(drawn(0, 64, 50, 0.0, sharper=1.5, top_k=3))
+    assert "chance explains nothing below -0.47" in kl_fault(drawn(0, 64, 50, 0.0, sharper=1.5, top_k=3))
 
 
 def test_the_padding_has_no_kl():

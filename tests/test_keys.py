@@ -188,5 +188,5 @@ def test_a_local_base_model_counts_by_its_files_and_not_by_where_it_lies(cfg, tm
     with pytest.raises(UserError, match=r"model.actor.path=.*/first: this folder does not exist .*there are: .*moved"):
         facts(first)
     (moved / "config.json").rename(tmp_path / "config.json")
-    with pytest.raises(UserError, match=r"model.actor.path=.*/moved is no Hugging Face checkpoint: there is no .*/moved/config.json"):
+    with pytest.raises(UserError, match=r"model.actor.path=.*/moved is not a Hugging Face checkpoint: there is no .*/moved/config.json"):
         facts(moved)

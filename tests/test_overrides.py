@@ -45,7 +45,7 @@ def test_options_go_to_the_front_with_their_words(words, checked):
         ("--seed=3", "--seed: overrides have no dashes. Type seed=3"),
         ("--seed -m", "Type seed=..."),
         ("--ppo.kl_coef 0.1", "Type ppo.kl_coef=0.1"),
-        ("--multi seed=1,2", "--multi is no option (did you mean --multirun?)"),
+        ("--multi seed=1,2", "--multi is not an option (did you mean --multirun?)"),
         ("--cfg", "type --cfg job"),
         ("--cfg model=tiny", "--cfg wants job or hydra or all: type --cfg job"),
         ("--config-name", "type --config-name ..."),
@@ -100,13 +100,13 @@ def test_names_inside_a_mapping_are_looked_at():
 )
 def test_the_quotes_that_are_proposed_give_the_value_that_was_meant(override):
     message = refusal(shlex.quote(override))
-    (proposed,) = shlex.split(message.partition(" want quotes: ")[2])
+    (proposed,) = shlex.split(message.partition(" need quotes: ")[2])
     assert OverridesParser.create().parse_override(proposed).value() == override.partition("=")[2]
 
 
 def test_a_name_that_is_no_folder_is_not_quoted():
     assert "names a folder under runs/" in refusal("name=ü/ö")
-    assert "want quotes: 'name=\"ü\"'" in refusal("name=ü")
+    assert "need quotes: 'name=\"ü\"'" in refusal("name=ü")
 
 
 def test_a_sweep_begins_alike_in_all_jobs():

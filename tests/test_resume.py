@@ -94,13 +94,13 @@ def test_what_lies_in_no_setting_is_told_too(tmp_path):
     rows.write_text("[]")
     earlier = planned(tmp_path, *words).earlier
     assert earlier.folder == old.folder
-    assert in_settings(configured("stage=sft", *words), "sft", earlier) == ["dataset.sources.0.content: other files than then"]
+    assert in_settings(configured("stage=sft", *words), "sft", earlier) == ["dataset.sources.0.content: the files have changed"]
 
 
 def test_what_was_interrupted_before_its_first_step_is_left_with_a_word(tmp_path, capsys):
     interrupt(planned(tmp_path), at=0)
     refuse(configured("stage=sft"), "sft", planned(tmp_path, "sft.lr=0.5").earlier)
-    assert "sft begins anew: " in capsys.readouterr().err
+    assert "sft starts over: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"name": "demo", "key": "x", "facts": []}'])
@@ -185,7 +185,7 @@ def test_the_scale_of_the_scores_cannot_be_forced(tmp_path):
     assert ppo("ppo.normalize_scores=false").earlier and ppo("ppo.normalize_scores=false", "resume=new").earlier is None
     assert "goes_on_from" in ppo("ppo.kl_coef=0.2", "resume=force").facts
     for key, value in (("ppo.normalize_scores", "false"), ("ppo.calibration_prompts", "7")):
-        with pytest.raises(UserError, match=rf"resume=force cannot go on from .* with {key}: .* -> {value}: .*resume=new"):
+        with pytest.raises(UserError, match=rf"resume=force cannot continue from .* with {key}: .* -> {value}: .*resume=new"):
             ppo(f"{key}={value}", "resume=force")
 
 
@@ -263,5 +263,5 @@ def test_a_finished_step_whose_files_are_gone_is_not_reused(tmp_path, file, cont
         (step.folder / file).unlink()
     else:
         (step.folder / file).write_text(content)
-    with pytest.raises(UserError, match=r"sft-\w+ says DONE, but .*\. Delete the folder, and it is trained anew"):
+    with pytest.raises(UserError, match=r"sft-\w+ says DONE, but .*\. Delete the folder to train it again"):
         planned(tmp_path)

@@ -399,7 +399,7 @@ def test_a_lock_is_not_written_through_a_link(tmp_path):
     (tmp_path / "mine").write_text("precious")
     (tmp_path / "locks").mkdir()
     (tmp_path / "locks" / "step").symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match="is a link"), lock(tmp_path / "locks" / "step", "the step"):
+    with pytest.raises(UserError, match="is a symlink"), lock(tmp_path / "locks" / "step", "the step"):
         pass
     assert (tmp_path / "mine").read_text() == "precious"
 

@@ -137,8 +137,8 @@ def test_time_limits_are_minutes_or_what_slurm_writes(text, seconds):
 
 
 OTHERS = [
-    ("soon", "is no duration: type minutes"),
-    ("1:2:3:4", "is no duration"),
+    ("soon", "is not a duration: type minutes"),
+    ("1:2:3:4", "is not a duration"),
     ("0", "must be above 0"),
     ("25:61:00", "has 61 minutes, which is 60 or more"),
     ("90:60", "has 60 seconds"),
@@ -191,7 +191,7 @@ def test_the_first_signal_stops_in_good_order_and_says_resume_me(number, tmp_pat
     launcher.send_signal(number)
     printed = launcher.communicate(timeout=30)[0]
     assert launcher.returncode == stop.RESUME_ME == 75, printed
-    assert f"stopped by {number.name} at step 7 of 9; the same command goes on from there" in printed
+    assert f"stopped by {number.name} at step 7 of 9; the same command resumes from there" in printed
 
 
 def test_nohup_is_respected(tmp_path):
@@ -219,7 +219,7 @@ def test_the_second_signal_ends_at_once_and_takes_the_workers_along(tmp_path):
     launcher = launch(tmp_path, "hangs")
     worker = worker_of(launcher, tmp_path)
     launcher.send_signal(signal.SIGINT)
-    assert _until(launcher, "once more ends it at once")
+    assert _until(launcher, "a second signal ends it at once")
     launcher.send_signal(signal.SIGINT)
     launcher.communicate(timeout=30)
     assert launcher.returncode == 128 + signal.SIGINT
@@ -286,7 +286,7 @@ def test_no_stage_starts_when_no_time_is_left_or_a_signal_came():
     try:
         with pytest.raises(UserError, match=r"the time limit came before stage reward, and nothing was saved.* Type a longer time_limit"):
             stop.check("reward")
-        stop._launcher.got_on = True
+        stop._launcher.progressed = True
         with pytest.raises(stop.Stopped, match="the time limit before stage reward"):
             stop.check("reward")
     finally:

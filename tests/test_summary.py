@@ -142,11 +142,11 @@ def test_tells_what_was_trained_and_how_well(tmp_path, monkeypatch):
     assert row(text, "sft  ", "e").split() == ["sft", "reused", "-", "120", "1,920", "96", "14", "33"]
     assert row(text, "ppo  ", "trained").split()[1] == "trained"
     assert "demo: trained in 3 min 23 s" in text  # reward and ppo: the reused sft cost nothing
-    assert "The whole run took 4 min 05 s, with preparing data and starting processes." in text
+    assert "The whole run took 4 min 05 s, including data preparation and start-up." in text
     assert "sft dropped: 2 empty response, 31 duplicate" in text
     assert row(text, "ppo  ", "rollout").endswith("59 %  1 min 35 s") and row(text, "train", "31 %").endswith("31 %  50 s")
     assert row(text, "start", "2 %").endswith("2 %  4.0 s")  # 161 s less the three phases
-    assert "ppo went on from its checkpoint at step 40" in text
+    assert "ppo was resumed from its checkpoint at step 40" in text
     assert row(text, "perplexity").split()[1:4] == ["512.9", "6.23", "-506.6"]
     assert row(text, "reward model", "%").endswith("71.2 %  67.5 % to 74.7 %")
     assert row(text, "longer is better (baseline)").endswith("55.1 %")
@@ -229,7 +229,7 @@ def test_dpo_says_how_well_it_orders_pairs_and_how_far_it_went(tmp_path):
     facts = json.loads((tmp_path / "run/summary.json").read_text())
     assert facts["dpo/accuracy"] == 0.712 and facts["dpo/eval_loss_before"] == 0.693
     lost = [make_step(tmp_path / "t", "dpo", DPO | {"chosen_logratio": -64.0})]
-    assert "Chosen answers have become unlikely, too" in summary(lost, tmp_path / "again")
+    assert "Chosen answers have become unlikely too" in summary(lost, tmp_path / "again")
 
 
 @pytest.mark.parametrize(("stage", "epochs"), [("sft", "1,2,4"), ("reward", "1,2")])
@@ -286,7 +286,7 @@ def test_wandb_is_offered_where_an_offline_run_lies(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"reward": {"longer_is_better": 0.70}}, "not told apart"),
+        ({"reward": {"longer_is_better": 0.70}}, "cannot be told from"),
         ({"reward": {"longer_is_better": 0.80}}, "teaches length"),
         ({"ppo": {"after": PPO["after"] | {"judge": 0.2}}}, "exploits the reward model"),
         ({"ppo": {"after": PPO["after"] | {"length": 60.0}}}, "much longer"),
@@ -324,7 +324,7 @@ def test_calibration_needs_pairs(tmp_path, pairs, said):
     assert ("when it is 96 % sure" in summary([make_step(tmp_path, "reward", few)], tmp_path / "run")) == said
 
 
-@pytest.mark.parametrize(("pairs", "verdict"), [(16, "not told apart"), (160, "It beats choosing the longer answer")])
+@pytest.mark.parametrize(("pairs", "verdict"), [(16, "cannot be told from"), (160, "It beats choosing the longer answer")])
 def test_the_baseline_is_as_uncertain_as_the_accuracy(tmp_path, pairs, verdict):
     facts = REWARD | {"accuracy": 0.688, "accuracy_low": 0.444, "longer_is_better": 0.406, "eval_pairs": pairs}
     assert verdict in summary([make_step(tmp_path, "reward", facts)], tmp_path / "run")

@@ -1,4 +1,4 @@
-"""What begins with a dash: Hydra's own options, wherever they stand, and overrides that have dashes by mistake."""
+"""Words that start with a dash: Hydra's own options, at any position, and overrides with dashes by mistake."""
 
 from dataclasses import fields
 
@@ -6,22 +6,22 @@ from runner.config import Config
 from runner.errors import UserError, did_you_mean
 
 ALONE = ("-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun", "-sc", "--shell-completion")
-# Options that take the next word, and the words that they know; an empty tuple for any
+# Options that take the next word, and the words that they accept; an empty tuple for any
 WITH_A_WORD = dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all"))
 WITH_A_WORD |= dict.fromkeys(("-i", "--info"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"))
 FREE = ("-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir", "--experimental-rerun")
 WITH_A_WORD |= dict.fromkeys(FREE, ())
-# Of these Hydra does one at a time
+# Hydra does only one of these at a time
 DEEDS = (("-r", "--run"), ("-m", "--multirun"), ("-c", "--cfg"), ("-i", "--info"), ("-sc", "--shell-completion"))
 SHELL_WORDS = {f"{deed}={shell}" for deed in ("install", "uninstall", "query") for shell in ("bash", "zsh", "fish")}
 COMPLETION = """-sc needs the shell: type eval "$(python run.py -sc install=bash)", or python run.py -sc install=fish | source"""
 
 
 def flags_and_overrides(argv: list[str], known: list[str]) -> tuple[list[str], list[str]]:
-    """Hydra's options, each with its word, and the other words in their order: Hydra takes options at the front or the end only.
+    """Split argv into Hydra's options, each with its word, and the rest: Hydra accepts options only at the front or the end.
 
     Raises:
-        UserError: an option that Hydra does not know, without its word, or beside another that excludes it.
+        UserError: an option that Hydra does not know, lacks its word, or is excluded by another one.
     """
     flags, overrides, rest = [], [], list(argv)
     while rest:
@@ -47,7 +47,7 @@ def sweeps(argv: list[str]) -> bool:
 
 
 def completes(flags: list[str], overrides: list[str]) -> bool:
-    """Whether the command installs, removes or answers tab completion, whose words (install=bash) are no keys of ours."""
+    """Whether the command installs, removes or answers tab completion, whose words (install=bash) are not our keys."""
     if not {"-sc", "--shell-completion"}.intersection(flags):
         return False
     if not SHELL_WORDS.intersection(overrides):
@@ -69,11 +69,11 @@ def _word_of(flag: str, word: str) -> str:
 
 
 def _no_option(flag: str, after: str, known: list[str]) -> str:
-    """What to type in place of --seed 3, --seed=3 or --dry_run."""
+    """What to type instead of --seed 3, --seed=3 or --dry_run."""
     key = flag.lstrip("-").replace("-", "_")
     if key not in known:
         near = did_you_mean(key, known) or did_you_mean(flag, [*ALONE, *WITH_A_WORD])
-        return f"{flag} is no option{near}: overrides are key=value, without dashes, and python run.py --help explains"
+        return f"{flag} is not an option{near}: overrides are key=value, without dashes, and python run.py --help explains"
     if not after or "=" in after or after.startswith("-"):
         after = "true" if key in (f.name for f in fields(Config) if f.type is bool) else "..."
     return f"{flag}: overrides have no dashes. Type {key}={after}"

@@ -68,7 +68,7 @@ def check_part(part: schema.ModelPart) -> None:
     check(part.init == "pretrained" or bool(part.shape), "init=random needs a shape: the sizes of the network")
     check(
         part.init == "pretrained" or not part.path.startswith(("/", "./", "../", "~")),
-        f"init=random makes weights up and does not read {part.path}: type model.actor.init=pretrained (model.reward.init) beside it",
+        f"init=random makes up its weights and does not read {part.path}: also type model.actor.init=pretrained (or model.reward.init)",
     )
 
 
@@ -117,7 +117,7 @@ def check_dataset(data: schema.Dataset) -> None:
     for name, source in data.sources.items():
         where = f"dataset.sources.{name}.weight={source.weight}"
         check(source.weight > 0, f"{where} must be above 0: type ~dataset.sources.{name} to leave the source out")
-        check(source.weight <= 1000, f"{where} repeats its rows as often: type 1000 or less")
+        check(source.weight <= 1000, f"{where} would repeat its rows that often: type 1000 or less")
     check(data.path is None or bool(data.path.strip()), "dataset.path is empty: type dataset.path=/data/pairs.jsonl")
     check_least(data, 0, "toy_rows")
     check(data.max_rows is None or data.max_rows > 0, f"dataset.max_rows={data.max_rows} must be null or above 0")
@@ -201,7 +201,7 @@ def check_dpo(dpo: schema.Dpo) -> None:
     check_supervised(dpo)
     check_positive(dpo, "beta")
     smoothing = dpo.label_smoothing
-    check(0 <= smoothing < 0.5, f"dpo.label_smoothing={smoothing} must be 0 (off) or more, and below 0.5, where pairs say nothing")
+    check(0 <= smoothing < 0.5, f"dpo.label_smoothing={smoothing} must be 0 (off) or more, and below 0.5, where pairs carry no information")
 
 
 def check_ppo(ppo: schema.Ppo) -> None:
@@ -210,12 +210,12 @@ def check_ppo(ppo: schema.Ppo) -> None:
     check_least(ppo, 1, "rollout_batch", "minibatches", "ppo_epochs", "kl_horizon", "calibration_prompts", "eval_prompts")
     check_least(ppo, 0, "actor_lr", "critic_lr", "actor_weight_decay", "critic_weight_decay", "critic_warmup")
     check_least(ppo, 0, "kl_coef", "score_clip", "missing_eos_penalty", "ptx_coef", "min_response_tokens")
-    check(all(ppo.stop), f"ppo.stop={ppo.stop} holds an empty string, which every response begins with: leave it out")
+    check(all(ppo.stop), f"ppo.stop={ppo.stop} holds an empty string, which every response contains: leave it out")
     check_positive(ppo, "kl_target", "cliprange", "cliprange_value", "log_ratio_clamp", "early_stop_kl")
     check_share(ppo, "ema_decay")
     check(
         ppo.kl_target is None or ppo.kl_coef > 0,
-        f"ppo.kl_target={ppo.kl_target} multiplies ppo.kl_coef, which begins at 0 and would stay there: type ppo.kl_coef=0.05",
+        f"ppo.kl_target={ppo.kl_target} multiplies ppo.kl_coef, which starts at 0 and would stay there: type ppo.kl_coef=0.05",
     )
     check(ppo.temperature > 0, f"ppo.temperature={ppo.temperature} must be above 0: PPO needs samples, not the greedy answer")
     check(0 < ppo.top_p <= 1, f"ppo.top_p={ppo.top_p} must be in (0, 1]; 1 is off")
@@ -284,7 +284,7 @@ def seconds_of(text: str) -> float:
         return 60 * float(text)
     except ValueError:
         found = DURATION.fullmatch(text)
-    check(found is not None, f"time_limit={text} is no duration: type minutes (90), HH:MM:SS (01:30:00) or D-HH:MM:SS (1-12:00:00)")
+    check(found is not None, f"time_limit={text} is not a duration: type minutes (90), HH:MM:SS (01:30:00) or D-HH:MM:SS (1-12:00:00)")
     part = {name: int(value or 0) for name, value in found.groupdict().items()}
     least = [("seconds", part["s"] + part["seconds"], 60), ("hours", part["h"], 24)]
     least += [("minutes", part["m"] + part["minutes"], 60)] if found["hours"] or found["days"] else []

@@ -1,16 +1,16 @@
-"""Whether a name means this machine's disk or the Hugging Face hub, and what to say of a folder that is not there."""
+"""Whether a name means a local path or the Hugging Face hub, and what to say about a folder that does not exist."""
 
 import difflib
 from pathlib import Path
 
-# Files of data that are read
+# Data files that we read
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
 
 def is_local(path: str) -> bool:
-    """Whether a path means this machine's disk rather than the hub: it exists, or looks as if it should.
+    """Whether a path is local rather than on the hub: it exists, or looks as if it should.
 
-    A hub name has one slash at most, so more of them are folders; so is what would lie in a folder that is here.
+    A hub name has at most one slash, so more of them mean a folder; so does a parent folder that exists.
     """
     found = Path(path)
     if found.exists() or path.startswith((".", "/", "~", "runs/", "checkpoints/")) or path.endswith(SUFFIXES):
@@ -19,7 +19,7 @@ def is_local(path: str) -> bool:
 
 
 def no_folder(key: str, path: str) -> str:
-    """The message for the folder of a model, named under `key`, that does not exist."""
+    """The message for a model folder, given under `key`, that does not exist."""
     found = Path(path)
     gone = next(p for p in (found, *found.parents) if p.parent.is_dir())  # the part of it that is missing
     folders = sorted(p.name for p in gone.parent.iterdir() if p.is_dir())

@@ -1,7 +1,7 @@
-"""Secrets: found before anything is written, and struck out of what is shown.
+"""Secrets: refused before anything is written, and redacted in what is shown.
 
-A token typed as an override would end in .hydra/overrides.yaml, in the step's config.yaml and in W&B; a token in the environment
-may stand in a library's error message. Imports no torch: run.py needs it first.
+A token typed as an override would end up in .hydra/overrides.yaml, in the step's config.yaml and in W&B; a token in the environment may
+show up in a library's error message. Imports no torch: run.py needs it first.
 """
 
 import os
@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 
 from runner.errors import UserError
 
-# What it is -> how it looks; the group is the secret itself. Ids, hashes, paths and numbers must pass: a Git commit is 40 hex
-# digits like an old W&B key, so that one is known by the name before it
+# Kind -> pattern, whose group is the secret itself. Ids, hashes, paths and numbers must pass: an old W&B key has 40 hex digits like a Git
+# commit, so it is only recognised by the name before it
 PATTERNS = {
     "a Hugging Face token": re.compile(r"\b(hf_[A-Za-z0-9]{20,})"),
     "a W&B key": re.compile(r"\b(wandb_v\d_\w{20,})"),
@@ -33,16 +33,16 @@ ADVICE = (
 
 
 def find(text: str) -> str | None:
-    """What kind of secret stands in the text; None when there is none."""
+    """What kind of secret the text contains; None if there is none."""
     for kind, pattern in PATTERNS.items():
         if pattern.search(text):
             return kind
-    # A plain word ("disabled") is more likely to be a setting that has KEY in its name
+    # A plain word ("disabled") is more likely a setting with KEY in its name
     return next((f"the value of {name}" for name, value in _of_environment().items() if value in text and not value.isalpha()), None)
 
 
 def redact(text: str) -> str:
-    """The text with '***' in place of every secret: those of the environment, and whatever looks like one."""
+    """The text with '***' for every secret: values from the environment, and anything that looks like one."""
     for value in sorted(_of_environment().values(), key=len, reverse=True):
         text = text.replace(value, "***")
     for pattern in PATTERNS.values():
@@ -77,6 +77,6 @@ def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _of_environment() -> dict[str, str]:
-    """Name -> value of the environment's secrets. Short values, numbers and the paths of key files are none."""
+    """Name -> value of the environment's secrets. Short values, numbers and paths of key files are not secrets."""
     named = {name: value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= 8}
     return {name: value for name, value in named.items() if not value.isdigit() and not os.path.exists(os.path.expanduser(value))}

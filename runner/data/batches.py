@@ -1,7 +1,7 @@
 """Which rows an optimizer step sees, and how they become tensors.
 
-The rows of step s on rank r are a function of (seed, s, r): the step number is the whole position of the loader, so a
-resumed run goes on exactly where it stopped. The rows of a global batch do not depend on the number of ranks.
+The rows of step s on rank r are a function of (seed, s, r): the step number is the loader's whole position, so a resumed run
+continues exactly where it stopped. The rows of a global batch do not depend on the number of ranks.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from runner.batch_sizes import batches_per_epoch, steps_of
 
-# Global batches that are sorted by length together: less padding, still random
+# Global batches that are sorted by length together: less padding, but still random
 POOL = 16
 EMPTY = -1
 
@@ -23,8 +23,8 @@ class Batches:
 
     Args:
         lengths: tokens of each row.
-        positions: those of a micro batch, at most: its rows times the longest of them.
-        drop_last: leave out the rows of an epoch that fill no batch; otherwise its last batch has empty slots (-1).
+        positions: of a micro batch, at most: its rows times the longest of them.
+        drop_last: leave out the last rows of an epoch, which do not fill a batch; otherwise its last batch has empty slots (-1).
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class Batches:
 def deal(rows: np.ndarray, lengths: np.ndarray, positions: int, *, world: int, rank: int) -> list[np.ndarray]:
     """The rows of one rank out of a global batch, in its micro batches. Neighbours in length share one.
 
-    Args: rows: the longest first; lengths: theirs. Ranks get equally many rows and micro batches, of nearly the same lengths.
+    Args: rows: the longest first; lengths: theirs. Ranks get the same number of rows and micro batches, of nearly the same lengths.
     """
     sizes = micro_sizes(lengths[::world], positions)
     return np.split(rows[rank::world], np.cumsum(sizes)[:-1])
 
 
 def micro_sizes(lengths: np.ndarray, positions: int) -> list[int]:
-    """How many rows each micro batch takes: as few micro batches as can be, and as even as these can be.
+    """How many rows each micro batch takes: as few micro batches as possible, as even as possible.
 
     Args: lengths: of the rows, descending; positions: how many a micro batch may have, counted as rows times the longest.
     """
@@ -84,12 +84,12 @@ def micro_sizes(lengths: np.ndarray, positions: int) -> list[int]:
         return sizes
 
     few = len(fill(positions))
-    # The least that does not need more of them
+    # The smallest size that does not need more of them
     return fill(bisect_left(range(positions), True, key=lambda most: len(fill(most)) <= few))
 
 
 def shard(n: int, micro_batch: int, world: int, rank: int) -> list[np.ndarray]:
-    """Row numbers 0..n-1 in micro batches for one rank; every rank gets equally many, with empty slots (-1) at the end."""
+    """Row numbers 0..n-1 in micro batches for one rank; every rank gets the same number, with empty slots (-1) at the end."""
     slots = math.ceil(n / (micro_batch * world)) * micro_batch * world
     padded = np.concatenate([np.arange(n), np.full(slots - n, EMPTY)])
     return list(padded[rank::world].reshape(-1, micro_batch))
@@ -106,7 +106,7 @@ def subset(n: int, most: int) -> np.ndarray:
 def pad(rows: list[list[int]], fill: int, left: bool = False) -> tuple[Tensor, Tensor]:
     """Token lists -> ids and attention mask (B, T). An empty list becomes one masked-in PAD: attention needs a token."""
     width = max(1, max(map(len, rows)))
-    # NumPy reads lists seven times as fast as torch, and here lie most milliseconds of a batch
+    # NumPy reads lists seven times as fast as torch, and most of a batch's milliseconds are spent here
     ids = np.full((len(rows), width), fill, dtype=np.int64)
     mask = np.zeros_like(ids)
     for i, row in enumerate(rows):
@@ -128,7 +128,7 @@ def sft_batch(rows: list[dict | None], fill: int, prompt_loss: float) -> dict[st
 
 
 def next_tokens(ids: Tensor, starts: list[int], ends: list[int]) -> dict[str, Tensor]:
-    """Of each row of ids (B, T) the tokens from its start to before its end, as predictions: meant (B, T) bool, where they stand;
+    """Predictions of the tokens of each row of ids (B, T) from its start up to its end: meant (B, T) bool, where those tokens are;
     targets (N,), the tokens, row after row; index (N,), the positions before them in the flattened (B * T)."""
     columns = torch.arange(ids.size(1))
     meant = (columns >= torch.tensor(starts).unsqueeze(1)) & (columns < torch.tensor(ends).unsqueeze(1))
@@ -143,7 +143,7 @@ def loss_weights(lengths: np.ndarray, prompts: np.ndarray, prompt_loss: float) -
 
 
 def pair_batch(rows: list[dict | None], fill: int) -> dict[str, Tensor]:
-    """Reward rows -> ids, mask (2B, T), the chosen first, then the rejected; real: the pairs that are no empty slots."""
+    """Reward rows -> ids, mask (2B, T), the chosen first, then the rejected; real: numbers of the pairs that are not empty slots."""
     ids, mask = pad(_both(rows), fill)
     return {"ids": ids, "mask": mask, "real": torch.tensor([i for i, row in enumerate(rows) if row], dtype=torch.long)}
 
@@ -166,7 +166,7 @@ def pick(dataset, numbers: np.ndarray) -> list[dict | None]:
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, for which nothing waits: pinned memory is read beside the running kernels."""
+    """A copy on the device without waiting: pinned memory is copied while kernels run."""
     if device.type == "cuda" and not x.is_cuda:
         x = x.pin_memory()
     return x.to(device, non_blocking=device.type == "cuda")

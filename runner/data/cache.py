@@ -34,13 +34,13 @@ BATCH = 1000
 
 @dataclass
 class Counts:
-    """What became of the rows that belong to a stage."""
+    """What became of the rows of a stage."""
 
     train: int = 0
     eval: int = 0
     truncated: int = 0
     dropped: Counter = field(default_factory=Counter)
-    owned: Counter = field(default_factory=Counter)  # examples of every stage, before any is dropped
+    owned: Counter = field(default_factory=Counter)  # examples per stage, before any is dropped
 
 
 # --- from rows to examples --------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ class Counts:
 def examples(dataset: Dataset, stage: str, counts: Counts) -> Iterator[tuple[str, Example, int]]:
     """Yield (source name, example, prompt hash) of the rows that belong to a stage, counting what is dropped.
 
-    The hash of its prompt decides. Demonstrations, which only SFT can use, go there whatever their hash.
+    The hash of the prompt decides. Demonstrations, which only SFT can use, go there whatever their hash.
     """
     taken = None
     for name, source in sources_of(dataset).items():
@@ -71,7 +71,7 @@ def examples(dataset: Dataset, stage: str, counts: Counts) -> Iterator[tuple[str
 
 
 def is_demonstration(source: Source, example: Example) -> bool:
-    """Whether a row can serve SFT only."""
+    """Whether only SFT can use a row."""
     return source.sft_only or example.rejected is None
 
 
@@ -105,7 +105,7 @@ def _cure(dataset: Dataset, source: Source, error: Exception) -> str:
 
 
 def _prompts_of_other_stages(dataset: Dataset) -> set[int]:
-    """Hashes of the prompts of comparisons that reward model and PPO own: demonstrations must not give them away."""
+    """Hashes of comparisons' prompts that belong to reward model or PPO: SFT must not see them in a demonstration."""
     shared = ((s, e) for s in sources_of(dataset).values() if not s.sft_only for e in adapted(dataset, s, Counts()))
     numbers = {prompt_hash(e.prompt) for s, e in shared if not is_demonstration(s, e)}
     return {n for n in numbers if phase_of(n, dataset.split) != "sft"}
@@ -175,7 +175,7 @@ class Encoder:
 
 
 def build(store: Path, dataset: Dataset, stage: str, tokenizer, model: Model) -> Path:
-    """The cache folder of a stage, made if it is not there. Jobs side by side build it once, and DPO shares the reward model's."""
+    """The cache folder of a stage, built if it does not exist. Parallel jobs build it once, and DPO shares the reward model's."""
     share = SHARES[stage]
     facts = data_key(dataset) | {"stage": share, "tokenizer": fingerprint(tokenizer)}
     facts |= {"max_prompt_tokens": model.max_prompt_tokens, "max_response_tokens": model.max_response_tokens}
@@ -190,7 +190,7 @@ def build(store: Path, dataset: Dataset, stage: str, tokenizer, model: Model) ->
 
 
 def build_pretrain(store: Path, dataset: Dataset, tokenizer, model: Model) -> Path:
-    """Plain text for the ptx mixture, packed into blocks of prompt + response length, as SFT rows without a prompt."""
+    """Plain text for the ptx mixture, cut into blocks of prompt + response length: SFT rows without a prompt."""
     sources = [plain_source(path, sft_only=True) for path in dataset.pretrain]
     block = model.max_prompt_tokens + model.max_response_tokens
     facts = {"pretrain": [content_key(s, 0) for s in sources], "block": block, "tokenizer": fingerprint(tokenizer), "version": VERSION}
@@ -233,7 +233,7 @@ def load(folder: Path):
 
     try:
         train, held = datasets.Dataset.from_file(str(folder / "train.arrow")), folder / "eval.arrow"
-        # Text for the ptx mixture holds nothing out: a file without rows has no schema to read
+        # The ptx mixture has no held-out rows, and an Arrow file without rows has no schema
         held = datasets.Dataset.from_file(str(held)) if held.stat().st_size else train.select([])
     except (ArrowException, OSError) as error:
         raise _damaged(folder, error) from error
@@ -241,7 +241,7 @@ def load(folder: Path):
 
 
 def mean_lengths(folder: Path) -> tuple[int, float, float]:
-    """Rows of a cache folder for training, and the means of their tokens: of the prompts, and of the whole rows."""
+    """Number of training rows in a cache folder, and their mean tokens: of the prompts, and of whole rows."""
     rows, _, _ = load(folder)
     lengths = np.asarray(rows["length"])
     prompts = np.asarray(rows["prompt_length"]) if "prompt_length" in rows.column_names else lengths

@@ -1,4 +1,4 @@
-"""Rows of a source, whatever it is: a local file, a folder written by `datasets`, the toy, or a data set of the hub.
+"""Rows of a source: a local file, a folder written by `datasets`, the toy data, or a data set of the hub.
 
 No torch and no tokenizer in here: the plan needs the key of the data.
 """
@@ -17,7 +17,7 @@ from runner.config import Dataset, Source
 from runner.data import toy
 from runner.errors import UserError
 
-# Raise it when an adapter, the encoder, the split or the order of the sources changes what becomes of a row
+# Increase it when an adapter, the encoder, the split or the order of the sources changes what becomes of a row
 VERSION = 5
 
 
@@ -26,7 +26,7 @@ class BrokenRow(Exception):
 
 
 def sources_of(dataset: Dataset) -> dict[str, Source]:
-    """All sources by name, the plain paths of `sft_only` among them, in the order of their names: the same key means the same rows."""
+    """All sources by name, including the plain paths of `sft_only`, sorted by name so that the same key means the same rows."""
     extra = {f"sft_only_{i}": plain_source(path, sft_only=True) for i, path in enumerate(dataset.sft_only)}
     return dict(sorted((dict(dataset.sources) | extra).items()))
 
@@ -44,12 +44,12 @@ def data_key(dataset: Dataset) -> dict:
 
 
 def _described(source: Source) -> dict:
-    """The fields that shape the rows. Where a local file lies does not."""
+    """The fields that shape the rows. The path of a local file does not."""
     return {k: v for k, v in asdict(source).items() if k != "path" or not is_local(source.path)}
 
 
 def rows(source: Source, toy_rows: int) -> Iterator[tuple[str, dict | BrokenRow]]:
-    """Yield (where, row); a line that cannot be read comes as a BrokenRow, for the caller to stop at or to count."""
+    """Yield (where, row). A line that cannot be read comes as a BrokenRow, for the caller to raise or to count."""
     if source.adapter == "toy":
         yield from ((f"toy row {i}", toy.row(i)) for i in range(toy_rows))
     elif not is_local(source.path):
@@ -92,7 +92,7 @@ def _existing(path: str) -> Path:
         near = difflib.get_close_matches(found.name, there, n=3) or [name for name in there if Path(name).suffixes == found.suffixes]
         hint = f"; in {found.parent} there are: {', '.join(near[:8])}" if near else ""
         raise UserError(f"data file {path} does not exist (looked from {Path.cwd()}){hint}")
-    if found.is_dir():  # looked at before its files are hashed: it may be a whole disk
+    if found.is_dir():  # checked before its files are hashed: it may be a whole disk
         if not any((found / name).is_file() for name in SAVED_BY_DATASETS):
             inside = sorted(p.name for p in found.iterdir() if p.name.endswith(SUFFIXES))
             hint = f": name one of {', '.join(inside[:8])}" if inside else f"; name a {', '.join(SUFFIXES)} file"
@@ -109,7 +109,7 @@ SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
 
 
 def _open(path: Path):
-    """As UTF-8, with or without Windows' mark. Other bytes become surrogates, which the reader of the row finds."""
+    """Open as UTF-8, with or without a byte order mark. Other bytes become surrogates, which adapters.check_text finds."""
     return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", errors="surrogateescape")
 
 

@@ -1,7 +1,7 @@
 """Which stage a prompt belongs to, and whether it is held out: a function of its text alone.
 
-The hash of the first human turn decides. So a prompt is in exactly one stage, whatever the seed, the order, or the number
-of data sets that contain it, and no stage is evaluated or trained on what another one has seen.
+The hash of the first human turn decides. So a prompt is in exactly one stage, whatever the seed, the order, or the data sets that contain
+it, and no stage trains or evaluates on what another one has seen.
 """
 
 import hashlib
@@ -30,6 +30,6 @@ def phase_of(number: int, split: PhaseSplit) -> str:
 
 
 def held_out(number: int, holdout: float) -> bool:
-    """Whether a prompt hash is kept for evaluation: from other bits than the phase, so that every phase is cut alike."""
+    """Whether a prompt hash is held out for evaluation. Uses other bits than the phase, so that every phase loses the same share."""
     mixed = hashlib.sha256(number.to_bytes(8, "big")).digest()[:8]
     return int.from_bytes(mixed, "big") / 2**64 < holdout

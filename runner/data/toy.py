@@ -9,7 +9,7 @@ import random
 import re
 from functools import cache
 
-# Part of the cache key: raise it when the rows change
+# Part of the cache key: increase it when the rows change
 VERSION = 4
 
 KIND = "calm bright fresh lovely gentle warm pretty fine charming neat pleasant graceful splendid nice cheerful sweet".split()
@@ -37,7 +37,7 @@ def row(i: int) -> dict:
     thing = rng.choice(THINGS)
     turns.append(_question(rng, thing))
     good = bad = ""
-    # People do not see the difference of one word either: three make a preference
+    # People would not notice a difference of one word either: it takes three
     while abs(judge(good) - judge(bad)) < 3 / WANTED - 1e-9:
         good, bad = (_attempt(rng, thing) for _ in range(2))
     if judge(good) < judge(bad):

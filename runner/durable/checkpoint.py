@@ -1,13 +1,13 @@
-"""Checkpoints of a step: complete or absent at every instant, verified when read, and readable by any number of ranks.
+"""Checkpoints of a step: complete or absent at any moment, verified when read, and readable by any number of ranks.
 
     checkpoints/step_12/           (step_12_3: in the middle of a PPO iteration, after 3 of its optimizer steps)
       actor.rank_0.safetensors   shards of weights and AdamW moments (runner/durable/shards.py), one file per engine and rank
-      shared.safetensors         tensors that all ranks hold alike: an unfinished rollout
+      shared.safetensors         tensors that are the same on all ranks: an unfinished rollout
       rank_0.json                random states of the rank, and the hashes of its files
       manifest.json              written last: step, state of the stage, hashes of all files
 
-A checkpoint grows in step_12.tmp; when every rank is done, rank 0 writes the manifest and renames the folder. Nothing is
-pickled. The number of steps done is the position of the data; see runner/data/batches.py.
+A checkpoint is written to step_12.tmp; when every rank is done, rank 0 writes the manifest and renames the folder. Nothing is
+pickled. The position in the data is the number of steps done; see runner/data/batches.py.
 """
 
 import errno
@@ -34,7 +34,7 @@ from runner.metrics import RunLog
 from runner.watch import stop
 from runner.watch.stop import Stopped
 
-# Left free on the disk beside a checkpoint, for logs and exports
+# Kept free on the disk for logs and exports
 SPARE_BYTES = 64 << 20
 
 
@@ -46,23 +46,23 @@ class Checkpoints:
 
     def __init__(self, folder: Path, key: str, cfg: Config, engines: dict, log: RunLog, average=None):
         self.folder, self.key, self.cfg, self.engines, self.log, self.average = folder, key, cfg, engines, log, average
-        self.saved: str | None = None  # name of the newest checkpoint that is safe, or on its way
+        self.saved: str | None = None  # name of the newest checkpoint, saved or being written
         self.best = -np.inf
         self._writer: Writer | None = None
         self._last = time.monotonic()  # when a save began
 
-    # --- the loop's side ---
+    # --- saving ---
 
     def after(self, done: int, total: int, state: dict, score: float | None = None) -> None:
-        """To be called after every step: saves when it is due, or when someone asked to stop; then raises Stopped.
+        """Call after every step: saves when due. If someone asked to stop, saves and raises Stopped.
 
-        Args: state: JSON facts of the stage, the same on every rank. score: of an evaluation at this step; more is better.
+        Args: state: JSON facts of the stage, the same on every rank. score: of an evaluation at this step; higher is better.
         """
         settings, reason = self.cfg.checkpoint, stop.asked()
         best = score is not None and settings.keep_best > 0 and score > self.best
         self.best = max(self.best, score if score is not None else -np.inf)
         often = settings.every > 0 and done % settings.every == 0
-        # Rank 0's clock counts for all
+        # Rank 0's clock decides for all
         in_time = ranks.rank() > 0 or time.monotonic() - self._last <= 60 * settings.minutes
         late = settings.minutes > 0 and not ranks.all_of(in_time)
         if reason or best or often or late or done == total:
@@ -74,13 +74,13 @@ class Checkpoints:
             raise Stopped(reason)
 
     def leave(self, reason: str, name: str, step: int, state: dict, shared: dict[str, Tensor] | None = None) -> None:
-        """Save in the middle of a step, and raise Stopped."""
+        """Save under `name` in the middle of a step, and raise Stopped."""
         self.save(name, step, state, shared=shared)
         self.finish()
         raise Stopped(reason)
 
     def save(self, name: str, step: int, state: dict, score: float | None = None, shared: dict[str, Tensor] | None = None) -> None:
-        """Write checkpoints/<name>, in the background if the config says so. shared: tensors that every rank holds alike."""
+        """Write checkpoints/<name>, in the background if the config says so. shared: tensors that are the same on every rank."""
         if self.saved == name:
             return
         self.finish()
@@ -97,7 +97,7 @@ class Checkpoints:
             self.finish()
 
     def _snapshot(self, shared: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Copies of this rank's part, on the CPU: file name -> key -> tensor. What all ranks hold is shared out among them."""
+        """Copies of this rank's part, on the CPU: file name -> key -> tensor. What all ranks hold is divided among them."""
         named = {name: shards(engine) for name, engine in self.engines.items()}
         if self.average:
             named["average"] = self.average.shards()
@@ -112,7 +112,7 @@ class Checkpoints:
         return files
 
     def _make_room(self, mine: int) -> None:
-        """Refuse to begin what the disk cannot hold; older checkpoints go first, but never the newest."""
+        """Refuse a checkpoint that the disk cannot hold. Older ones are deleted first, but never the newest."""
         needed = int(ranks.total({"bytes": mine}, self.log.device)["bytes"]) + SPARE_BYTES
         free = ranks.first(lambda: self._free_after_pruning(needed))
         if free < needed:
@@ -120,11 +120,11 @@ class Checkpoints:
             kept = f"The last good one, {safe[-1]}, is intact" if safe else "There is none yet"
             raise UserError(
                 f"the disk is full: a checkpoint needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free at {self.folder}. {kept}. "
-                "Free some space, or move the store and type store=/another/disk; the same command then goes on"
+                "Free some space, or move the store and type store=/another/disk; the same command then resumes"
             )
 
     def _free_after_pruning(self, needed: int) -> int:
-        """Free bytes, after older checkpoints were removed if that was necessary. On rank 0."""
+        """Free bytes, after deleting older checkpoints if necessary. On rank 0."""
         for old in complete(self.folder)[:-1]:
             if shutil.disk_usage(self.folder).free >= needed:
                 break
@@ -132,12 +132,12 @@ class Checkpoints:
         return shutil.disk_usage(self.folder).free
 
     def _poll(self) -> None:
-        """Put a checkpoint into its place as soon as all ranks have written it."""
+        """Publish a checkpoint as soon as all ranks have written it."""
         if self._writer and ranks.all_of(not self._writer.thread.is_alive()):
             self.finish()
 
     def finish(self) -> None:
-        """Wait for a checkpoint that is being written, and put it into its place."""
+        """Wait for the checkpoint that is being written, and publish it."""
         if not self._writer:
             return
         writer, self._writer = self._writer, None
@@ -146,7 +146,7 @@ class Checkpoints:
             errors = [e for e in ranks.every(writer.error) if e]
             if errors:
                 self.saved = None
-                shutil.rmtree(writer.work, ignore_errors=True)  # it may be what fills the disk
+                shutil.rmtree(writer.work, ignore_errors=True)  # it may be what filled the disk
                 raise OSError(*errors[0]) if errors[0][0] else RuntimeError(errors[0][1])
             if ranks.rank() == 0:
                 self.log.sync()
@@ -165,7 +165,7 @@ class Checkpoints:
         for aside in (self.folder / "checkpoints").glob("*.damaged"):
             shutil.rmtree(aside)
 
-    # --- going on ---
+    # --- resuming ---
 
     def restore(self) -> tuple[int, dict, dict[str, Tensor]]:
         """Load the newest valid checkpoint, if there is one. Returns (steps done, state of the stage, shared tensors)."""
@@ -176,7 +176,7 @@ class Checkpoints:
         manifest = read_manifest(path)
         if manifest["key"] != self.key:
             raise UserError(
-                f"{path} belongs to step {manifest['key']}, this is {self.key}: a checkpoint goes on with its own configuration only"
+                f"{path} belongs to step {manifest['key']}, this is {self.key}: a checkpoint can only be resumed with its own configuration"
             )
         if manifest["precision"] != self.cfg.hardware.precision:
             self.log.say(f"{path.name} was written in {manifest['precision']} and is read in {self.cfg.hardware.precision}")
@@ -187,14 +187,14 @@ class Checkpoints:
         self._restore_random(path, manifest)
         self.log.restore(manifest["log"])
         self.saved = path.name
-        # As rank 0 sees it: it decides whether all save
+        # As rank 0 sees it, so that all ranks decide alike
         self.best = ranks.first(lambda: max((score for score, _ in scored(complete(self.folder))), default=-np.inf))
         shared = path / SHARED
         tensors = safe_tensors(shared, self.log.device) if shared.exists() else {}
         return manifest["step"], manifest["state"], tensors
 
     def load_best(self, score: float) -> bool:
-        """Give the engines the weights of the best kept checkpoint, if it scored more than `score`. Returns whether it did."""
+        """Give the engines the weights of the best kept checkpoint, if it scored higher than `score`. Returns whether it did."""
         if not self.cfg.checkpoint.keep_best:
             return False
         better = [path for found, path in reversed(scored(self._finished())) if found > score]
@@ -223,14 +223,14 @@ class Checkpoints:
         return None
 
     def _finished(self) -> list[Path]:
-        """The finished checkpoints as rank 0 sees them: a network disk may show others something else."""
+        """The finished checkpoints as rank 0 sees them: a network disk may show other ranks something else."""
         return [self.folder / "checkpoints" / name for name in ranks.first(lambda: [p.name for p in complete(self.folder)])]
 
     def _is_whole(self, path: Path) -> bool:
-        """Whether a checkpoint is what was written; says so if not. Each rank reads its share of the files."""
+        """Whether a checkpoint is intact; logs it if not. Each rank reads its share of the files. Collective."""
         problems = [p for p in ranks.every(damage(path, ranks.rank(), ranks.world())) if p]
         if problems:
-            self.log.say(f"checkpoint {path.name} is damaged and left out: {problems[0]}")
+            self.log.say(f"checkpoint {path.name} is damaged and skipped: {problems[0]}")
         return not problems
 
     def _load_engine(self, path: Path, manifest: dict, name: str, engine) -> None:
@@ -242,14 +242,14 @@ class Checkpoints:
         set_scaler_state(engine, manifest["scalers"][name])
 
     def _load_average(self, path: Path, manifest: dict) -> None:
-        """A run that began without one, and was forced to go on with one, has none yet."""
+        """Load the average; a run that started without one and was forced to continue with one has none yet."""
         if any(name.startswith("average.rank_") for name in manifest["files"]):
             return fill(path, manifest, "average", self.average.shards(), kinds=("weight",))
         self.average.restart()
-        self.log.say(f"{path.name} holds no averaged weights: the average begins with the weights that it holds")
+        self.log.say(f"{path.name} holds no averaged weights: the average starts from its weights")
 
     def _restore_random(self, path: Path, manifest: dict) -> None:
-        """Random states as they were; on another number of ranks fresh ones (only dropout uses them)."""
+        """Random states as they were; fresh ones for another number of ranks (only dropout uses them)."""
         if manifest["world_size"] == ranks.world():
             set_random_state(json.loads((path / f"rank_{ranks.rank()}.json").read_text())["random"])
             return
@@ -259,7 +259,7 @@ class Checkpoints:
 
 
 class Writer:
-    """One checkpoint on its way to the disk, in a thread: files, hashes, and at the end, by `publish`, its name."""
+    """Writes one checkpoint to disk in a thread: files and hashes. Then `publish` gives it its name."""
 
     def __init__(self, final: Path, files: dict[str, dict[str, Tensor]], facts: dict, started: float):
         self.final, self.work, self.files, self.facts, self.started = final, final.with_suffix(".tmp"), files, facts, started
@@ -281,16 +281,16 @@ class Writer:
             text = json.dumps({"random": self.random, "files": made})
             (self.work / f"rank_{ranks.rank()}.json").write_text(text)
             sealed(self.work / f"rank_{ranks.rank()}.json")
-        except Exception as error:  # whatever safetensors and the file system raise; `finish` tells it to all ranks
+        except Exception as error:  # whatever safetensors and the file system raise; `finish` raises it on all ranks
             full = "No space left" in str(error)
             self.error = (errno.ENOSPC if full else getattr(error, "errno", None) or 0, f"{type(error).__name__}: {error}")
         finally:
             self.files = {}
 
     def publish(self) -> None:
-        """Write the manifest and give the folder its name. On rank 0, after all ranks have written."""
+        """Write the manifest and rename the folder. On rank 0, after all ranks have written."""
         files = {}
-        for rank in range(self.facts["world_size"]):  # by name: a network disk may list a folder as it was
+        for rank in range(self.facts["world_size"]):  # by name: a network disk may list a stale folder
             part = self.work / f"rank_{rank}.json"
             files |= json.loads(part.read_text())["files"] | {part.name: sealed(part)}
         write_manifest(self.work, self.facts | {"files": files})
@@ -301,11 +301,11 @@ class Writer:
 
 
 def fill(path: Path, manifest: dict, name: str, wanted: list[Shard], kinds: tuple[str, ...]) -> None:
-    """Copy from the files of all ranks, however many there were, into the shards of this one."""
+    """Copy from the files of all ranks that wrote, however many, into the shards of this one."""
     pieces: dict[tuple[str, str], list] = {}
     files = [safe_open(path / f, framework="pt") for f in manifest["files"] if f.startswith(f"{name}.rank_")]
     for file in files:
-        for key in file.keys():  # noqa: SIM118  a safe_open is no mapping
+        for key in file.keys():  # noqa: SIM118  a safe_open is not a mapping
             parameter, kind, start = key.rsplit("|", 2)
             pieces.setdefault((parameter, kind), []).append((int(start), file.get_slice(key)))
     for shard in wanted:
@@ -322,7 +322,7 @@ def fill(path: Path, manifest: dict, name: str, wanted: list[Shard], kinds: tupl
 
 def safe_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118  a safe_open is no mapping
+        return {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118  a safe_open is not a mapping
 
 
 def random_state() -> dict:

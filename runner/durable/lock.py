@@ -1,8 +1,8 @@
-"""A lock between processes: who holds it makes the thing, the others wait and then find it made.
+"""A lock between processes: one makes the thing, the others wait and then find it made.
 
-The kernel releases it when its holder dies, however it dies, so there are no stale locks. The launcher passes the lock's
-file descriptor on to what it starts, but torchrun's children do not inherit it: every worker holds a lock of its own, shared with
-the other ranks (`share`), on which the next launcher waits.
+The kernel releases it when its holder dies, however it dies, so there are no stale locks. The launcher passes the lock's file
+descriptor to the process it starts, but torchrun's children do not inherit it. So the workers also share a lock of their own (`share`),
+which the next launcher waits for.
 """
 
 import errno
@@ -24,19 +24,19 @@ def lock(path: Path, what: str) -> Iterator[int]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # named by watch/machine.py
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # watch/machine.py explains these
             raise
         if error.errno != errno.ELOOP:
             raise UserError(
                 f"the lock {path} cannot be made ({error.strerror}): look at what lies there, or type store=/a/folder/of/yours"
             ) from error
-        raise UserError(f"the lock {path} is a link: whoever made it would have us write elsewhere. Delete it") from error
+        raise UserError(f"the lock {path} is a symlink: whoever made it would have us write elsewhere. Delete it") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            print(f"waiting for {what}: {owner} is at it", file=sys.stderr, flush=True)
+            print(f"waiting for {what}: {owner} is working on it", file=sys.stderr, flush=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)

@@ -1,4 +1,4 @@
-"""Checkpoint folders as they lie on the disk: which are finished, and whether they are still what was written. No torch."""
+"""Checkpoint folders on disk: which are finished, and whether they are still what was written. No torch."""
 
 import hashlib
 import json
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from runner.files import flush
 
-# Written last: a folder without it is no checkpoint
+# Written last: a folder without it is not a checkpoint
 MANIFEST = "manifest.json"
-# Tensors that all ranks hold alike: an unfinished rollout
+# Tensors that are the same on all ranks: an unfinished rollout
 SHARED = "shared.safetensors"
 
 
@@ -38,7 +38,7 @@ def _digest_of(facts: dict) -> str:
 
 
 def scored(paths: list[Path]) -> list[tuple[float, Path]]:
-    """(score, checkpoint) of those that an evaluation has scored, the worst first. A broken manifest has no score."""
+    """(score, checkpoint) of those that an evaluation has scored, worst first. A broken manifest counts as unscored."""
     found = []
     for path in paths:
         with suppress(OSError, ValueError, KeyError):
@@ -48,13 +48,13 @@ def scored(paths: list[Path]) -> list[tuple[float, Path]]:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint, its manifest first: what a crash leaves over is no checkpoint."""
+    """Delete a checkpoint, its manifest first: what a crash in between leaves is not a checkpoint."""
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)  # a network disk may hold on to a file for a while
 
 
 def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with a checkpoint, if anything. share of shares: look at every so many-th file only."""
+    """What is wrong with a checkpoint, if anything. share, shares: look only at every shares-th file, starting with number `share`."""
     try:
         files = read_manifest(path)["files"]
     except (OSError, ValueError, KeyError) as error:
@@ -71,7 +71,7 @@ def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
 
 
 def sealed(path: Path) -> dict:
-    """Push a file to the disk. Returns its size and hash."""
+    """fsync a file. Returns its size and hash."""
     flush(path)
     return {"bytes": path.stat().st_size, "sha256": digest(path)}
 
@@ -82,11 +82,11 @@ def digest(path: Path) -> str:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint of a step folder that is what was written."""
+    """The newest checkpoint of a step folder that is intact."""
     return next((path for path in reversed(complete(folder)) if damage(path) is None), None)
 
 
 def steps_done(folder: Path) -> int | None:
-    """Steps that the newest checkpoint of a step folder has behind it; None if there is none."""
+    """Steps done at the newest checkpoint of a step folder; None if there is none."""
     found = complete(folder)
     return int(found[-1].name.split("_")[1]) if found else None

@@ -1,7 +1,7 @@
-"""Going on with a step that was interrupted, when the configuration has changed since. No torch.
+"""Resuming an interrupted step when the configuration has changed since. No torch.
 
-A step's key hashes what shapes its result, so a changed configuration is another step. That is right, and yet nobody should lose
-hours to a forgotten override: the step that this name worked at last, if it is unfinished, is shown with the difference.
+A step's key hashes what shapes its result, so a changed configuration is another step. That is right, yet nobody should lose hours to a
+forgotten override: if the last step under this name is unfinished, the run is refused and the differences are shown.
 """
 
 import json
@@ -21,7 +21,7 @@ from runner.errors import UserError
 from runner.files import whole_folder, write_text
 
 FACTS = "facts.json"
-# Settings that are read only when a stage begins
+# Settings that are only read when a stage starts
 FIXED = ("ppo.normalize_scores", "ppo.calibration_prompts")
 # Characters of a value in a list of differences
 SHOWN = 60
@@ -29,7 +29,7 @@ SHOWN = 60
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A step that was begun under the same name, with another configuration."""
+    """A step that was started under the same name, with another configuration."""
 
     folder: Path
     key: str
@@ -45,16 +45,16 @@ def write_facts(folder: Path, name: str, key: str, facts: dict) -> None:
 
 
 def _steps_of(store: Path, stage: str, name: str) -> Iterator[tuple[Path, dict]]:
-    """Step folders of a stage that `name` has worked at, the newest first, and what shapes them."""
+    """(folder, contents of facts.json) of the steps that `name` has worked on in a stage, newest first."""
     for path in sorted(store.glob(f"{stage}-*/{FACTS}"), key=lambda p: -p.stat().st_mtime_ns):
-        with suppress(ValueError, KeyError, TypeError):  # what others have left there
+        with suppress(ValueError, KeyError, TypeError):  # not written by us
             found = json.loads(path.read_text())
             if found["name"] == name and isinstance(found["facts"], dict):
                 yield path.parent, found
 
 
 def unfinished(store: Path, stage: str, name: str, facts: dict) -> Unfinished | None:
-    """The step of this stage that `name` worked at last, if it has a checkpoint, is not done, and nobody is at it."""
+    """The step that `name` last worked on in this stage, if it has a checkpoint, is not done, and nobody is working on it."""
     folder, found = next(_steps_of(store, stage, name), (None, None))
     if folder is None or (folder / "DONE").exists() or is_held(store / "locks" / folder.name):
         return None
@@ -63,7 +63,7 @@ def unfinished(store: Path, stage: str, name: str, facts: dict) -> Unfinished | 
 
 
 def forced(store: Path, stage: str, name: str, facts: dict) -> tuple[Path, dict] | None:
-    """(folder, facts) of a step of exactly this configuration that was forced to go on from another one, done or not."""
+    """(folder, facts) of a step with exactly this configuration that was forced to continue another one, done or not."""
     for folder, found in _steps_of(store, stage, name):
         if set(differences(found["facts"], facts)) == {"goes_on_from"}:
             return folder, found["facts"]
@@ -71,7 +71,7 @@ def forced(store: Path, stage: str, name: str, facts: dict) -> tuple[Path, dict]
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:
-    """Dotted keys whose values differ: key -> (old, new), None where there is none."""
+    """Dotted keys whose values differ: key -> (old, new), None where a key is missing."""
     found = {}
     for key in sorted(old.keys() | new.keys()):
         one, other = old.get(key), new.get(key)
@@ -85,36 +85,36 @@ def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:
 
 
 def _numbered(sources: list) -> dict:
-    """Data sources as data_key lists them, [settings, content], so that it can be said in what they differ."""
+    """Data sources, which data_key lists as [settings, content], as a mapping, so that `differences` can look inside."""
     return {str(i): settings | {"content": content} for i, (settings, content) in enumerate(sources)}
 
 
 def refuse(cfg: Config, stage: str, earlier: Unfinished) -> None:
-    """Raise UserError: what lies there, how it differs, and the three ways to go on. What has learnt nothing yet is left with a word."""
+    """Raise UserError: what was interrupted, how it differs, and the three ways on. A step that has learnt nothing yet is only noted."""
     if complete(earlier.folder)[-1].name == "step_0":
-        print(f"{stage} begins anew: {earlier.folder}, of another configuration, was interrupted before its first step", file=sys.stderr)
+        print(f"{stage} starts over: {earlier.folder}, with another configuration, was interrupted before its first step", file=sys.stderr)
         return
-    differ = in_settings(cfg, stage, earlier) or ["(none: it had itself gone on from another configuration)"]
+    differ = in_settings(cfg, stage, earlier) or ["(none: that step had itself continued from another configuration)"]
     lines = "\n".join(f"  {line}" for line in differ)
     raise UserError(
         f"stage {stage} was interrupted at step {earlier.steps} in {earlier.folder}, and this command has another configuration:\n{lines}\n"
-        "To go on with it, type the old values. To go on from its checkpoint with the new ones, add resume=force; the result says so "
-        "for ever. To leave it where it is and begin anew, add resume=new"
+        "To resume it, type the old values. To continue from its checkpoint with the new ones, add resume=force, which the result records. "
+        "To leave it where it is and start over, add resume=new"
     )
 
 
-# Parts of keys that shape no result, or are named again by the keys that read them
+# Parts of keys that do not shape the result, or that show up again under the keys that read them
 UNTOLD = {"name", "recipe", "eval_every", "eval_examples", "eval_prompts", "trust_remote_code"}
 
 
 def in_settings(cfg: Config, stage: str, earlier: Unfinished) -> list[str]:
-    """The differences by keys that can be typed: a parent's hash, or a list of files, comes from settings that config.yaml holds."""
+    """The differences as keys that can be typed: behind a parent's hash or a list of files are settings, which config.yaml holds."""
     try:
         before = read_yaml(earlier.folder / "config.yaml")
     except UserError:
         return earlier.describe()
     found = differences(_settings(before, stage), _settings(asdict(cfg), stage))
-    # dataset.sources reads what dataset.path and dataset.fields say
+    # dataset.sources repeats dataset.path and dataset.fields
     pairs = [pair for key, pair in found.items() if not key.startswith("dataset.sources.")]
     told = {key: pair for key, pair in found.items() if not key.startswith("dataset.sources.") or pair not in pairs}
     lines = [f"{key}: {_brief(old)} -> {_brief(new)}" for key, (old, new) in told.items() if not UNTOLD & set(key.split("."))]
@@ -122,7 +122,7 @@ def in_settings(cfg: Config, stage: str, earlier: Unfinished) -> list[str]:
 
 
 def _settings(config: dict, stage: str) -> dict:
-    """Of a whole configuration the blocks that a step and its parents read."""
+    """The blocks of a configuration that a step and its parents read."""
     stages = (*PARENTS[stage], stage)
     unread = {part for part, trained in (("actor", "sft"), ("reward", "reward")) if trained not in stages}
     blocks = {name: config.get(name) for name in ("seed", "model", "dataset", "rollout", *stages) if name != "rollout" or stage == "ppo"}
@@ -130,44 +130,44 @@ def _settings(config: dict, stage: str) -> dict:
 
 
 def _explains(lines: list[str], fact: str) -> bool:
-    """Whether lines about settings tell why a fact differs: one of the same block; of a parent any may."""
+    """Whether some line about settings explains why a fact differs: one of the same block; for a parent's key, any line."""
     block = fact.partition(".")[0]
     return any(block == "parents" or line.startswith((f"{block}.", f"{block}:")) for line in lines)
 
 
 def _unexplained(fact: str, old: object, new: object) -> str:
-    """A difference that lies in no setting: files are not what they were, or the code is another."""
+    """A difference that no setting explains: files have changed, or the code has."""
     if fact.startswith("parents.") or fact.endswith(".content") or isinstance(old, list):
-        return f"{fact}: other files than then"
+        return f"{fact}: the files have changed"
     return f"{fact}: {_brief(old)} -> {_brief(new)}"
 
 
 def check_forced(stage: str, earlier: Unfinished) -> None:
-    """Raise UserError if a setting has changed that is read only when the stage begins: no checkpoint goes on with another."""
+    """Raise UserError if a setting has changed that is only read when the stage starts: a checkpoint keeps its old value."""
     lines = [line for key, line in zip(earlier.differences, earlier.describe(), strict=True) if key in FIXED]
     if lines:
         raise UserError(
-            f"resume=force cannot go on from {earlier.folder} with {', '.join(lines)}: the scale of the scores is fixed when PPO begins, "
-            "and the critic has learnt in it. Type the old value, or resume=new"
+            f"resume=force cannot continue from {earlier.folder} with {', '.join(lines)}: the scale of the scores is fixed when PPO "
+            "starts, and the critic has learnt in it. Type the old value, or resume=new"
         )
 
 
 def adopt(folder: Path, key: str, earlier: Unfinished) -> None:
-    """Begin the step `key` from the newest whole checkpoint of another one, whose files are linked where the disk can do that.
+    """Start the step `key` from the newest intact checkpoint of another one. Its files are hard-linked where the disk allows it.
 
-    An unfinished rollout stays behind: its prompts, its responses and its minibatches are of the old configuration. The weights are kept
-    as they are, in the middle of its update.
+    An unfinished rollout is left behind: its prompts, responses and minibatches belong to the old configuration. The weights are kept as
+    they are, in the middle of its update.
     """
     with lock(earlier.folder.parent / "locks" / earlier.folder.name, f"step {earlier.folder.name}"):
         source = newest_whole(earlier.folder)
         if source is None:
-            raise UserError(f"no checkpoint in {earlier.folder} is whole any more: type resume=new to begin anew")
+            raise UserError(f"no checkpoint in {earlier.folder} is intact any more: type resume=new to start over")
         manifest = read_manifest(source) | {"key": key}
         name = f"step_{manifest['step']}"
         if manifest["files"].pop(SHARED, None):
-            print(f"the unfinished rollout of {source.name} was made with the old configuration: another is sampled", file=sys.stderr)
+            print(f"the unfinished rollout of {source.name} was made with the old configuration: a new one is sampled", file=sys.stderr)
         lines = (earlier.folder / "metrics.jsonl").read_bytes()[: manifest["log"]["bytes"]]
-        # The checkpoint last: where it is, the step has been adopted
+        # The checkpoint last: once it exists, the step counts as adopted
         write_text(folder / "metrics.jsonl", lines.decode())
         with whole_folder(folder / "checkpoints" / name) as work:
             for file in manifest["files"]:

@@ -1,8 +1,8 @@
-"""What a rank holds of a model in training, in one language for every ZeRO stage: runs of elements of flattened parameters.
+"""What a rank holds of a model in training, in one form for every ZeRO stage: ranges of elements of flattened parameters.
 
-DeepSpeed keeps fp32 weights and AdamW's moments in five ways: as the parameters themselves (stage 0 in fp32), beside each
-parameter (stage 0 in half precision), or cut out of flat partitions (stages 1, 2, 3, bf16). A Shard hides which. Since it is
-named and placed, checkpoints made of shards are read by any number of ranks under any stage.
+DeepSpeed keeps fp32 weights and AdamW's moments in five ways: as the parameters themselves (stage 0 in fp32), next to each
+parameter (stage 0 in half precision), or cut out of flat partitions (stages 1, 2, 3, bf16). A Shard hides which. Since it
+knows its parameter and position, any number of ranks can read checkpoints made of shards, under any stage.
 """
 
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 
 @dataclass
 class Shard:
-    """Elements start .. start + n of a flattened parameter. The tensors are flat views: writing to them changes the training."""
+    """Elements start .. start + n of a flattened parameter. The tensors are flat views: writing to them changes the weights in training."""
 
     name: str
     start: int
     tensors: dict[str, Tensor]  # "weight" (fp32, or the parameter's own precision), and AdamW's moments once there are any
-    everywhere: bool = False  # every rank holds the same
+    everywhere: bool = False  # every rank holds the same elements
 
 
 def shards(engine) -> list[Shard]:
@@ -41,7 +41,7 @@ def shards(engine) -> list[Shard]:
 
 
 def local_shard(name: str, parameter: nn.Parameter, tensor: Tensor) -> Shard:
-    """A Shard for a tensor that lies as this rank's part of a parameter does: all of it, or its ZeRO-3 piece without padding."""
+    """A Shard for a tensor laid out like this rank's part of a parameter: all of it, or its ZeRO-3 piece without padding."""
     if not hasattr(parameter, "ds_tensor"):
         return Shard(name, 0, {"weight": tensor.view(-1)}, everywhere=True)
     start = dist.get_rank() * parameter.ds_tensor.ds_numel
@@ -78,7 +78,7 @@ def _places(engine, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor, int,
 
 
 def make_moments(engine, steps: int) -> None:
-    """Give the optimizer the state that it has after `steps` steps, moments zero where it has none yet, for `shards` to show."""
+    """Create the optimizer state as after `steps` steps, with zero moments where there are none, so that `shards` can show it."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     flats = {flat: None for p in engine.module.parameters() if p.requires_grad for _, flat, _, _ in _places(engine, p)}
     for flat in flats:
@@ -93,13 +93,13 @@ def make_moments(engine, steps: int) -> None:
 
 
 def steps_taken(engine) -> int:
-    """Steps that AdamW has counted: those that were skipped for an overflow are not among them."""
+    """Steps that AdamW has taken, without those skipped because of an overflow."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return int(max((state["step"] for state in inner.state.values() if "step" in state), default=0))
 
 
 def publish(engine) -> None:
-    """Bring what was written to fp32 shards to the weights that the model computes with. Collective."""
+    """Copy what was written to fp32 shards into the weights that the model computes with. Collective."""
     zero = engine.optimizer
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         zero.checkpoint_event_prologue()
@@ -116,7 +116,7 @@ def publish(engine) -> None:
 
 
 def republish(parameters) -> None:
-    """ZeRO-3 keeps small parameters whole on every rank: renew these copies from the pieces. Collective."""
+    """ZeRO-3 keeps small parameters whole on every rank: refresh these copies from the pieces. Collective."""
     whole = [p for p in parameters if getattr(p, "ds_persist", False)]
     if whole:
         whole[0].partition(whole)
@@ -124,19 +124,19 @@ def republish(parameters) -> None:
 
 
 def scaler_state(engine) -> dict[str, float]:
-    """Counters of dynamic loss scaling (fp16), and nothing for other precisions."""
+    """Counters of dynamic loss scaling (fp16); {} for other precisions."""
     if not engine.fp16_enabled():
         return {}
     return {name: getattr(_scaler(engine), name) for name in SCALER_FIELDS if hasattr(_scaler(engine), name)}
 
 
 def set_scaler_state(engine, state: dict[str, float]) -> None:
-    """Put the counters back; they mean nothing to an engine of another precision."""
+    """Restore the counters, unless the engine now has another precision."""
     for name, value in state.items() if engine.fp16_enabled() else ():
         setattr(_scaler(engine), name, value)
 
 
 def _scaler(engine):
-    """The object that counts: ZeRO's, or the one of stage 0."""
+    """The object that holds the counters: ZeRO's loss scaler, or stage 0's."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     return scaler if hasattr(scaler, "cur_scale") else engine.optimizer.loss_scale_config

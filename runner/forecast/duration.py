@@ -1,7 +1,7 @@
-"""Seconds of a step: its work, at the shares of the data sheet's rates that this runner reached on an H200 (benchmarks/RESULTS.md), and
-what the GPUs send each other, as if all arithmetic waited for it.
+"""Seconds per step: arithmetic, at the shares of the data sheet's rates that this runner reached on an H200 (benchmarks/RESULTS.md), plus
+communication between GPUs, as if it never overlapped with arithmetic.
 
-Responses are as long as they may be. Evaluations, checkpoints, start-up, and what ZeRO-3 gathers of models that only read are left out.
+Responses count at maximum length. Left out: evaluations, checkpoints, start-up, and what ZeRO-3 gathers of frozen models.
 """
 
 import math
@@ -13,19 +13,19 @@ from runner.forecast.memory import itemsize, samples_whole, slots
 from runner.forecast.network import trained
 from runner.sampling_sizes import PROBE
 
-# Shares of the data sheet's rates: matrix products of training and scoring, reading of decoding
+# Shares of the data sheet's rates: of arithmetic in training and scoring, of memory bandwidth in decoding
 MATMUL, BANDWIDTH = 0.45, 0.6
-# And of the links between GPUs: an all-reduce of 1 GiB over four H100s came to 355 of 450 GB/s
+# Share of the links between GPUs: an all-reduce of 1 GiB over four H100s reached 355 of 450 GB/s
 LINKS = 0.75
-# Seconds that launches take where the GPU waits for them, per layer: of a decode step of ours and of transformers' generate, and of
-# forward and backward of a micro batch
+# Seconds per layer when the GPU waits for kernel launches: a decode step of ours, one of transformers' generate, and forward plus
+# backward of a micro batch
 DECODE_LAUNCHES, GENERATE_LAUNCHES, TRAIN_LAUNCHES = 55e-6, 600e-6, 2.5e-3
-# Seconds of an optimizer step on the host's CPU, per parameter, with the way there and back (OPT-6.7B on an H100's host)
+# Seconds per parameter of an optimizer step on the CPU, transfers included (OPT-6.7B on an H100's host)
 CPU_STEP = 0.5e-9
 
 
 def why_no_time(cfg: Config) -> str | None:
-    """What keeps the time from being known, and what to type, in words; None if nothing does."""
+    """Why the time cannot be estimated, and what to type; None if it can."""
     h = cfg.hardware
     if not h.tflops:
         return "hardware.tflops=0: type the card's rate"
@@ -34,12 +34,12 @@ def why_no_time(cfg: Config) -> str | None:
     if h.offload.params:
         return "hardware.offload.params=true: how fast weights come out of CPU memory has not been measured"
     if h.world_size > 1 and not h.link_gb_s:
-        return "hardware.link_gb_s=0: type the rate at which a GPU hears from the others"
+        return "hardware.link_gb_s=0: type the rate at which a GPU receives from the others"
     return None
 
 
 def step_seconds(cfg: Config, stage: str, prompt: float, response: float) -> float | None:
-    """Of one optimizer step, or of one iteration of PPO, for sequences of these mean lengths. None where nobody knows (`why_no_time`)."""
+    """Seconds of one optimizer step (PPO: iteration) for sequences of these mean lengths. None if unknown (`why_no_time`)."""
     if why_no_time(cfg):
         return None
     batch, length = step_batch(cfg, stage), prompt + response
@@ -57,7 +57,7 @@ def step_seconds(cfg: Config, stage: str, prompt: float, response: float) -> flo
 
 
 def _training(cfg: Config, stage: str, engine: str, rows: int, length: float, response: float) -> float:
-    """An optimizer step of a model: its arithmetic, or launches where the GPU waits for these; the optimizer on the CPU; what GPUs send."""
+    """An optimizer step of one model: arithmetic, or kernel launches if they take longer; an optimizer on the CPU; communication."""
     h, (net, lora) = cfg.hardware, trained(cfg, engine)
     work, lengths = net.work(lora), [length] * rows
     at_once = micro_positions(cfg, stage) * h.world_size * (2 if stage in ("reward", "dpo") else 1)
@@ -69,8 +69,8 @@ def _training(cfg: Config, stage: str, engine: str, rows: int, length: float, re
 
 
 def _exchanged(cfg: Config, engine: str, micros: int) -> float:
-    """Bytes that GPUs send for an optimizer step: gradients and moved weights; ZeRO 2 sums gradients for each micro batch, and ZeRO-3 also
-    gathers the weights for its forward, for what is computed again, and for its backward."""
+    """Bytes that GPUs exchange in an optimizer step: gradients and updated weights. ZeRO-2 reduces gradients after each micro batch; ZeRO-3
+    also gathers the weights, for forward, recomputation and backward."""
     net, lora = trained(cfg, engine)
     weights, gradients, stage = net.weights * itemsize(cfg), net.trained(lora) * itemsize(cfg), getattr(cfg.hardware.zero, engine)
     if stage == 3:
@@ -79,9 +79,9 @@ def _exchanged(cfg: Config, engine: str, micros: int) -> float:
 
 
 def _sampling(cfg: Config, prompt: float, response: float) -> float:
-    """A rollout: prompts are read, then tokens follow one by one, in batches of as many responses as there are slots.
+    """A rollout: prefill, then decoding token by token, in batches of `slots` responses.
 
-    Weights that ZeRO-3 cannot lay whole on each GPU are sampled from through generate, which gathers all of them for every token.
+    If ZeRO-3 cannot fit the whole weights on each GPU, generate samples, which gathers all of them for every token.
     """
     h, rows, at_once, whole = cfg.hardware, cfg.ppo.rollout_batch, slots(cfg), samples_whole(cfg)
     net, lora = trained(cfg, "actor")
@@ -94,7 +94,7 @@ def _sampling(cfg: Config, prompt: float, response: float) -> float:
 
 
 def _scoring(cfg: Config, length: float, response: float) -> float:
-    """Reading a rollout with reference, critic and reward model, and a share of it with the actor."""
+    """Scoring a rollout with reference, critic and reward model, and a share of it with the actor."""
     (actor, actor_lora), (reward, reward_lora), rows = trained(cfg, "actor"), trained(cfg, "critic"), cfg.ppo.rollout_batch
     lengths, probed = [length] * rows, 1 / PROBE if cfg.rollout.max_mismatch else 1
     reading = (1 + probed) * flops.forward(actor.work(actor_lora), lengths, rows * response)
@@ -102,11 +102,11 @@ def _scoring(cfg: Config, length: float, response: float) -> float:
 
 
 def _rate(cfg: Config) -> float:
-    """FLOPs of all GPUs in a second."""
+    """FLOP/s of all GPUs together."""
     return MATMUL * cfg.hardware.tflops * 1e12 * cfg.hardware.world_size
 
 
 def _sending(cfg: Config, count: float) -> float:
-    """Seconds until each GPU has so many bytes that all of them hold shares of."""
+    """Seconds until each GPU has `count` bytes of which every GPU holds an equal share."""
     world = cfg.hardware.world_size
     return count * (1 - 1 / world) / (LINKS * cfg.hardware.link_gb_s * 1e9) if world > 1 else 0.0

@@ -1,4 +1,4 @@
-"""Whether a stage fits into the memory of its GPUs, and what to type where it does not."""
+"""Whether a stage fits into GPU memory, and what to type if it does not."""
 
 from dataclasses import replace
 from operator import attrgetter
@@ -6,7 +6,7 @@ from operator import attrgetter
 from runner.batch_sizes import micro_batch, step_batch
 from runner.config import ENGINES, Config
 from runner.errors import UserError
-from runner.forecast.memory import host_bytes, moments
+from runner.forecast.memory import host_bytes, peaks
 from runner.forecast.network import networks
 from runner.plan import shares_reference
 
@@ -15,10 +15,10 @@ ROOM = 0.95
 
 
 def refuse_the_impossible(cfg: Config, stages: list[str]) -> None:
-    """Raise UserError where weights, gradients and optimizer alone do not fit: no batch is small enough for that."""
+    """Raise UserError if weights, gradients and optimizer alone do not fit: then no batch is small enough."""
     for stage in stages if foreseeable(cfg) else ():
-        states, memory = moments(cfg, stage)["states"], cfg.hardware.memory_gb
-        if states > memory * 2**30:  # makers say GB and mean more: an 80 GB card has 85e9 bytes
+        states, memory = peaks(cfg, stage)["states"], cfg.hardware.memory_gb
+        if states > memory * 2**30:  # GB on the box are GiB: an 80 GB card has 85e9 bytes
             raise UserError(
                 f"{stage} of model={cfg.model.name} does not fit hardware={cfg.hardware.name}: weights, gradients and optimizer alone take "
                 f"{gb(states)} of each GPU, which has {memory:g} GB (hardware.memory_gb). {cure(cfg, stages)}"
@@ -26,22 +26,22 @@ def refuse_the_impossible(cfg: Config, stages: list[str]) -> None:
 
 
 def warnings(cfg: Config, stages: list[str]) -> list[str]:
-    """What may not fit, and what to type for all stages together; nothing where all is well."""
+    """What may not fit, then what to type for all stages together. Empty if everything fits."""
     said = []
     for stage in stages:
         if not fits(cfg, stage):
-            phase, most = max(moments(cfg, stage).items(), key=lambda item: item[1])
-            said.append(f"warning: {stage} needs about {gb(most)} ({phase}), and CUDA some; a GPU has {cfg.hardware.memory_gb:g} GB")
+            phase, most = max(peaks(cfg, stage).items(), key=lambda item: item[1])
+            said.append(f"warning: {stage} needs about {gb(most)} ({phase}), plus some for CUDA; a GPU has {cfg.hardware.memory_gb:g} GB")
     return [*said, cure(cfg, stages)] if said else []
 
 
 def foreseeable(cfg: Config) -> bool:
-    """Not on a CPU, nor for networks that nothing describes."""
+    """Whether there can be a forecast: not on a CPU, nor for a network of unknown sizes."""
     return cfg.hardware.accelerator == "cuda" and networks(cfg) is not None
 
 
 def fits(cfg: Config, stage: str) -> bool:
-    return max(moments(cfg, stage).values()) <= ROOM * cfg.hardware.memory_gb * 1e9
+    return max(peaks(cfg, stage).values()) <= ROOM * cfg.hardware.memory_gb * 1e9
 
 
 def gb(count: float) -> str:

@@ -1,7 +1,7 @@
-"""Memory of a GPU at the moments of a stage that can be its largest, with micro batches full of the longest sequences.
+"""GPU memory at the moments of a stage when it can peak, with micro batches of sequences of maximum length.
 
-Counted: weights, gradients, what the optimizer holds, activations, logits, the cache of sampling. Left out: CUDA itself (half a gigabyte)
-and what the allocator wastes. tests/test_forecast.py holds it against what runs have measured.
+Counted: weights, gradients, optimizer states, activations, logits, the cache of sampling. Left out: CUDA itself (half a gigabyte) and
+fragmentation. tests/test_forecast.py compares it with measured runs.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from runner.sampling_sizes import PREFILL_TOKENS, fits_whole
 
 @dataclass(frozen=True)
 class Trainee:
-    """Bytes of a model that trains, on one GPU."""
+    """Bytes of a model in training, on one GPU."""
 
     weights: float
     gradients: float
     optimizer: float  # fp32 copies and moments
-    step: float  # more, for the moment in which the optimizer moves
+    step: float  # on top, while the optimizer steps
 
     @property
     def at_rest(self) -> float:
@@ -46,9 +46,9 @@ def trainee(cfg: Config, engine: str) -> Trainee:
     weights = (net.weights + (net.adapters(lora) if lora.dim else 0)) * size / shared(3)
     return Trainee(
         weights=0.0 if h.offload.params and engine == "actor" else weights,
-        # ZeRO 2 and 3 send them to the CPU as they come
+        # With offloading, ZeRO-2 and -3 move them to the CPU as they are made
         gradients=0.0 if moved and stage >= 2 else count * size / shared(2),
-        # Two moments; and fp32 copies in half precision, and wherever ZeRO lays weights out
+        # Two moments; and an fp32 copy of the weights, except in fp32 without ZeRO
         optimizer=0.0 if moved else count * (8 if size == 4 and not stage else 12) / shared(1),
         step=0.0 if moved or size == 4 else count * 4 / shared(1),
     )
@@ -63,9 +63,9 @@ def frozen(cfg: Config, engine: str, net: Network) -> float:
 
 
 def activations(cfg: Config, net: Network, tokens: float, checkpointing: bool) -> float:
-    """Bytes that a forward pass keeps, with the logits of its responses and their gradient."""
+    """Bytes that a forward pass keeps for the backward, plus the response logits and their gradient."""
     layers = net.layers * net.kept
-    if checkpointing:  # the input of each layer; one layer is computed again, and has gradients half as large
+    if checkpointing:  # the input of each layer; of the one being recomputed everything, and gradients half that size
         layers = net.layers * net.hidden + 1.5 * net.kept
     responses = tokens * cfg.model.max_response_tokens / (cfg.model.max_prompt_tokens + cfg.model.max_response_tokens)
     logits = 0 if net.scalar else 2 * net.vocabulary * min(responses, _chunk(cfg) or responses)
@@ -76,8 +76,8 @@ def _chunk(cfg: Config) -> int:
     return 0 if cfg.hardware.zero.actor == 3 else cfg.hardware.logits_chunk
 
 
-def moments(cfg: Config, stage: str) -> dict[str, float]:
-    """Bytes on the fullest GPU at the moments that can be the largest, by the phase that they belong to. states: without any batch."""
+def peaks(cfg: Config, stage: str) -> dict[str, float]:
+    """Bytes on the fullest GPU when memory can peak, by phase. states: without any batch."""
     if stage == "ppo":
         return _of_ppo(cfg, *networks(cfg))
     (engine,) = ENGINES[stage]
@@ -90,32 +90,32 @@ def moments(cfg: Config, stage: str) -> dict[str, float]:
 
 def _of_ppo(cfg: Config, actor: Network, reward: Network) -> dict[str, float]:
     recompute, tokens = cfg.hardware.gradient_checkpointing, micro_positions(cfg, "ppo")
-    teacher, critic = trainee(cfg, "actor"), trainee(cfg, "critic")
+    policy, critic = trainee(cfg, "actor"), trainee(cfg, "critic")
     resting = _resting(cfg, actor, reward)
-    training = resting + teacher.gradients + critic.gradients
+    training = resting + policy.gradients + critic.gradients
     gathered = actor.weights * itemsize(cfg) if cfg.hardware.zero.actor == 3 and samples_whole(cfg) else 0.0
     kept = max(activations(cfg, actor, tokens, recompute.actor), activations(cfg, reward, tokens, recompute.critic))
     rollout = resting + gathered + _cache(cfg, actor)
-    return {"states": training, "rollout": rollout, "update": training + max(kept, teacher.step, critic.step)}
+    return {"states": training, "rollout": rollout, "update": training + max(kept, policy.step, critic.step)}
 
 
 def samples_whole(cfg: Config) -> bool:
-    """Whether each GPU has all weights of the actor while it samples, as engine.whole_weights will decide."""
+    """Whether each GPU holds all weights of the actor while it samples, as engine.whole_weights will decide."""
     (actor, reward), h = networks(cfg), cfg.hardware
     free = h.memory_gb * 1e9 - _resting(cfg, actor, reward)
     return h.zero.actor != 3 or fits_whole(actor.weights * itemsize(cfg), free)
 
 
 def _resting(cfg: Config, actor: Network, reward: Network) -> float:
-    """Bytes of PPO's models while none of them trains, and of the average, which is in fp32."""
-    teacher, critic = trainee(cfg, "actor"), trainee(cfg, "critic")
+    """Bytes of PPO's models while none of them trains, averaged weights (fp32) included."""
+    policy, critic = trainee(cfg, "actor"), trainee(cfg, "critic")
     average = 4 * actor.trained(cfg.model.actor.lora) if cfg.ppo.ema_decay else 0.0
     average /= cfg.hardware.world_size if cfg.hardware.zero.actor == 3 else 1
-    return teacher.at_rest + critic.at_rest + frozen(cfg, "ref", actor) + frozen(cfg, "reward", reward) + average
+    return policy.at_rest + critic.at_rest + frozen(cfg, "ref", actor) + frozen(cfg, "reward", reward) + average
 
 
 def host_bytes(cfg: Config, stage: str) -> float:
-    """Bytes of CPU memory on each machine that offloading takes; 0 without."""
+    """Bytes of CPU memory that offloading takes on each machine; 0 without offloading."""
     (actor, reward), h, size = networks(cfg), cfg.hardware, itemsize(cfg)
     trains = [trained(cfg, engine) for engine in ENGINES[stage]]
     # Moments, fp32 copies and gradients
@@ -129,11 +129,12 @@ def host_bytes(cfg: Config, stage: str) -> float:
 
 
 def slots(cfg: Config) -> int:
+    """Responses that a GPU samples at a time."""
     return max(1, min(cfg.hardware.micro_batch.rollout, cfg.ppo.rollout_batch // cfg.hardware.world_size))
 
 
 def _cache(cfg: Config, actor: Network) -> float:
-    """Keys and values of the responses that are sampled at one time, and what reading their prompts takes."""
+    """Bytes of sampling: keys and values of the responses sampled at a time, activations of the prefill, one step's logits."""
     tokens = slots(cfg) * (cfg.model.max_prompt_tokens + cfg.model.max_response_tokens)
     reading = min(PREFILL_TOKENS, slots(cfg) * cfg.model.max_prompt_tokens) * actor.kept
     return itemsize(cfg) * (tokens * actor.cache + reading + slots(cfg) * actor.vocabulary)

@@ -1,4 +1,4 @@
-"""Sizes of a network from the shape that a preset or a config.json gives: nothing is loaded, and there is no torch."""
+"""Sizes of a network, from the shape in a preset or a config.json. Loads no model and no torch."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -24,13 +24,13 @@ class Network:
     query_width: int  # heads x head_dim
     key_width: int  # key heads x head_dim
     vocabulary: int
-    embedding: int  # width of its table, and of what the head reads; OPT-350M's is not the hidden size
+    embedding: int  # width of the embedding table and of the head's input; in OPT-350M not the hidden size
     tied: bool
-    scalar: bool  # a reward model: no head that counts
+    scalar: bool  # a reward model: its head is too small to count
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
-        """(in, out) of one layer's, in the order of the family's lora_targets."""
+        """(in, out) of the matrices of one layer, in the order of the family's lora_targets."""
         up = [(self.hidden, self.inner)] * (2 if self.family == "llama" else 1)
         reads = [(self.hidden, self.query_width), (self.hidden, self.key_width), (self.hidden, self.key_width)]
         if "query_key_value" in FAMILIES[self.family].lora_targets:
@@ -48,12 +48,12 @@ class Network:
 
     @property
     def weights(self) -> int:
-        """With embeddings, and a head of its own; without vectors."""
+        """All matrices, embeddings included, and the head if it is not tied. Vectors (norms, biases) are left out."""
         return self.body + self.vocabulary * self.embedding + (0 if self.tied else self.head)
 
     @property
     def kept(self) -> float:
-        """Values that a layer keeps of each token for its backward pass."""
+        """Values per token that a layer keeps for its backward pass."""
         of_hidden, of_inner = FAMILIES[self.family].kept
         return of_hidden * self.hidden + of_inner * self.inner
 
@@ -78,10 +78,10 @@ class Network:
 
 
 def network(family: str, shape: dict, scalar: bool) -> Network | None:
-    """From the settings of a preset or of a config.json; None where they do not say enough."""
+    """From the shape in a preset, or from a config.json; None if sizes are missing."""
     layers, heads = (shape.get(a) or shape.get(b) for a, b in (("n_layer", "num_hidden_layers"), ("n_head", "num_attention_heads")))
     hidden, vocabulary = shape.get("hidden_size") or shape.get("n_embed"), shape.get("vocab_size")
-    if not all(isinstance(size, int) and size > 0 for size in (layers, heads, hidden, vocabulary)):  # a config.json may say anything
+    if not all(isinstance(size, int) and size > 0 for size in (layers, heads, hidden, vocabulary)):  # a config.json may hold anything
         return None
     width = shape.get("head_dim") or hidden // heads
     key_heads = shape.get("num_key_value_heads") or heads
@@ -92,21 +92,21 @@ def network(family: str, shape: dict, scalar: bool) -> Network | None:
 
 
 def networks(cfg: Config) -> tuple[Network, Network] | None:
-    """Actor and reward model, if both are known."""
+    """Actor and reward model; None unless the sizes of both are known."""
     parts = ((cfg.model.actor, cfg.sft, False), (cfg.model.reward, cfg.reward, True))
     found = [network(cfg.model.family, _shape(part, block and block.use), scalar) for part, block, scalar in parts]
     return (found[0], found[1]) if all(found) else None
 
 
 def trained(cfg: Config, engine: str) -> tuple[Network, Lora]:
-    """engine: actor or critic."""
+    """The network of an engine (actor or critic), and its adapters."""
     actor, reward = networks(cfg)
     return (actor, cfg.model.actor.lora) if engine == "actor" else (reward, cfg.model.reward.lora)
 
 
 def _shape(part: ModelPart, pinned: str | None) -> dict:
-    """Of random weights the configuration decides. A folder says itself what is in it, and of a hub model the presets know, if one of them
-    names it: what the configuration says belongs to the preset's own path."""
+    """The shape of random weights is the configuration's, that of a folder is in its config.json, and that of a hub model is in the preset
+    that names it. Never the configured shape for another path: it belongs to the preset's own."""
     if part.init == "random" and not pinned:
         return part.shape
     path = pinned or part.path
@@ -118,7 +118,7 @@ def _shape(part: ModelPart, pinned: str | None) -> dict:
 
 @cache
 def _described() -> dict[str, dict]:
-    """Hub id (or folder) -> shape, of all that conf/model names."""
+    """Hub id (or folder) -> shape, for all models in conf/model."""
     found = {}
     for file in sorted((Path(__file__).parents[2] / "conf" / "model").rglob("*.yaml")):
         preset = OmegaConf.load(file)

@@ -1,4 +1,4 @@
-"""What the stages of a run will need, as it is printed before any of them starts: memory, time and money."""
+"""The forecast that is printed before any stage starts: memory, time and money."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,16 +8,16 @@ from runner.config import Config
 from runner.durable.manifest import steps_done
 from runner.forecast.duration import step_seconds, why_no_time
 from runner.forecast.fit import foreseeable, warnings
-from runner.forecast.memory import moments
+from runner.forecast.memory import peaks
 from runner.plan import Step, print_columns
 
-# Steps of which the price is told where nobody knows yet how many there will be
+# Steps to give time and price for, while the number of steps is unknown
 MANY = 1000
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of the rows of a stage, once they are tokenised."""
+    """The rows of a stage, once they are tokenised."""
 
     count: int
     prompt: float  # mean tokens
@@ -37,31 +37,33 @@ class Forecast:
 
 
 def show_forecast(cfg: Config, steps: list[Step], inputs: dict[str, dict]) -> None:
-    """Print a table of the stages that are still to run. inputs: of runner.prepare; without any, sequences are as long as they may be."""
+    """Print a table of the stages that are still to run. inputs: from runner.prepare; if empty, sequences count at maximum length."""
     missing = [step for step in steps if not step.done]
     if cfg.hardware.accelerator == "cpu" or not missing:
         return
     if not foreseeable(cfg):
-        return print("\nno forecast: of a hub model that no preset describes the sizes are unknown")
+        return print("\nno forecast: no preset gives the sizes of this hub model")
     known = {stage: rows_of(cfg, stage, given) for stage, given in inputs.items()}
     found = [forecast(cfg, step.stage, known.get(step.stage), steps_done(step.folder) or 0) for step in missing]
     counted = all(one.steps is not None for one in found)
     print()
     print_columns(with_totals(cfg, found) if counted else for_many_steps(cfg, found))
     if why := why_no_time(cfg):
-        print(f"No time is told with {why}")
+        print(f"No time estimate with {why}")
     if not inputs:
-        print("For sequences of the greatest length. Once the data are tokenised a run says how long they are, before it trains.")
+        print(
+            "For sequences of maximum length. Once the data is tokenised, a run prints this again with the real lengths, before it trains."
+        )
     for text in warnings(cfg, [step.stage for step in missing]):
         print(text)
 
 
 def forecast(cfg: Config, stage: str, rows: Rows | None, done: int) -> Forecast:
-    """done: steps that are behind it already, where it is resumed."""
+    """done: steps already taken, if the stage is resumed."""
     lengths = (rows.prompt, rows.response) if rows else (cfg.model.max_prompt_tokens, cfg.model.max_response_tokens)
     steps = steps_of_stage(cfg, stage, rows)
     ahead = None if steps is None else max(steps - done, 0)
-    return Forecast(stage, max(moments(cfg, stage).values()), step_seconds(cfg, stage, *lengths), ahead)
+    return Forecast(stage, max(peaks(cfg, stage).values()), step_seconds(cfg, stage, *lengths), ahead)
 
 
 def with_totals(cfg: Config, found: list[Forecast]) -> list[tuple[str, ...]]:
@@ -91,7 +93,7 @@ def rows_of(cfg: Config, stage: str, given: dict) -> Rows:
 
 
 def steps_of_stage(cfg: Config, stage: str, rows: Rows | None) -> int | None:
-    """Optimizer steps, of PPO iterations; None where they depend on data that nobody has counted."""
+    """Optimizer steps (PPO: iterations); None while they depend on data that is not tokenised yet."""
     block, ppo = getattr(cfg, stage), stage == "ppo"
     if rows is None:
         return block.max_steps
@@ -105,7 +107,7 @@ def price(cfg: Config, seconds: float | None) -> str:
 
 
 def spell(seconds: float | None) -> str:
-    """Two digits, in the largest unit that fits: 0.014 s, 59 s, 1.5 min, 58 min, 1 h 0 min."""
+    """A duration with two digits, in the largest unit that fits: 0.014 s, 59 s, 1.5 min, 58 min, 1 h 0 min."""
     if seconds is None:
         return "-"
     if seconds < 59.5:

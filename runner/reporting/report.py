@@ -1,7 +1,7 @@
-"""Reports as data: a list of Section, laid out by one function for a terminal or a log, by another for a Markdown file.
+"""Reports as data: a list of Section, laid out by one function for a terminal or a log, and by another for a Markdown file.
 
-A Section holds plain strings. Text that a model wrote may stand in any of them: it is never read as rich markup or as Markdown, its
-control characters are replaced, and a console without Unicode gets "?" instead of an exception. Nothing here imports torch.
+A Section holds plain strings. Any of them may contain text that a model wrote: it is never read as rich markup or as Markdown, its control
+characters are replaced, and a console without Unicode gets "?" instead of an exception. Nothing here imports torch.
 """
 
 import math
@@ -19,13 +19,13 @@ from rich.table import Table
 from rich.text import Text
 
 SPARKS = "▁▂▃▄▅▆▇█"
-ASCII = str.maketrans(SPARKS + "·", "_.-:=+*#.")  # for consoles that do not speak Unicode
+ASCII = str.maketrans(SPARKS + "·", "_.-:=+*#.")  # for consoles without Unicode
 NUMBER = re.compile(r"(([-+]?([\d.,]+|inf)|nan|-)( %| s)?( -> )?)*")
 STYLES = {"trained": "green", "reused": "cyan", "pinned": "magenta", "missing": "red", "failed": "bold red"}
 CELL_LIMIT = 700  # characters of one cell or intro in a terminal; summary.md has the whole text
 DRAWING = 20  # columns of a bar or a curve
 UNBROKEN = 24  # columns: cells up to this width stay on one line
-STUMP = 12  # columns: what a longer cell needs at least
+STUMP = 12  # columns: the least that a longer cell needs
 WIDEST = 120  # columns: longer lines are hard to read
 
 
@@ -45,7 +45,7 @@ class Section:
 
 
 def num(value: float | None, sign: str = "") -> str:
-    """A number as people write it; "-" for a missing one. sign="+" shows the plus of a change."""
+    """A number as people write it; "-" if it is missing. sign="+" shows the plus of a change."""
     if not isinstance(value, int | float):
         return "-"
     if not math.isfinite(value) or isinstance(value, int):
@@ -68,22 +68,23 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def sparkline(values: Sequence[float], width: int = DRAWING) -> str:
-    """A curve in one line of text; long ones are averaged into `width` buckets."""
+def sparkline(values: Sequence[float]) -> str:
+    """A curve in one line of text; long ones are averaged into `DRAWING` buckets."""
     if len(values) < 2:
         return ""
-    edges = [round(i * len(values) / width) for i in range(width + 1)] if len(values) > width else range(len(values) + 1)
+    buckets = min(len(values), DRAWING)
+    edges = [round(i * len(values) / buckets) for i in range(buckets + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, span = min(means), max(means) - min(means)
     return "".join(SPARKS[min(7, int(8 * (m - low) / span)) if span else 3] for m in means)
 
 
-def bar(share: float | None, width: int = DRAWING) -> str:
-    return ("█" * round(width * share)).ljust(width, "·") if isinstance(share, int | float) and math.isfinite(share) else ""
+def bar(share: float | None) -> str:
+    return ("█" * round(DRAWING * share)).ljust(DRAWING, "·") if isinstance(share, int | float) and math.isfinite(share) else ""
 
 
 def short(path: str | Path) -> str:
-    """The path as one would type it from here."""
+    """The path as it can be typed from the working directory."""
     path, here = str(path), Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_absolute() and Path(path).is_relative_to(here) else path
 
@@ -92,7 +93,7 @@ def short(path: str | Path) -> str:
 
 
 def print_sections(parts: Sequence[Section], console: Console) -> None:
-    """For people: a terminal gets colours, a log file the same words without them and without the spaces that fill up lines."""
+    """A terminal gets colours; a log file gets the same text without them and without trailing spaces."""
     with console.capture() as captured:
         for part in parts:
             print_section(part, console)
@@ -101,7 +102,7 @@ def print_sections(parts: Sequence[Section], console: Console) -> None:
 
 
 def print_section(part: Section, console: Console) -> None:
-    """Paths and commands stay on one line, whatever the width, to be copied."""
+    """Paths and commands stay on one line at any width, so that they can be copied."""
     width = min(console.width, WIDEST)
 
     def text(words: str, style: str = "", limit: int = CELL_LIMIT) -> Text:
@@ -128,7 +129,7 @@ def print_section(part: Section, console: Console) -> None:
 
 
 def lines_of(note: str, width: int) -> list[str]:
-    """A sentence in lines, none of which parts a number from its unit."""
+    """Wrap a sentence without separating a number from its unit."""
     glued = re.sub(r"(\d) (s|min|h|%)(?!\w)", "\\1\N{NO-BREAK SPACE}\\2", clean(note))
     lines = textwrap.wrap(glued, width, break_long_words=False, break_on_hyphens=False)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
@@ -149,7 +150,7 @@ def longest(part: Section, column: int) -> int:
 
 
 def table_width(part: Section, gap: int) -> int:
-    """Columns that the table needs: short cells in full, of longer ones a stump to wrap in."""
+    """Columns that the table needs: short cells in full, longer ones a stump to wrap in."""
     total = 0
     for column, name in enumerate(part.header):
         cell = longest(part, column)
@@ -185,7 +186,7 @@ def markdown(parts: Sequence[Section]) -> str:
 
 def escape(words: str) -> str:
     """Text that Markdown shows as it is, on one line, so that it also fits a table cell."""
-    # Between two letters _ means nothing, nor does > within a line
+    # _ between two letters means nothing, nor does > within a line
     return re.sub(r"([\\`*{}\[\]<#|~&$]|(?<![^\W_])_|_(?![^\W_])|^>)", r"\\\1", clean(words)).replace("\n", "<br>")
 
 
@@ -195,7 +196,7 @@ def clean(words: str) -> str:
 
 
 def clip(words: str, limit: int) -> str:
-    """Both ends of a long text: a prompt ends with the question, an answer begins with the point."""
+    """Keep both ends of a long text: a prompt ends with the question, an answer starts with the point."""
     half = limit // 2
     return words if len(words) <= limit else f"{words[:half]} [... {len(words) - 2 * half:,} characters ...] {words[-half:]}"
 

@@ -1,7 +1,7 @@
-"""What a finished run has to say, for people: in the terminal, in summary.md, and as flat facts in summary.json.
+"""The summary of a finished run: in the terminal, in summary.md, and as flat facts in summary.json.
 
 Three layers. `read_result`, `read_curves` and `headline` collect facts from the step folders. `sections` turns them into a list of
-Section: plain strings, no layout. `print_sections` and `markdown` lay the same list out for a terminal (or a log) and for a file.
+Section: plain strings, no layout. `print_sections` and `markdown` lay this list out for a terminal (or a log) and for a file.
 Nothing here imports torch; steps are `runner.plan.Step` objects.
 """
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 STAGE_HEADER = ("stage", "state", "time", "steps", "train", "eval", "truncated", "dropped")
 CHANGE_HEADER = ("", "before", "after", "change", "during training")
-# Fewer pairs, prompts or steps carry no verdict
+# With fewer pairs, prompts or steps than these, no verdict
 CALIBRATION_PAIRS, SURE_PROMPTS, SFT_STEPS = 100, 32, 20
-# Nats per token of the chosen answers that DPO may take away before a word is said of it. At 2 the tiny model babbled, at 97 % accuracy
+# Nats per token that chosen answers may lose in DPO before the summary warns. At 2 the tiny model babbled, at 97 % accuracy
 FALLEN = 1.0
 TRY_NEXT = {"sft": "sft.epochs=1,2,4", "reward": "reward.epochs=1,2", "dpo": "dpo.beta=0.03,0.1,0.3", "ppo": "ppo.kl_coef=0.02,0.05,0.1"}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A step and what lies in its folder."""
+    """A step and what is in its folder."""
 
     step: Step
     state: str  # trained | reused | pinned | missing
@@ -57,9 +57,9 @@ def show_summary(
 
     Args:
         steps: all steps of the plan, in order; a step that is pinned or lacks a result is shown with "-".
-        reused: the stages that were there already and not trained in this run.
-        overrides: what was typed after `run.py`, so that the next command repeats it.
-        took: seconds of the whole run until now; the stages count their own only.
+        reused: the stages that were done before and not trained in this run.
+        overrides: what was typed after `run.py`; the suggested commands repeat it.
+        took: seconds of the whole run so far; each stage only counts its own.
     """
     run_dir = Path(run_dir)
     trained = [Trained(step, state(step, reused), read_result(step), read_curves(step.folder)) for step in steps]
@@ -82,7 +82,7 @@ def state(step: Step, reused: set[str]) -> str:
 
 
 def read_result(step: Step) -> dict:
-    """result.json, or {} for a pinned step: whatever lies in its folder says nothing about the pinned model."""
+    """result.json; {} for a pinned step, whose folder says nothing about the pinned model."""
     path = step.folder / "result.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() and not step.pinned else {}
 
@@ -125,7 +125,7 @@ def headline(name: str, trained: Sequence[Trained], run_dir: Path, overrides: Se
 
 
 def spent(trained: Iterable[Trained]) -> float:
-    """Seconds that this run itself has trained: reused steps cost nothing."""
+    """Seconds of training in this run: reused steps cost nothing."""
     return sum(t.result.get("seconds") or 0 for t in trained if t.state == "trained")
 
 
@@ -148,31 +148,31 @@ def stages_section(name: str, trained: Sequence[Trained], took: float) -> Sectio
         dropped = data.get("dropped")
         counts = [num(data.get(key)) for key in ("train", "eval", "truncated")]
         lost = "-" if dropped is None else num(sum(dropped.values()))
-        time = "-" if t.state == "reused" else duration(t.result.get("seconds"))  # another command has spent it
+        time = "-" if t.state == "reused" else duration(t.result.get("seconds"))  # another command spent it
         rows.append([t.step.stage, t.state, time, num(t.result.get("steps")), *counts, lost])
         notes += stage_notes(t, dropped or {})
-    notes.append(f"The whole run took {duration(took)}, with preparing data and starting processes.")
+    notes.append(f"The whole run took {duration(took)}, including data preparation and start-up.")
     seconds = spent(trained)
     happened = f"trained in {duration(seconds)}" if seconds else "nothing new was trained"
     return Section(f"{name}: {happened}", header=STAGE_HEADER, rows=rows, notes=notes)
 
 
 def stage_notes(t: Trained, dropped: dict[str, int]) -> list[str]:
-    """Why rows were dropped, where the run took up again."""
+    """Why rows were dropped, and where the stage was resumed."""
     notes = []
     if any(dropped.values()):
         notes.append(f"{t.step.stage} dropped: " + ", ".join(f"{num(n)} {why.replace('_', ' ')}" for why, n in dropped.items() if n))
     if t.state == "trained" and t.result.get("resumed_from"):
-        notes.append(f"{t.step.stage} went on from its checkpoint at step {num(t.result['resumed_from'])}")
+        notes.append(f"{t.step.stage} was resumed from its checkpoint at step {num(t.result['resumed_from'])}")
     if origin := t.step.facts.get("goes_on_from"):
         notes.append(
-            f"{t.step.stage} was forced to go on from {origin['step']} at step {origin['at']}, with {', '.join(origin['changed'])}"
+            f"{t.step.stage} was forced to continue from {origin['step']} at step {origin['at']}, with {', '.join(origin['changed'])}"
         )
     return notes
 
 
 def time_sections(trained: Sequence[Trained]) -> list[Section]:
-    """Where the time of the stages went that were trained here, how well the machine was used, and the largest win that is left."""
+    """For stages trained in this run: where the time went, how well the machine was used, and the largest possible speed-up."""
     rows, notes = [], []
     for t in trained:
         seconds, phases = t.result.get("seconds") or 0, t.result.get("phases") or {}
@@ -191,7 +191,7 @@ def time_sections(trained: Sequence[Trained]) -> list[Section]:
 
 
 def usage(curves: dict[str, list[float]]) -> str:
-    """Medians of what the steps say about the machine; the first step warms up."""
+    """Medians of the steps' utilisation metrics, without the first step, which warms up."""
     shares = {"perf/mfu": "MFU {}", "perf/mbu": "decoding at {} of the memory bandwidth", "perf/padding_fraction": "{} padding"}
     seen = {name: median(curves[name][1:]) for name in shares if len(curves.get(name, ())) > 1}
     found = [shares[name].format(pct(share, digits=0)) for name, share in seen.items() if share >= 0.005]
@@ -225,13 +225,13 @@ def dpo_sections(t: Trained) -> list[Section]:
 
 
 def dpo_notes(r: dict) -> list[str]:
-    """How far the actor has gone: pairs in the right order tell nothing of what it says by itself."""
+    """How far the actor has moved: ranking pairs well says nothing about what it writes itself."""
     chosen, rejected, tokens = r.get("chosen_logratio"), r.get("rejected_logratio"), r.get("chosen_tokens")
     if None in (chosen, rejected, tokens):
         return []
     notes = [f"The log-probability of a chosen answer moved by {num(chosen, '+')} nats, that of a rejected one by {num(rejected, '+')}."]
     if chosen < -FALLEN * tokens:
-        notes.append("Chosen answers have become unlikely, too: read what it says. Try a smaller dpo.lr or a larger dpo.beta.")
+        notes.append("Chosen answers have become unlikely too: read what it writes. Try a smaller dpo.lr or a larger dpo.beta.")
     return notes
 
 
@@ -251,12 +251,12 @@ def pair_section(name: str, scorer: str, t: Trained, notes: list[str]) -> Sectio
 
 
 def pair_notes(r: dict, below: str) -> list[str]:
-    """What to think of the accuracy. below: said where choosing the longer answer does better."""
+    """A verdict on the accuracy. below: what to say if choosing the longer answer does better."""
     accuracy, baseline, pairs = r.get("accuracy"), r.get("longer_is_better"), r.get("eval_pairs")
     notes = []
     if None not in (accuracy, baseline, pairs):
-        inside = "It is not told apart from choosing the longer answer: more pairs or more training may help."
-        # Two standard errors of the difference: the baseline, too, is known from these pairs only
+        inside = "It cannot be told from choosing the longer answer: more pairs or more training may help."
+        # Two standard errors of the difference: the baseline is estimated from the same pairs
         lead, doubt = accuracy - baseline, 2 * math.sqrt((accuracy * (1 - accuracy) + baseline * (1 - baseline)) / pairs)
         notes.append("It beats choosing the longer answer." if lead > doubt else below if lead < -doubt else inside)
     return notes
@@ -269,7 +269,7 @@ def calibration_notes(r: dict) -> list[str]:
         surest = max(bins, key=lambda b: b["confidence"])
         error = sum(abs(b["confidence"] - b["accuracy"]) * b["n"] for b in bins) / total
         sure, right = pct(surest["confidence"], digits=0), pct(surest["accuracy"], digits=0)
-        notes.append(f"Calibration: when it is {sure} sure it is right {right} of the time; off by {100 * error:.1f} points on average.")
+        notes.append(f"Calibration: when it is {sure} sure, it is right {right} of the time; off by {100 * error:.1f} points on average.")
     return notes
 
 
@@ -286,13 +286,13 @@ def ppo_sections(t: Trained, sft_steps: int | None) -> list[Section]:
     if before.get("judge") is None and after.get("judge") is None:
         rows.pop()  # only the toy data set has a judge
     prompts = t.result.get("eval_prompts")
-    notes = ["Held-out scores are without ppo.score_clip and ppo.missing_eos_penalty; those of the progress lines have both."]
+    notes = ["Held-out scores are without ppo.score_clip and ppo.missing_eos_penalty; the progress lines include both."]
     notes += ppo_notes(before, after, prompts or 0, sft_steps)
     return [Section(f"PPO on {num(prompts)} held-out prompts", header=CHANGE_HEADER, rows=rows, notes=notes), *sample_sections(t.result)]
 
 
 def change_of(key: str, before: dict, after: dict, prompts: int) -> float:
-    """after - before, or 0 where chance explains it: within two standard errors, or on few prompts where no error is known."""
+    """after - before; 0 if chance explains it: within two standard errors, or on few prompts if no error is known."""
     if None in (before.get(key), after.get(key)):
         return 0.0
     change, errors = after[key] - before[key], [facts.get(f"{key}_se") for facts in (before, after)]
@@ -301,7 +301,7 @@ def change_of(key: str, before: dict, after: dict, prompts: int) -> float:
 
 
 def ppo_notes(before: dict, after: dict, prompts: int, sft_steps: int | None) -> list[str]:
-    """What a practised eye would look for in these numbers."""
+    """What an experienced eye would see in these numbers."""
     score, judge, length = (change_of(key, before, after, prompts) for key in ("score", "judge", "length"))
     notes = []
     if score < 0:
@@ -332,11 +332,11 @@ def sample_sections(result: dict) -> list[Section]:
 
 
 def places_section(trained: Sequence[Trained], run_dir: Path) -> Section:
-    places, note = [("this summary", short(run_dir / "summary.md"))], "Beside each model: config.yaml, metrics.jsonl, logs/, checkpoints/."
+    places, note = [("this summary", short(run_dir / "summary.md"))], "Next to each model: config.yaml, metrics.jsonl, logs/, checkpoints/."
     for t in trained:
         models = t.result.get("exports") or {"pinned" if t.step.pinned else "model": t.step.model}
         places += [(f"{t.step.stage} {part.replace('_', ' ')}", short(path)) for part, path in models.items() if path]
-    return Section("Where it lies", notes=[note] if any(t.result for t in trained) else (), literal=places)
+    return Section("Where it is", notes=[note] if any(t.result for t in trained) else (), literal=places)
 
 
 def next_section(trained: Sequence[Trained], overrides: Sequence[str]) -> Section:
@@ -355,13 +355,13 @@ def next_section(trained: Sequence[Trained], overrides: Sequence[str]) -> Sectio
 
 
 def feeds_the_rest(trained: Sequence[Trained]) -> bool:
-    """Whether the data has rows for reward model and PPO, as far as the steps of this run have counted them."""
+    """Whether the data has rows for reward model and PPO, as far as this run has counted them."""
     counted = [t.result["data"]["owned"] for t in trained if "owned" in (t.result.get("data") or {})]
     return all(owned.get("reward") and owned.get("ppo") for owned in counted)
 
 
 def repeat(overrides: Sequence[str], *new: str) -> list[str]:
-    """The overrides of this run with the new ones in place of those for the same keys."""
+    """The overrides of this run, with new ones replacing those for the same keys."""
     keys = {override_key(n) for n in new}
     return [o for o in overrides if override_key(o) not in keys] + list(new)
 

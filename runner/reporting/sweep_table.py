@@ -125,5 +125,5 @@ def csv_rows(jobs: Sequence[Job]) -> list[list]:
 
 
 def rounded(value):
-    """Rounding errors of a sum that is zero are no numbers: 3.7e-09 of KL."""
+    """Round away noise around zero, such as a KL of 3.7e-09."""
     return round(value, 6) if isinstance(value, float) else value

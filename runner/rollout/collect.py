@@ -1,4 +1,4 @@
-"""From prompts to a scored rollout: sampling responses, then reading them with actor, reference, critic and reward model."""
+"""From prompts to a scored rollout: sample responses, then score them with actor, reference, critic and reward model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -11,13 +11,13 @@ from runner import engine, ranks
 from runner.data.batches import pad, send
 from runner.losses import masked_sum
 from runner.rollout import graph, hf
-from runner.rollout.forms import network_of
+from runner.rollout.families import network_of
 from runner.rollout.record import CPU, Rollout, widen
 from runner.rollout.sampling import uniforms
 from runner.sampling_sizes import PROBE
 from runner.watch import stop
 
-# Batches that the decode engine samples in a row: between two rows of them a run can be stopped
+# Batches that the decode engine samples in one go; a run can only stop between two goes
 WAVE = 8
 
 
@@ -37,13 +37,13 @@ class Models:
 
 @dataclass
 class Reader:
-    """Sizes and special tokens that sampling and scoring need."""
+    """Sizes, special tokens and settings that sampling and scoring need."""
 
     pad: int
     eos: int
     max_response: int
-    rollout_micro: int  # responses that are sampled at the same time
-    score_micro: int
+    rollout_micro: int  # responses sampled at a time
+    score_micro: int  # responses scored at a time
     device: torch.device
     engine: str = "auto"
     max_mismatch: float = 0.0  # nats per token; see `read_actor`
@@ -63,13 +63,13 @@ def collect(
     stoppable: bool = False,
     phase=nullcontext,
 ) -> Rollout:
-    """Sample a response to each prompt and score it. Returns the rows of all ranks on every rank, in order. Collective.
+    """Sample a response to each prompt and score it. Returns the responses of all ranks on every rank, in order. Collective.
 
     Args:
-        prompts: token lists of the whole batch, the same on every rank; their number divides by the number of ranks.
-        episodes: number of each response in the run; with the seed it fixes what is sampled.
+        prompts: token lists of the whole batch, the same on every rank; the number of ranks must divide their number.
+        episodes: number of each response in the run; together with the seed it determines what is sampled.
         stoppable: raise Stopped between two micro batches when someone asks for it.
-        phase: context manager for the name of a phase, as RunLog.phase, to book the time on.
+        phase: RunLog.phase, which books the time on a phase by name.
     """
     mine = slice(ranks.rank(), None, ranks.world())
     with phase("rollout"):
@@ -81,7 +81,7 @@ def collect(
 
 
 def sample(models: Models, reader: Reader, prompts: list[list[int]], seed: int, episodes: list[int], stoppable: bool = False) -> Rollout:
-    """Responses of this rank's prompts."""
+    """Sample responses to this rank's prompts."""
     models.actor.eval()
     parts, reader.stats = [], graph.Stats()
     with engine.whole_weights(models.actor) as (actor, whole):
@@ -102,12 +102,12 @@ def sample(models: Models, reader: Reader, prompts: list[list[int]], seed: int, 
             decoder = graph.Decoder(network, actor.sampling, rows, uniform, **options)
             parts.append(decoder.run())
             reader.stats.add(decoder.stats)
-            del decoder  # its cache, before the next one asks for as much
+            del decoder  # frees its cache before the next one allocates as much
     return join(parts, reader.pad)
 
 
 def join(parts: list[Rollout], fill: int) -> Rollout:
-    """Freshly sampled rollouts one below the other."""
+    """Concatenate freshly sampled rollouts."""
     width = max(p.prompts.size(1) for p in parts)
     length = max(p.responses.size(1) for p in parts)
     return Rollout(
@@ -139,10 +139,10 @@ def score(models: Models, reader: Reader, rollout: Rollout, with_values: bool) -
 
 
 def read_actor(models: Models, reader: Reader, rollout: Rollout) -> None:
-    """Fill in logprobs: the sampler's own, if the trainer reads a share of the rollout within `max_mismatch`; otherwise what it reads.
+    """Fill in logprobs: the sampler's own if the trainer, on a share of the rollout, agrees within `max_mismatch`; else the trainer's.
 
-    The first saves a forward and is the truer one: PPO's ratio is to the distribution that was sampled from. But a sampler that is
-    far from the trainer (another model, lost digits) must not teach. All ranks decide alike. Collective.
+    The sampler's save a forward pass and are the right ones: PPO's ratio is relative to the distribution that was sampled from. But a
+    sampler far from the trainer (another model, lost precision) must not teach. All ranks decide alike. Collective.
     """
     read = torch.zeros(rollout.responses.shape, device=reader.device)
     rollout.reread = torch.zeros(len(rollout), dtype=torch.bool)
@@ -154,7 +154,7 @@ def read_actor(models: Models, reader: Reader, rollout: Rollout) -> None:
         rollout.mismatch = (rollout.sampled_logprobs - read.to(CPU)).abs() * rollout.mask * rollout.reread.unsqueeze(1)
         return rollout.mismatch.sum()
 
-    # From all over the rollout: rows that came late, in the place of others, may be wrong where the first are not
+    # Probe all over the rollout: rows that took over a finished row's place may be wrong where the first ones are not
     probe = torch.arange(0, len(rollout), PROBE if reader.max_mismatch else 1)
     seen = {"mismatch": look(probe), "tokens": masked_sum(rollout.mask, rollout.reread.float().unsqueeze(1))}
     seen = ranks.total(seen, reader.device)
@@ -166,7 +166,7 @@ def read_actor(models: Models, reader: Reader, rollout: Rollout) -> None:
 
 
 def micro_batches(rollout: Rollout, numbers: Tensor, size: int) -> Iterator[tuple[Tensor, Rollout]]:
-    """(numbers of some rows, these rows), `size` at a time."""
+    """Yield (row numbers, those rows), `size` at a time."""
     for rows in numbers.split(size):
         if len(rows):
             yield rows, rollout.rows(rows)
@@ -187,7 +187,7 @@ def response_values(critic, part: Rollout) -> Tensor:
 
 
 def final_scores(reward, part: Rollout) -> Tensor:
-    """The reward model's score at the last real token, which is EOS where the response ended. (B,)."""
+    """The reward model's score at the last real token, which is EOS if the response ended. (B,)."""
     ids, mask = part.sequences()
     values, last = reward(ids, mask), part.prompts.size(1) + part.lengths - 1
     return values.gather(1, send(last.unsqueeze(1), values.device)).squeeze(1)

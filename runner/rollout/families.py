@@ -1,4 +1,4 @@
-"""The networks of the four families inside transformers' models, as runner/rollout/network.py describes them."""
+"""The four families: from a transformers model to a runner/rollout/network.py Network over the same weights."""
 
 from collections.abc import Callable
 
@@ -14,13 +14,13 @@ from runner.rollout.network import Block, Linear, Network, Together
 
 
 def network_of(hf) -> Network | None:
-    """The network inside a transformers model with or without peft's layers, or None where it has a form that we do not know."""
+    """The Network of a transformers model, with or without peft's layers; None for a variant that we do not support."""
     on_embedding = any("lora_embedding" in name for name, _ in hf.named_parameters())
-    return FORMS[hf.config.model_type](hf) if hf.config.model_type in FORMS and not on_embedding else None
+    return NETWORKS[hf.config.model_type](hf) if hf.config.model_type in NETWORKS and not on_embedding else None
 
 
 def side_by_side(hf) -> None:
-    """Move weights that read the same input into one storage, in place: then sampling multiplies once where training does thrice."""
+    """Move weights that read the same input into one storage, in place, so that sampling needs one product where training makes three."""
     groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
     for module in hf.modules():
         for names in groups:
@@ -52,7 +52,7 @@ def _norm(module: nn.Module) -> Norm:
 
 
 def _interleaved_block(layer, attention) -> Block:
-    """A layer of BLOOM or GPT-NeoX, which name all but their attention alike."""
+    """A layer of BLOOM or GPT-NeoX: they share all names except the attention's."""
     norms = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
     up, down = Together(_linear(layer.mlp.dense_h_to_4h)), _linear(layer.mlp.dense_4h_to_h)
     return Block(norms[0], Together(_linear(attention.query_key_value)), _linear(attention.dense), norms[1], up, down)
@@ -172,11 +172,11 @@ def _neox(hf) -> Network:
     )
 
 
-FORMS = {"opt": _opt, "bloom": _bloom, "llama": _llama, "gpt_neox": _neox}
+NETWORKS = {"opt": _opt, "bloom": _bloom, "llama": _llama, "gpt_neox": _neox}
 
 
 def _rotary(module: nn.Module, like: Tensor) -> Callable:
-    """transformers' own tables: whatever scaling of RoPE a checkpoint names comes with them."""
+    """transformers' own tables, which include whatever RoPE scaling a checkpoint asks for."""
 
     def tables(positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = module(like, positions.unsqueeze(0))

@@ -1,8 +1,8 @@
-"""The decode engine: a preallocated cache of keys and values, one captured CUDA graph per batch size, and no row that waits.
+"""The decode engine: continuous batching over a preallocated KV cache, with one captured CUDA graph per batch size.
 
-Weights are the training engine's own, read in place: the next rollout sees an update without a copy. A row that has ended rests
-at once (its attention costs nothing), its place goes to the next prompt of the queue, and when the queue is empty the batch
-shrinks. Prompts are read without padding. On a CPU the same code runs without graphs.
+It reads the training engine's weights in place, so an update needs no copy. A lane (a row of the batch) whose response has ended rests,
+at no cost in attention, until it takes the next prompt of the queue; once the queue is empty the batch shrinks. Prompts are read without
+padding. On a CPU the same code runs without graphs.
 """
 
 import time
@@ -19,26 +19,26 @@ from runner.engine import free_memory
 from runner.losses import warp_logits, without_token
 from runner.packing import lay_out
 from runner.rollout import kernels
-from runner.rollout.forms import network_of
+from runner.rollout.families import network_of
 from runner.rollout.lanes import Lanes, Responses
 from runner.rollout.network import Network
 from runner.rollout.record import Rollout
 from runner.sampling_sizes import PREFILL_TOKENS
 from runner.triton_support import why_no_triton
 
-# Steps between two looks at which rows have ended: a look waits for the GPU, and costs a CPU nothing
+# Decode steps between two checks of which rows have ended: a check waits for the GPU; on a CPU it is free
 STRIDE = {"cuda": 8, "cpu": 1}
-# New prompts are read when at least this share of the batch rests: one at a time, they would not fill the device
+# Read new prompts once this share of the batch rests: one at a time would not fill the GPU
 REFILL = 1 / 8
-# A batch shrinks to the smallest of these that holds it. They are few, since recording a graph takes 20 ms and a lane that rests costs its
-# share of the products alone. Without graphs a batch is as small as it can be
+# Sizes to which a batch shrinks. Only a few: capturing a graph takes 20 ms, and a resting lane costs only its share of the products.
+# Without graphs a batch shrinks to any size
 GRAPHS = (16, 64, 128, 256, 512)
 
 
 @dataclass
 class Stats:
-    """What sampling cost. steps: those of decoding in which a row was awake; the idle end of a stride costs seconds only. rows and cached
-    are sums over the steps: of awake rows, and of cached tokens that they read."""
+    """What sampling cost. steps: decode steps with a row awake (the idle rest of a stride counts as seconds). rows, cached: awake rows, and
+    cached tokens that they read, summed over the steps."""
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -52,20 +52,20 @@ class Stats:
 
 
 def why_not(hf, device: torch.device) -> str | None:
-    """What keeps this engine from sampling with a transformers model, in words; None if nothing does."""
+    """Why this engine cannot sample with a transformers model, in words; None if it can."""
     if network_of(hf) is None:
-        return f"this form of {hf.config.model_type} is unknown to it"
+        return f"it does not support this variant of {hf.config.model_type}"
     return why_no_triton() if device.type == "cuda" else None
 
 
 def folded(network: Network) -> Network:
-    """With adapters folded into copies of their matrices, if there is memory for these; a copy per rollout is quicker than two more
+    """The network with adapters folded into copies of their matrices, if memory allows: one copy per rollout is faster than two more
     products per matrix and token."""
     return network.folded() if 2 * network.adapter_bytes() < free_memory(network.device) else network
 
 
 class Decoder:
-    """Samples one response to each of many prompts. Its buffers, 2 * layers * slots * length vectors of keys and values, go with it."""
+    """Samples one response to each of many prompts. Its cache (2 * layers * slots * length vectors) is freed with it."""
 
     @torch.no_grad()
     def __init__(
@@ -85,9 +85,9 @@ class Decoder:
         Args:
             sampling: temperature, top_k, top_p.
             uniform (N, R): a random number for each response and token (see sampling.py); R tokens at most, EOS included.
-            slots: responses that are sampled at the same time.
+            slots: responses sampled at a time.
             least: tokens before which EOS is impossible.
-            limits: fewer tokens for some responses.
+            limits: a lower limit of tokens for each response.
         """
         self.network, self.sampling, self.prompts = network, sampling, prompts
         self.pad, self.eos, self.least = pad, eos, least
@@ -101,7 +101,7 @@ class Decoder:
         self.responses = Responses.empty(count, most, limits, self.device)
         self.uniform = F.pad(uniform, (0, 0, 0, 1)).to(self.device)
         self.lanes = Lanes.resting(self.size, count, self.device)
-        self.taken, self.begun = 0, torch.zeros(count, dtype=torch.long)  # steps so far; how many were when each response began
+        self.taken, self.begun = 0, torch.zeros(count, dtype=torch.long)  # decode steps so far; and at the start of each response
 
     @torch.no_grad()
     def run(self) -> Rollout:
@@ -124,13 +124,13 @@ class Decoder:
                 return self._finish()
             smaller = next((size for size in GRAPHS if size >= sum(awake)), batch) if self.device.type == "cuda" else sum(awake)
             if smaller < batch:
-                self.lanes.wake_first()
+                self.lanes.awake_first()
                 batch = smaller
 
     # --- prompts ------------------------------------------------------------------------------------------------------
 
     def _admit(self, queue: list[tuple[int, list[int]]], resting: list[int]) -> None:
-        """Read the next prompts of the queue into lanes that rest."""
+        """Prefill the next prompts of the queue into resting lanes."""
         start = time.monotonic()
         slots = self.lanes.slots.tolist()
         while queue and resting:
@@ -140,7 +140,7 @@ class Decoder:
                 lanes.append(resting.pop(0))
                 tokens += len(group[-1][1])
             self._read([prompt[:-1] for _, prompt in group], [slots[lane] for lane in lanes])
-            # The last token of a prompt is the first to be decoded: sampling stands in one place
+            # The last token of a prompt is decoded, not prefilled, so that all sampling happens in `_step`
             state = {
                 "tokens": [prompt[-1] for _, prompt in group],
                 "positions": [len(prompt) - 1 for _, prompt in group],
@@ -154,7 +154,7 @@ class Decoder:
         self.stats.prefill_seconds += time.monotonic() - start
 
     def _read(self, prompts: list[list[int]], slots: list[int]) -> None:
-        """Keys and values of prompts into the cache."""
+        """Write keys and values of prompts into the cache."""
         some = [n for n, prompt in enumerate(prompts) if prompt]
         if not some:
             return
@@ -178,7 +178,7 @@ class Decoder:
     # --- decoding -----------------------------------------------------------------------------------------------------
 
     def _replay(self, batch: int) -> None:
-        """One step of the first `batch` lanes."""
+        """Run one decode step of the first `batch` lanes."""
         if self.device.type != "cuda":
             return self._step(self.lanes.first(batch))
         if batch not in self.graphs:
@@ -186,15 +186,16 @@ class Decoder:
         self.graphs[batch].replay()
 
     def _capture(self, batch: int) -> torch.cuda.CUDAGraph:
-        """Record a step without running it."""
+        """Capture a decode step as a graph."""
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         if not self.graphs:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
-        # Kernels are compiled when they first run at this size, which a capture does not allow. Lanes that rest change nothing
+        # Run once before: Triton compiles a kernel on first use, which a capture does not allow. Resting lanes change nothing
         self._step(Lanes.resting(batch, len(self.prompts), self.device))
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
-            # Not torch.cuda.graph(): it would empty the allocator's cache, which the update fills again. Other threads may go on
+            # Not torch.cuda.graph(): it empties the allocator's cache, which the update would have to refill. thread_local: other
+            # threads may use CUDA meanwhile
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             self._step(self.lanes.first(batch))
             graph.capture_end()
@@ -202,7 +203,7 @@ class Decoder:
         return graph
 
     def _step(self, lanes: Lanes) -> None:
-        """Decode one token in every lane: everything stays on the device."""
+        """Decode one token in every lane, entirely on the device."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache = self.keys[layer], self.values[layer], lanes.slots, lanes.positions

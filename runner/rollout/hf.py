@@ -1,4 +1,4 @@
-"""Responses through transformers' generate: works for every family, everywhere; the reference for faster engines."""
+"""Sampling through transformers' generate: slow, but it works for every model everywhere. The reference for the decode engine."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from runner.rollout.sampling import invert
 class InverseSampling(LogitsProcessor):
     """Picks the token of each row by its uniform number and leaves generate no other choice.
 
-    logprobs: (B, R) fp32, of the picked tokens under the distribution that they were picked from; past a row's EOS, noise.
+    logprobs: (B, R) fp32, of the picked tokens under the distribution they were drawn from; noise after a row's EOS.
     """
 
     def __init__(self, uniform: Tensor, actor: Actor, prompt_width: int, eos: int):
@@ -38,7 +38,7 @@ def generate(
 
     Args:
         prompts (B, P) left-padded; prompt_lengths (B,); uniform (B, R): one number per token, R tokens at most, EOS included.
-        together: all ranks take equally many steps, because they gather the weights of each layer together (ZeRO-3).
+        together: all ranks take the same number of steps, because they gather the weights of each layer together (ZeRO-3).
     """
     width, length = prompts.size(1), uniform.size(1)
     mask = (torch.arange(width, device=prompts.device) >= (width - prompt_lengths).unsqueeze(1)).long()

@@ -1,7 +1,7 @@
-"""The operations of a decode step, in plain torch; on CUDA their Triton forms take over.
+"""The operations of a decode step, in plain torch; on CUDA their Triton versions take over.
 
-product: a matrix product whose last sum add_norm makes. add_norm: residual sum and norm. attend: one new token per sequence against its
-cache. silu_product: the gate of LLaMA's MLP. sample: one token per row of logits. advance: what becomes of the lanes.
+product: a matrix product, whose last sum may be left to add_norm. add_norm: residual sum and norm. attend: one new token per sequence
+against its cache. silu_product: the gate of LLaMA's MLP. sample: one token per row of logits. advance: update the lanes.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Norm:
 
 @dataclass
 class Shares:
-    """A product that lacks its last sum: over the first dimension of `sums` (S, N, H), fp32, and with the bias (H,)."""
+    """A product without its last sum, which is over the first dimension of `sums` (S, N, H), fp32, plus the bias (H,)."""
 
     sums: Tensor
     bias: Tensor | None
@@ -49,7 +49,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Shares:
 
 
 def add_norm(x: Tensor, deltas: tuple[Tensor | Shares, ...], norms: tuple[Norm, ...]) -> tuple[Tensor, ...]:
-    """The sum of a residual stream and what layers add to it, and that sum under each norm. All (N, H)."""
+    """Add the outputs of layers to the residual stream. Returns the sum, and the sum under each norm. All (N, H)."""
     if on_triton(x) and norms:
         from runner.rollout import triton_kernels
 
@@ -85,14 +85,14 @@ def attend(
     rotary: tuple[Tensor, Tensor] | None,
     alibi: Tensor | None,
 ) -> Tensor:
-    """Attention of one new token per row over its own past, and the token's key and value into the cache.
+    """Attention of one new token per row over its own past. Also writes the token's key and value into the cache.
 
     Args:
         q (B, heads, D); k, v (B, kv_heads, D); all before rotation.
         keys, values (slots, kv_heads, T, D): the cache of this layer.
-        slots (B,): the place of each row in the cache; positions (B,): of the new token, -1 on a row that rests.
+        slots (B,): the place of each row in the cache; positions (B,): of the new token, -1 on a resting row.
         rotary: cos, sin (T, dims), a row per position; alibi (heads,) slopes.
-    Returns: (B, heads * D); noise on rows that rest.
+    Returns: (B, heads * D); noise on resting rows.
     """
     if on_triton(q):
         from runner.rollout import triton_attention
@@ -115,7 +115,7 @@ def attend(
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up. (N, I) each, rows as far apart as they like."""
+    """silu(gate) * up. (N, I) each, with any distance between rows."""
     if on_triton(gate):
         from runner.rollout import triton_kernels
 
@@ -134,7 +134,7 @@ def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def advance(lanes: Lanes, into: Responses, token: Tensor, logprob: Tensor, eos: int) -> None:
-    """Write down a step's tokens (B,) and log-probabilities (B,), and let each lane go on or rest. In place."""
+    """Record a step's tokens (B,) and log-probabilities (B,), and let each lane continue or rest. In place."""
     if on_triton(token):
         from runner.rollout import triton_kernels
 

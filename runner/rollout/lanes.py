@@ -1,4 +1,4 @@
-"""The state of a batch that is being decoded, on the device: what each lane is at, and what has been sampled."""
+"""The state of a batch that is being decoded, on the device: where each lane is, and what has been sampled."""
 
 from dataclasses import dataclass, fields
 from functools import partial
@@ -9,12 +9,12 @@ from torch import Tensor
 
 @dataclass
 class Lanes:
-    """The rows of a batch. A lane that rests has position -1, a row that is thrown away, and keeps its slot."""
+    """The rows of a batch. A resting lane has position -1, writes to a row that is thrown away, and keeps its slot."""
 
-    tokens: Tensor  # (B,) the newest token, not in the cache yet
+    tokens: Tensor  # (B,) newest token, not in the cache yet
     positions: Tensor  # (B,) its position
     steps: Tensor  # (B,) response tokens so far
-    rows: Tensor  # (B,) which response it is
+    rows: Tensor  # (B,) number of the response
     slots: Tensor  # (B,) its place in the cache
 
     @staticmethod
@@ -31,8 +31,8 @@ class Lanes:
         for name, value in values.items():
             getattr(self, name)[where] = torch.tensor(value, device=where.device)
 
-    def wake_first(self) -> None:
-        """Move lanes that rest to the end, in place: graphs hold these addresses."""
+    def awake_first(self) -> None:
+        """Move resting lanes to the end. In place: graphs hold these addresses."""
         order = (self.positions < 0).int().argsort(stable=True)
         for f in fields(self):
             getattr(self, f.name).copy_(getattr(self, f.name)[order])
@@ -40,7 +40,7 @@ class Lanes:
 
 @dataclass
 class Responses:
-    """What has been sampled. One row more than there are prompts: lanes that rest write there."""
+    """What has been sampled. One row more than there are prompts, for resting lanes to write to."""
 
     tokens: Tensor  # (N + 1, R)
     logprobs: Tensor  # (N + 1, R)

@@ -1,7 +1,7 @@
-"""A causal language model as decoding sees it: the weights of the training engine, read in place, without modules around them.
+"""A causal language model for decoding: the weights of the training engine, read in place, without modules around them.
 
-One description serves all four families. What differs between them (where the norms stand, how positions enter, how query,
-key and value lie in one matrix) is told by runner/rollout/forms.py.
+One description serves all four families. runner/rollout/families.py fills in what differs between them: where the norms are, how positions
+enter, how query, key and value are laid out in one matrix.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from runner.rollout.kernels import Norm, Shares
 
 @dataclass
 class Linear:
-    """y = x W^T + b, and on top of it, where an adapter is not folded into W, scale * (x A^T) B^T."""
+    """y = x W^T + b, plus scale * (x A^T) B^T if there is an adapter that is not folded into W."""
 
     weight: Tensor  # (out, in)
     bias: Tensor | None
@@ -31,7 +31,7 @@ class Linear:
         return y
 
     def onto(self, x: Tensor) -> Tensor | Shares:
-        """y, to be added to the residual stream by add_norm."""
+        """y, for add_norm to add to the residual stream."""
         return self(x) if self.adapter else kernels.product(x, self.weight, self.bias)
 
     def relu(self, x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Linear:
         return F.relu(self(x))
 
     def folded(self) -> "Linear":
-        """The same with W + scale * B A as a copy: the weights below the adapter stay as they are, exactly."""
+        """The same with W + scale * B A as a copy; W itself stays exactly as it is."""
         if self.adapter is None:
             return self
         a, b, scale = self.adapter
@@ -49,9 +49,9 @@ class Linear:
 
 
 class Together:
-    """Matrices that read the same input: one product where their weights lie one behind the other in memory, else one for each.
+    """Matrices that read the same input: one product if their weights are adjacent in memory, otherwise one for each.
 
-    ZeRO 1 and 2 flatten the weights, and `side_by_side` does the same where nothing else does.
+    They are adjacent under ZeRO-1 and -2, which flatten the weights; otherwise `side_by_side` makes them so.
     """
 
     def __init__(self, *parts: Linear):
@@ -71,7 +71,7 @@ class Together:
 
 
 def _run(tensors: list[Tensor | None]) -> Tensor | None:
-    """One view of tensors that follow each other in one storage, or None."""
+    """One view over tensors that are adjacent in one storage; None if they are not."""
     if any(t is None for t in tensors):
         return None
     first, sizes = tensors[0], [t.numel() * t.element_size() for t in tensors]
@@ -99,7 +99,7 @@ class Block:
 
 @dataclass
 class Network:
-    """All that one forward needs. N tokens of any sequences, one below the other: attention alone knows what belongs together."""
+    """All that a forward pass needs. It takes N tokens of any sequences; only `attend` knows which belong together."""
 
     blocks: list[Block]
     embed: Callable[[Tensor, Tensor], Tensor]  # token ids (N,), positions (N,) -> (N, H)
@@ -110,7 +110,7 @@ class Network:
     heads: int
     kv_heads: int
     head_dim: int
-    interleaved: bool  # query, key and value lie head by head in one matrix
+    interleaved: bool  # one matrix holds query, key and value, head by head
     residual: str  # sequential, parallel (NeoX), or post: the norm after the sum (OPT-350m)
     alibi: Tensor | None  # (heads,) slopes
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None  # positions (N,) -> cos, sin (N, rotated dims)
@@ -127,8 +127,8 @@ class Network:
         """(N,) token ids and positions -> (N, H), ready for the head.
 
         Args:
-            attend: (number of the layer, q (N, heads, D), k, v (N, kv_heads, D)) -> (N, heads * D). It also keeps k and v.
-            last_layer: False ends after the last layer has met `attend`: a prompt leaves nothing but keys and values.
+            attend: (number of the layer, q (N, heads, D), k, v (N, kv_heads, D)) -> (N, heads * D). It also caches k and v.
+            last_layer: False stops after the last `attend` and returns None: prefill needs only keys and values.
         """
         x, deltas = self.embed(ids, positions), ()
         for n, block in enumerate(self.blocks):
@@ -154,7 +154,7 @@ class Network:
         return self.final(normed[0] if normed else x)
 
     def split(self, block: Block, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query (N, heads, D), key and value (N, kv_heads, D) of normed states (N, H); views where they can be."""
+        """Query (N, heads, D), key and value (N, kv_heads, D) of normed states (N, H); views where possible."""
         parts = block.qkv(y)
         if self.interleaved:
             return parts[0].view(len(y), self.heads, 3, self.head_dim).unbind(2)
@@ -177,6 +177,6 @@ class Network:
         return replace(self, blocks=[fold(block) for block in self.blocks], head=self.head.folded())
 
     def adapter_bytes(self) -> int:
-        """Bytes that folding takes."""
+        """Bytes that folding would take."""
         linears = [linear for block in self.blocks for linear in block.linears()]
         return sum(linear.weight.numel() * linear.weight.element_size() for linear in linears if linear.adapter)

@@ -1,8 +1,8 @@
-"""The record of a rollout: what was asked, what was sampled, and everything computed from it.
+"""The record of a rollout: prompts, responses, and everything computed from them.
 
-B responses, P prompt tokens (left-padded), R response tokens (right-padded). After `gather` every rank holds the rows of all
-ranks, a few megabytes: whitening, minibatches and statistics are then global without further communication. It lies on the CPU, where
-micro batches are laid out: the GPU is never waited for to learn a length.
+B responses, P prompt tokens (left-padded), R response tokens (right-padded). After `gather` every rank holds the rows of all ranks, a few
+megabytes: whitening, minibatches and statistics are then global without further communication. It stays on the CPU, where micro batches
+are packed, so that nobody waits for the GPU to learn a length.
 """
 
 from collections.abc import Iterator
@@ -24,11 +24,11 @@ class Rollout:
     responses: Tensor  # (B, R) token ids, EOS included, PAD after it
     lengths: Tensor  # (B,) real tokens of each response, EOS included
     ended: Tensor  # (B,) bool: the response ends with EOS
-    stopped: Tensor | None = None  # (B,) bool: it was cut at a stop string instead (stops.py); None without stop strings
-    sampled_logprobs: Tensor | None = None  # (B, R) of the distribution that was sampled from, as the sampler saw it
-    logprobs: Tensor | None = None  # (B, R) of the actor that sampled: PPO's old log-probabilities
-    mismatch: Tensor | None = None  # (B, R) how far the sampler is from the trainer, nats; 0 on rows that only the sampler read
-    reread: Tensor | None = None  # (B,) bool: rows that the trainer read too
+    stopped: Tensor | None = None  # (B,) bool: cut at a stop string instead (stops.py); None without stop strings
+    sampled_logprobs: Tensor | None = None  # (B, R) as computed by the sampler
+    logprobs: Tensor | None = None  # (B, R) PPO's old log-probabilities: the sampler's, or the trainer's (collect.read_actor)
+    mismatch: Tensor | None = None  # (B, R) |sampler - trainer| in nats; 0 on rows that the trainer did not read
+    reread: Tensor | None = None  # (B,) bool: the trainer read this row too
     ref_logprobs: Tensor | None = None  # (B, R) of the SFT model
     values: Tensor | None = None  # (B, R) of the critic, before each token
     scores: Tensor | None = None  # (B,) of the reward model, raw
@@ -44,14 +44,14 @@ class Rollout:
         return int(self.lengths.sum() + self.prompt_lengths.sum())
 
     def as_rows(self, chosen) -> Iterator[dict]:
-        """Some responses as plain rows, for people."""
+        """Some responses as plain rows, for bad_batch_step_N.jsonl."""
         for n in chosen:
             prompt, response = self.prompts[n, -int(self.prompt_lengths[n]) :], self.responses[n, : int(self.lengths[n])]
             score = None if self.scores is None else float(self.scores[n])
             yield {"row": int(n), "prompt_ids": prompt.tolist(), "response_ids": response.tolist(), "score": score}
 
     def sampled(self) -> dict[str, Tensor]:
-        """All that cannot be computed again without the models, by name."""
+        """Every tensor that cannot be recomputed without the models, by name."""
         derived = ("rewards", "advantages", "returns")
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None and f.name not in derived}
 
@@ -63,11 +63,11 @@ class Rollout:
 
     @property
     def finished(self) -> Tensor:
-        """(B,) bool: the response came to an end, and not to the limit."""
+        """(B,) bool: the response ended by itself, before the limit."""
         return self.ended if self.stopped is None else self.ended | self.stopped
 
     def as_judged(self, eos: int, most: int) -> "Rollout":
-        """With EOS behind a stop string, within `most` tokens: the reward model has learnt to judge a response at its EOS."""
+        """The rollout with EOS appended after stop strings, within `most` tokens: the reward model has learnt to score at EOS."""
         if self.stopped is None:
             return self
         closed = self.stopped & (self.lengths < most)
@@ -83,13 +83,13 @@ class Rollout:
         return ids, torch.cat([prompt_mask.long(), self.mask.long()], dim=1)
 
     def response_index(self) -> tuple[Tensor, Tensor]:
-        """Where the actor predicts response tokens: positions in the flattened (B * (P + R)), and these tokens. (N,), (N,)."""
+        """Where the actor predicts response tokens: positions in the flattened (B * (P + R)), and those tokens. (N,), (N,)."""
         width = self.prompts.size(1) + self.responses.size(1)
         row, column = self.mask.nonzero(as_tuple=True)
         return row * width + self.prompts.size(1) + column - 1, self.responses[row, column]
 
     def response_steps(self) -> Tensor:
-        """Number of each of these tokens in its response, from 0. (N,)."""
+        """Position of each of those tokens in its response, from 0. (N,)."""
         return self.mask.nonzero(as_tuple=True)[1]
 
     def spread(self, flat: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Rollout:
         return Rollout(**{f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None})
 
     def rows(self, index: Tensor) -> "Rollout":
-        """Some rows, with columns that they all leave empty cut away: a micro batch without needless padding."""
+        """Some rows, without columns that are padding in all of them."""
         picked = {f.name: getattr(self, f.name)[index] for f in fields(self) if getattr(self, f.name) is not None}
         prompt_width, width = int(picked["prompt_lengths"].max()), int(picked["lengths"].max())
         for name, value in picked.items():
@@ -117,7 +117,7 @@ class Rollout:
     def gather(self, pad: int, device: torch.device) -> "Rollout":
         """The rows of all ranks, on every rank's CPU, in the order of the prompts (rank r holds every world-th row). Collective.
 
-        device: where the ranks exchange them. NCCL reads no other memory than the GPU's.
+        device: where the ranks exchange them. NCCL can only read GPU memory.
         """
         world = dist.get_world_size()
         return self.to(CPU) if world == 1 else self.to(device)._gathered(pad, world).to(CPU)

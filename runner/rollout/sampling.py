@@ -1,7 +1,7 @@
-"""Reproducible sampling: the random number of token t of response i depends on (seed, i, t) and on nothing else.
+"""Reproducible sampling: the random number of token t of response i depends only on (seed, i, t).
 
-One uniform number per token is enough to sample from any distribution by inverting its cumulative sum. Drawn ahead from a
-counter-based generator, it makes a rollout independent of batch size, of the number of ranks, and of interruptions.
+One uniform number per token is enough to sample from any distribution, by inverting its cumulative sum. Drawn from a counter-based
+generator, it makes a rollout independent of batch size, number of ranks, and interruptions.
 """
 
 import numpy as np
@@ -23,5 +23,5 @@ def invert(logits: Tensor, uniform: Tensor) -> Tensor:
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
     point = uniform.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, point, right=True).squeeze(-1)
-    # A point on the last step rounds past the end: take the last token that can be sampled
+    # A point that rounds past the end: take the last token with any probability
     return torch.minimum(token, (cumulative < cumulative[:, -1:]).sum(dim=-1))

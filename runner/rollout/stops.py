@@ -1,6 +1,6 @@
-"""Strings that end a response, found in what was sampled.
+"""Stop strings, found after sampling.
 
-A response up to its stop string does not depend on what would have come after it, so it is cut afterwards, the same for every engine.
+A response up to its stop string does not depend on what follows, so it can be cut afterwards, in the same way for every engine.
 """
 
 from bisect import bisect_left
@@ -11,7 +11,7 @@ from runner.rollout.record import Rollout
 
 
 def stop_at_strings(rollout: Rollout, tokenizer, strings: list[str], pad: int) -> None:
-    """End each response with the token that completes the first of these strings. rollout: freshly sampled, on the CPU; in place."""
+    """Cut each response after the token that completes the first stop string. rollout: freshly sampled, on the CPU; in place."""
     rows = zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)
     ends = [end_of(tokenizer, ids[:length], strings) for ids, length in rows]
     rollout.stopped = torch.tensor([end is not None for end in ends])
@@ -23,7 +23,7 @@ def stop_at_strings(rollout: Rollout, tokenizer, strings: list[str], pad: int) -
 
 
 def end_of(tokenizer, ids: list[int], strings: list[str]) -> int | None:
-    """Tokens up to the one that completes the first stop string, if there is one."""
+    """Number of tokens up to the one that completes the first stop string; None if there is none."""
 
     def has_one(count: int) -> bool:
         text = tokenizer.decode(ids[:count], skip_special_tokens=True)

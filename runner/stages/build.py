@@ -1,4 +1,4 @@
-"""From the config to models in engines: what the stages build alike."""
+"""From the config to loaded models: what all stages build in the same way."""
 
 import os
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from runner.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a stage is given, from step.json."""
+    """What a stage gets to read, from step.json."""
 
     folder: Path
     stage: str
     key: str
     parents: dict[str, str]  # stage -> model folder or hub id
     tokenizer: str
-    base: str | None  # first weights of SFT and reward model
+    base: str | None  # initial weights of SFT and reward model
     data: str  # cache folder of the tokenised data
     ptx: str | None  # cache folder of the ptx mixture
 
@@ -50,10 +50,10 @@ def load_actor(
     checkpointing: bool = False,
     sampling: dict | None = None,
 ) -> Actor:
-    """A causal language model in its wrapper. sampling: temperature, top_k and top_p of PPO; None for the plain softmax."""
+    """A causal language model in its wrapper. sampling: PPO's temperature, top_k, top_p and least; None for the plain softmax."""
     with engines.building(ds_config):
         model = load_causal(path, tokenizer, **_options(cfg, cfg.model.actor, path, dropout))
-    # Every rank must call the head equally often under ZeRO-3
+    # Under ZeRO-3 all ranks gather the head together, so each must call it the same number of times
     chunk = 0 if ds_config.get("zero_optimization", {}).get("stage") == 3 else cfg.hardware.logits_chunk
     return Actor(_finish(model, lora, checkpointing), cfg.model.family, chunk, **(sampling or {}))
 
@@ -61,7 +61,7 @@ def load_actor(
 def load_reference(
     cfg: Config, path: str, tokenizer, ds_config: dict, device: torch.device, sampling: dict | None = None
 ) -> torch.nn.Module | None:
-    """The actor as it begins, frozen. None where the actor itself is that, without its adapters; see engine.reference."""
+    """A frozen copy of the actor as it starts. None where the actor with its adapters off serves as one; see engine.reference."""
     if shares_reference(cfg.model.actor):
         return None
     ref = load_actor(cfg, path, tokenizer, ds_config, dropout=0.0, lora=None, sampling=sampling)
@@ -86,7 +86,7 @@ def load_reward(
 
 
 def _options(cfg: Config, part: ModelPart, path: str, dropout: float | None) -> dict:
-    revision = part.revision if path == part.path else None  # of a pinned model nothing is said
+    revision = part.revision if path == part.path else None  # a pinned model has none
     if not is_local(path):
         _download_once(path, revision)
     return {
@@ -100,7 +100,7 @@ def _options(cfg: Config, part: ModelPart, path: str, dropout: float | None) -> 
 
 
 def _download_once(path: str, revision: str | None) -> None:
-    """One process per machine fetches a hub model; the others then find it in the cache. Pickles only where nothing else is."""
+    """One process per machine downloads a hub model; the others find it in the cache. Pickles only if there is nothing else."""
     if os.environ["LOCAL_RANK"] == "0":
         from huggingface_hub import snapshot_download
 

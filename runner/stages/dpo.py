@@ -1,10 +1,11 @@
-"""DPO (arXiv 2305.18290): the SFT actor learns from pairs, held to what it was by an implicit reward; no reward model, no sampling.
+"""DPO (arXiv 2305.18290): the SFT actor learns from pairs directly, without a reward model and without sampling.
 
-The reward of a response is beta * (log actor - log reference), summed over its tokens, EOS included; the reference is the frozen SFT
-actor. Both read without dropout, so that they begin alike.
+The implicit reward of a response is beta * (log actor - log reference), summed over its tokens, EOS included; the reference is the frozen
+SFT actor. Dropout is off in both, so that all margins start at 0.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     work = flops.count(wrapper.hf)
     ref_work = flops.count(ref.hf) if ref else replace(work, body=work.body - work.body_trained)  # without its adapters
 
-    # 3. Go on from the newest checkpoint, if there is one
+    # 3. Resume from the newest checkpoint, if there is one
     checkpoints = Checkpoints(step.folder, step.key, cfg, {"actor": actor}, log)
     first, state, _ = checkpoints.restore()
     log.begin(first, total)
@@ -60,7 +61,8 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         batch = preference_batch(pairs, tokenizer.pad_token_id)
         return implicit_rewards(actor, batch, reference_logprobs(actor, ref, batch), dpo.beta)
 
-    before = state.get("before") or evaluation(actor, score, held, dpo.eval_examples, micro, log, 0)
+    evaluate = partial(evaluation, actor, score, held, dpo.eval_examples, micro, log)
+    before = state.get("before") or evaluate(0)
 
     # 4. One optimizer step per turn
     for s in range(first, total):
@@ -69,7 +71,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         pairs = int((here != EMPTY).sum())
         with log.phase("data"):
             micros = [preference_batch(pick(rows, n), tokenizer.pad_token_id) for n in batches.micro_batches(s)]
-            sums = counted(micros, work, ref_work) | {"apart": 0.0}
+            sums = counted(micros, wrapper.packed, work, ref_work) | {"apart": 0.0}
         with log.phase("reference"):
             actor.eval()
             known = [reference_logprobs(actor, ref, batch) for batch in micros]
@@ -90,21 +92,20 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             findings = {"first_margin": invariants.first_margin(whole["apart"] / whole["logits"], cfg.hardware.precision)}
             invariants.check(log, "step 1", findings)
         metrics = averages(whole, pairs) | {"lr": engine.learning_rate(actor), "grad_norm": norm}
-        metrics["perf/padding_fraction"] = 0.0 if wrapper.packed else 1 - whole["tokens"] / whole["slots"]
         check_finite(cfg, step.folder, step.stage, done, metrics["train/loss"], norm, numbered(rows, here), tokenizer)
         headline = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.2f}  margin {metrics['train/margin']:.2f}"
         log.log(done, metrics, headline, whole["tokens"], whole["work"])
         watch(done)
 
-        # 5. Evaluate now and then; save, and leave if someone asked for it
+        # 5. Evaluate if due; save if due, and stop if someone asked for it
         found = None
         if dpo.eval_every and done % dpo.eval_every == 0 and done < total:
-            found = evaluation(actor, score, held, dpo.eval_examples, micro, log, done)["accuracy"]
+            found = evaluate(done)["accuracy"]
         checkpoints.after(done, total, {"before": before}, found)
     checkpoints.finish()
 
     # 6. Export, and the facts for the summary
-    facts = evaluation(actor, score, held, dpo.eval_examples, micro, log, total)
+    facts = evaluate(total)
     with log.phase("export"):
         export(cfg, step.folder, wrapper, tokenizer, part.lora, best=lambda: checkpoints.load_best(facts["accuracy"]))
     facts |= {f"{name}_before": before[name] for name in ("accuracy", "eval_loss")}
@@ -120,7 +121,7 @@ def response_logprobs(actor, batch: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def reference_logprobs(actor, ref, batch: dict[str, Tensor]) -> Tensor:
-    """The same under the reference."""
+    """`response_logprobs` of the reference."""
     model, context = engine.reference(actor, ref)
     with context:
         return response_logprobs(model, batch)

@@ -11,7 +11,7 @@ from runner.models import Wrapper, save_adapter, save_model
 def export(cfg: Config, folder: Path, wrapper: Wrapper, tokenizer, lora: Lora, best: Callable[[], bool]) -> None:
     """Save the model, its adapters merged, to model/; the adapters alone to adapter/; and, last, the best checkpoint's to model_best/.
 
-    best: gives the engine the weights of the best checkpoint, if that beats the end; says whether it did. Collective.
+    best: loads the best checkpoint into the engine if it beats the final weights, and returns whether it did. Collective.
     """
     options = export_options(cfg)
     save_model(wrapper, folder / "model", tokenizer, **options)
@@ -22,5 +22,5 @@ def export(cfg: Config, folder: Path, wrapper: Wrapper, tokenizer, lora: Lora, b
 
 
 def export_options(cfg: Config) -> dict:
-    """What save_model needs to know of the configuration."""
+    """What save_model needs from the configuration."""
     return {"dtype": engine.DTYPES[cfg.hardware.precision], "max_new_tokens": cfg.model.max_response_tokens}

@@ -1,4 +1,4 @@
-"""How an actor answers held-out prompts, before, during and after PPO: always with the same random numbers."""
+"""How the actor answers held-out prompts before, during and after PPO, always with the same random numbers."""
 
 import json
 
@@ -18,9 +18,9 @@ EVAL_EPISODE = 2**40
 
 
 class HeldOut:
-    """Samples and scores responses to held-out prompts. The random numbers never change: differences are the actor's.
+    """Samples and scores responses to held-out prompts. The random numbers never change, so any difference comes from the actor.
 
-    The prompts have one order, whatever the number of ranks: fewer are the first of more, and are answered alike.
+    The prompts have one fixed order: a smaller evaluation is the start of a larger one, for any number of ranks.
     """
 
     def __init__(self, cfg: Config, held, tokenizer, models: Models, reader: Reader, log: RunLog):
@@ -29,9 +29,9 @@ class HeldOut:
         self.judged = any(source.adapter == "toy" for source in cfg.dataset.sources.values())
 
     def sample(self, done: int, count: int, with_values: bool = False) -> Rollout:
-        """Scored responses to the first `count` prompts, or to as many as there are, in order. Collective."""
+        """Scored responses to the first `count` prompts (all, if there are fewer), in order. Collective."""
         rows = self.order[:count]
-        # Every rank answers equally many: some prompts are asked again, and these answers are left out
+        # Every rank needs the same number of prompts: pad with repeated ones, whose answers are dropped
         asked = np.resize(rows, -(-len(rows) // ranks.world()) * ranks.world())
         prompts, episodes = self.held.select(asked)["input_ids"], [EVAL_EPISODE + int(row) for row in asked]
         with self.log.phase("eval"):
@@ -41,7 +41,7 @@ class HeldOut:
         return rollout
 
     def evaluate(self, done: int, state, rollout: Rollout) -> tuple[dict, list[dict]]:
-        """Mean facts of responses to the first prompts, which are recorded, and one row per prompt. state: has the scale of the scores."""
+        """Means over the responses, which are also logged, and one row per prompt. state: has the scale of the scores."""
         scores = (rollout.scores - state.score_mean) / state.score_std
         responses = [
             decode_response(self.tokenizer, ids[:n]) for ids, n in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)
@@ -64,12 +64,12 @@ class HeldOut:
         return facts, [{"prompt": p, "response": r, "score": s, "judge": j} for p, r, s, j in rows]
 
     def ask_again(self, done: int, state) -> tuple[dict, list[dict]]:
-        """`evaluate` the prompts that the SFT actor was asked, whatever ppo.eval_prompts a resumed run has. Collective."""
+        """`evaluate` on the prompts that the SFT actor was asked, even if a resumed run has other ppo.eval_prompts. Collective."""
         return self.evaluate(done, state, self.sample(done, len(state.sft_rows)))
 
 
 def paired(before: list[dict], after: list[dict]) -> list[dict]:
-    """SFT's response beside PPO's, for every held-out prompt that both were asked: resume=force may have brought other data."""
+    """SFT's and PPO's response to every held-out prompt that both were asked: resume=force may have brought other data."""
     return [
         {
             "prompt": old["prompt"],

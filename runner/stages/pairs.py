@@ -1,4 +1,4 @@
-"""Pairs of a chosen and a rejected response, whose scores should differ: what reward model and DPO count, log and evaluate alike."""
+"""Pairs of a chosen and a rejected response: what reward model and DPO count, log and evaluate in the same way."""
 
 import math
 from collections.abc import Callable
@@ -18,15 +18,17 @@ Score = Callable[[list[dict | None]], tuple[Tensor, Tensor]]
 # --- an optimizer step ------------------------------------------------------------------------------------------------
 
 
-def counted(micros: list[dict], work: flops.Work, reference: flops.Work | None = None) -> dict[str, float]:
-    """Real tokens of this rank's micro batches, those of them whose logits are made, the slots that hold them, and the FLOPs of training.
+def counted(micros: list[dict], packed: bool, work: flops.Work, reference: flops.Work | None = None) -> dict[str, float]:
+    """Sums over this rank's micro batches: real tokens, tokens whose logits are made, positions computed, and the FLOPs of training.
 
-    reference: of the frozen model that reads them too, where there is one.
+    packed: no padding is computed. reference: the work of a frozen model that reads the batch too, if there is one.
     """
     lengths = torch.cat([batch["mask"].sum(dim=1).view(2, -1)[:, batch["real"]].flatten() for batch in micros])
     logits = float(sum(len(batch.get("targets", ())) for batch in micros))
     spent = flops.training(work, lengths, logits) + (flops.forward(reference, lengths, logits) if reference else 0.0)
-    return {"tokens": float(lengths.sum()), "logits": logits, "slots": sum(batch["ids"].numel() for batch in micros), "work": spent}
+    tokens = float(lengths.sum())
+    slots = tokens if packed else float(sum(batch["ids"].numel() for batch in micros))
+    return {"tokens": tokens, "logits": logits, "slots": slots, "work": spent}
 
 
 def tally(sums: dict[str, Tensor], loss: Tensor, chosen: Tensor, rejected: Tensor) -> None:
@@ -41,14 +43,15 @@ def averages(sums: dict[str, float], pairs: int) -> dict[str, float]:
     """Metrics of an optimizer step, from the sums over its pairs."""
     mean = {name: sums[name] / pairs for name in ("loss", "correct", "chosen", "rejected")}
     metrics = {"train/loss": mean["loss"], "train/accuracy": mean["correct"], "train/margin": mean["chosen"] - mean["rejected"]}
-    return metrics | {"reward/chosen_mean": mean["chosen"], "reward/rejected_mean": mean["rejected"]}
+    metrics |= {"reward/chosen_mean": mean["chosen"], "reward/rejected_mean": mean["rejected"]}
+    return metrics | {"perf/padding_fraction": 1 - sums["tokens"] / sums["slots"]}
 
 
 # --- held-out pairs ---------------------------------------------------------------------------------------------------
 
 
 def evaluation(model, score: Score, held, most: int, micro: int, log: RunLog, done: int) -> dict:
-    """Accuracy with its interval, loss, calibration and the length baseline on held-out pairs; recorded and returned. Collective."""
+    """Accuracy with its interval, loss, calibration and the length baseline on held-out pairs; logged and returned. Collective."""
     with log.phase("eval"):
         model.eval()
         scored = score_pairs(score, held, most, micro)
@@ -68,7 +71,7 @@ def score_pairs(score: Score, held, most: int, micro: int) -> list[tuple[float, 
     for numbers in shard(len(picked), micro, ranks.world(), ranks.rank()):
         rows = pick(picked, numbers)
         scored.append((rows, *score(rows)))
-    # Only now is the GPU waited for
+    # Only tolist() waits for the GPU
     mine = [
         (good, bad, *(len(row[name]) - row["prompt_length"] for name in ("chosen_ids", "rejected_ids")), row["source"])
         for rows, chosen, rejected in scored
@@ -79,7 +82,7 @@ def score_pairs(score: Score, held, most: int, micro: int) -> list[tuple[float, 
 
 
 def pair_statistics(scored: list[tuple[float, float, int, int, str]]) -> dict:
-    """What the scores of held-out pairs say; see `score_pairs` for the fields."""
+    """Statistics of held-out pairs; see `score_pairs` for the fields."""
     good, bad = np.array([p[0] for p in scored]), np.array([p[1] for p in scored])
     wins = (good > bad) + 0.5 * (good == bad)
     longer = np.array([(p[2] > p[3]) + 0.5 * (p[2] == p[3]) for p in scored])
@@ -111,7 +114,7 @@ def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, f
 
 
 def calibration(margins: np.ndarray, bins: int = 5) -> list[dict]:
-    """How often the model is right against how sure it is: confidence is sigmoid(|margin|), in equal bins of 0.5 to 1."""
+    """How often the model is right, by how sure it is: confidence is sigmoid(|margin|), in equal bins from 0.5 to 1."""
     confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
     bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     return [

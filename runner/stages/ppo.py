@@ -1,7 +1,7 @@
 """PPO (arXiv 1707.06347) against the reward model, from the SFT actor, as in InstructGPT (2203.02155).
 
 Every rank holds the whole rollout batch, so statistics are global and minibatches do not depend on the number of ranks. The
-random numbers of response i come from (seed, i) alone. Dropout is off in all four models.
+random numbers of response i depend on (seed, i) alone. Dropout is off in all four models.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +24,7 @@ from runner.models import save_model
 from runner.plan import engine_configs
 from runner.rollout import graph
 from runner.rollout.collect import Models, Reader, collect
-from runner.rollout.forms import side_by_side
+from runner.rollout.families import side_by_side
 from runner.rollout.record import CPU, Rollout
 from runner.rollout.stops import stop_at_strings
 from runner.schedules import lr_share, warmup_steps
@@ -39,12 +39,12 @@ from runner.watch.stop import Stopped
 
 @dataclass
 class State:
-    """What PPO carries from one iteration to the next, beside the weights; saved in every checkpoint."""
+    """What PPO carries from one iteration to the next, apart from the weights; saved in every checkpoint."""
 
     kl_coef: float
     score_mean: float = 0.0
     score_std: float = 1.0
-    value_mean: float = 0.0  # of the critic's output as it begins, to be read as the mean score
+    value_mean: float = 0.0  # of the initial critic's output, which then counts as the mean score
     value_std: float = 1.0
     tokens: int = 0
     before: dict | None = None  # evaluation of the SFT actor
@@ -52,23 +52,23 @@ class State:
     progress: Progress = field(default_factory=Progress)  # of the update of this iteration
 
     def facts(self) -> dict:
-        """What a checkpoint holds. Called after every iteration: rows that never change are not copied."""
+        """What a checkpoint holds. Called after every iteration, so it does not copy rows that never change."""
         return vars(self) | {"progress": asdict(self.progress)}
 
     def scales(self) -> dict[str, float]:
-        """In which units the actor is paid and the critic is read: (x - mean) / std of what their models say."""
+        """The units of rewards and values: (x - mean) / std of what the reward model and the critic output."""
         return {name: getattr(self, name) for name in ("score_mean", "score_std", "value_mean", "value_std")}
 
     def calibrate(self, rollout: Rollout, normalize: bool) -> None:
-        """From the SFT actor's responses: the scale of the scores, and where the critic begins.
+        """Set the scale of the scores, and where the critic starts, from the SFT actor's responses.
 
-        The critic begins as the reward model, which has learnt to score whole responses. Read in the middle of one it may be off by
-        several standard deviations; then ending looks like a gain, or a loss, and the first updates teach nothing but length.
+        The critic starts as the reward model, which has learnt to score whole responses. In the middle of one it may be off by several
+        standard deviations; then ending looks like a gain, or a loss, and the first updates teach nothing but length.
         """
         scores, values = rollout.scores, rollout.values[rollout.mask.bool()]
-        if normalize and len(scores) > 1:  # of a single score torch gives NaN as the deviation
+        if normalize and len(scores) > 1:  # torch gives NaN as the deviation of one score
             self.score_mean, self.score_std = float(scores.mean()), max(float(scores.std()), 1e-3)
-            # Never enlarged: every step of the optimizer would be enlarged with it
+            # At least 1: a smaller one would magnify the values, and with them every optimizer step
             self.value_mean, self.value_std = float(values.mean()), max(1.0, float(values.std()), self.score_std)
         else:
             self.value_mean = float(values.mean() - scores.mean())
@@ -78,7 +78,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     """Train the actor and export it to <step folder>/model, the critic to critic/, the averaged actor to model_ema/."""
     ppo = cfg.ppo
 
-    # 1. Prompts: those of every iteration are fixed by the seed and the iteration's number
+    # 1. Prompts: the seed and the number of an iteration fix its prompts
     tokenizer = tokenizer_for(cfg, step.tokenizer)
     rows, held, counts = cache.load(Path(step.data))
     batches = Batches(np.asarray(rows["length"]), ppo.rollout_batch, 1, world=1, rank=0, seed=cfg.seed, drop_last=True, pool=1)
@@ -92,13 +92,13 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     reader = build_reader(cfg, models, tokenizer, log)
     held_out = HeldOut(cfg, held, tokenizer, models, reader, log)
 
-    # 3. Go on from the newest checkpoint, if there is one; otherwise see what the SFT actor can do
+    # 3. Resume from the newest checkpoint, if there is one; otherwise evaluate the SFT actor and calibrate
     checkpoints = Checkpoints(step.folder, step.key, cfg, {"actor": models.actor, "critic": models.critic}, log, average=ema)
     first, saved, tensors = checkpoints.restore()
     state = State(**saved | {"progress": Progress(**saved["progress"])}) if saved else State(kl_coef=ppo.kl_coef)
-    if ppo.kl_target is None:  # no controller, and no state: resume=force may have brought another one
+    if ppo.kl_target is None:  # without a controller it is no state: resume=force may have changed it
         state.kl_coef = ppo.kl_coef
-    unfinished = Rollout(**tensors).to(CPU) if tensors else None  # a run that stopped in the middle of an update
+    unfinished = Rollout(**tensors).to(CPU) if tensors else None  # of a run that stopped in the middle of an update
     log.begin(first, total)
     if state.before is None:
         responses = held_out.sample(0, max(ppo.calibration_prompts, ppo.eval_prompts), with_values=True)
@@ -111,7 +111,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     guard = partial(check_finite, cfg, step.folder, step.stage, tokenizer=tokenizer)
 
     for i in range(first, total):
-        # The actor's schedule begins when the actor does
+        # The actor's schedule starts after the critic's warm-up
         for trained, start in ((models.actor, ppo.critic_warmup), (models.critic, 0)):
             share = lr_share(max(0, i - start), max(1, total - start), ppo.lr_schedule, ppo.warmup, ppo.lr_end)
             engine.set_learning_rate(trained, share)
@@ -123,7 +123,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             episodes = list(range(i * ppo.rollout_batch, (i + 1) * ppo.rollout_batch))
             try:
                 rollout = collect(models, reader, prompts, cfg.seed, episodes, stoppable=True, phase=log.phase)
-            except Stopped as stopped:  # nothing has been learnt from it, and sampling it again gives the same
+            except Stopped as stopped:  # nothing is lost: sampling again gives the same rollout
                 checkpoints.leave(str(stopped), f"step_{i}", i, state.facts())
             state.tokens += rollout.tokens()
             state.progress = Progress()
@@ -149,14 +149,14 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         if ema:
             ema.update()
 
-        # 8. Log and evaluate; save, and leave if someone asked for it
+        # 8. Log; evaluate and save if due, and stop if someone asked for it
         rates = {f"lr/{name}": engine.learning_rate(e) for name, e in (("actor", models.actor), ("critic", models.critic))}
         metrics |= {"episode": done * ppo.rollout_batch} | rates
         metrics |= decoding(cfg, models, work["actor"], reader.stats)
         watch(done)
         headline = f"score {metrics['objective/scores']:+z.2f}  kl {kl:z.2f}  length {metrics['rollout/response_length_mean']:.0f}"
         done_here = (state.progress.position - begun) / ppo.minibatches
-        tokens = 0 if begun else rollout.tokens()  # an earlier run has sampled them: a part of the time tells no rate
+        tokens = 0 if begun else rollout.tokens()  # 0 if an earlier run sampled them: the time of this one gives no rate
         log.log(done, metrics, headline, tokens, done_here * pass_flops(work, rollout, i >= ppo.critic_warmup), during="update")
         log.histogram(done, "rollout/scores", rollout.scores.tolist())
         score = None
@@ -223,7 +223,7 @@ def build_reader(cfg: Config, models: Models, tokenizer, log: RunLog) -> Reader:
 
 
 def normalised(cfg: Config, state: State, scores: torch.Tensor, finished: torch.Tensor) -> torch.Tensor:
-    """Scores as the actor is paid: in standard deviations above the SFT actor's, clipped, less the penalty for no end."""
+    """Scores as PPO uses them: in standard deviations above the SFT actor's mean, clipped, less the penalty for a missing EOS."""
     scores = (scores - state.score_mean) / state.score_std
     if cfg.ppo.score_clip:
         scores = scores.clamp(-cfg.ppo.score_clip, cfg.ppo.score_clip)
@@ -264,14 +264,14 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
 
 
 def pass_flops(work: dict[str, flops.Work], rollout: Rollout, actor_trains: bool) -> float:
-    """FLOPs of one pass of updates over a rollout; a mixture of text is left out."""
+    """FLOPs of one pass of updates over a rollout, without the ptx mixture."""
     lengths = rollout.prompt_lengths + rollout.lengths
     actor = flops.training(work["actor"], lengths, float(rollout.lengths.sum())) if actor_trains else 0.0
     return actor + flops.training(work["critic"], lengths)
 
 
 def decoding(cfg: Config, models: Models, actor: flops.Work, stats) -> dict[str, float]:
-    """Metrics of this rank's decoding, where the engine has counted it. stats: see runner/rollout/graph.py."""
+    """Metrics of this rank's decoding; {} if the engine did not count. stats: see runner/rollout/graph.py."""
     if not stats.steps:
         return {}
     found = {"rollout/decode_ms_per_token": 1e3 * stats.decode_seconds / stats.steps}
@@ -286,9 +286,9 @@ def decoding(cfg: Config, models: Models, actor: flops.Work, stats) -> dict[str,
 
 
 def export_all(cfg: Config, folder: Path, models: Models, ema: Ema | None, tokenizer, scales: dict, best) -> dict[str, str | None]:
-    """Save actor, critic, averaged actor and adapters, and after `best()`, if that loads one, the best actor. Collective.
+    """Save critic, averaged actor, actor, adapters, and the best actor if `best()` loads one. Collective.
 
-    scales: State.scales, by which the critic's values are to be read; they stand in its config.json.
+    scales: State.scales, the units of the critic's values; they go into its config.json.
     """
     actor, options = models.actor.module, export_options(cfg)
     save_model(models.critic.module, folder / "critic", tokenizer, extra=scales, **options)

@@ -21,7 +21,7 @@ from runner.watch import stop
 
 
 class Mixture:
-    """The ptx batches: pretraining text or demonstrations, as many rows in each optimizer step as of PPO."""
+    """The ptx mixture: pretraining text or demonstrations, as many rows per optimizer step as PPO has responses."""
 
     def __init__(self, cfg: Config, folder: str, pad: int):
         self.rows, _, _ = cache.load(Path(folder))
@@ -40,7 +40,7 @@ class Mixture:
 
 @dataclass
 class Progress:
-    """How far the update of a rollout has come, and what it has seen. A run that stops in the middle saves it."""
+    """How far the update of a rollout has come, and its sums so far. A run that stops in the middle saves it."""
 
     position: int = 0  # optimizer steps taken
     ended: bool = False  # by the early stop
@@ -73,7 +73,7 @@ class Progress:
             }
         if self.totals["ptx_tokens"]:
             facts["loss/ptx_avg"] = self.totals["ptx_loss"] / self.totals["ptx_tokens"]
-        # A step that fp16 has skipped for an overflow has an infinite norm
+        # A step that fp16 skipped because of an overflow has an infinite norm
         norms = {name: [norm for norm in values if math.isfinite(norm)] for name, values in self.norms.items()}
         return facts | {name: float(np.mean(finite)) for name, finite in norms.items() if finite}
 
@@ -83,8 +83,8 @@ def update(
 ) -> str | None:
     """Several passes over a rollout, each in minibatches of one optimizer step, from where `progress` says.
 
-    Args: guard: is given step, loss, norm and rows of every minibatch; it raises where they are not finite (see finite.py).
-    Returns None at the end, or why it was asked to stop before. Collective.
+    Args: guard: called with step, loss, norm and rows of every minibatch; raises if they are not finite (see finite.py).
+    Returns None at the end, or what asked it to stop earlier. Collective.
     """
     ppo, size = cfg.ppo, step_batch(cfg, "ppo")
     train_actor = iteration >= ppo.critic_warmup
@@ -96,7 +96,7 @@ def update(
         text = mixture.at(number + progress.position) if mixture and train_actor else None
         chosen = np.split(order, ppo.minibatches)[k][:size]
         sums, norms = minibatch(cfg, models, rollout, chosen, text, train_actor)
-        sums = ranks.total(sums, models.actor.device)  # the GPU is waited for here, and at the gradient norms
+        sums = ranks.total(sums, models.actor.device)  # waits for the GPU, as the gradient norms do
         loss = sum(sums[name] for name in ("policy_loss", "value_loss", "ptx_loss")) / sums["tokens"]
         guard(step=iteration + 1, loss=loss, norm=sum(norms.values()), rows=rollout.as_rows(chosen))
         progress.add(sums, norms)
@@ -109,12 +109,12 @@ def update(
 def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray, text, train_actor: bool) -> tuple[dict, dict]:
     """One optimizer step of critic and actor. Returns sums over this rank's tokens, and the gradient norms.
 
-    Of the sums, "real" are tokens of prompts and responses, and "slots" the positions that the models compute, padding included.
+    Sum "real" counts tokens of prompts and responses, "slots" the positions that the models compute, padding included.
     """
     # The same rows whatever the number of ranks
     lengths, packed = (rollout.prompt_lengths + rollout.lengths).numpy(), models.actor.module.packed
     ordered = chosen[np.argsort(-lengths[chosen], kind="stable")]
-    # Padded to the left and to the right, a row may be wider than each of them is long
+    # With padding on both sides, rows are wider than the longest of them
     widths = lengths[ordered] if packed else np.full(len(ordered), rollout.prompts.size(1) + rollout.responses.size(1))
     micros = deal(ordered, widths, micro_positions(cfg, "ppo"), world=ranks.world(), rank=ranks.rank())
     tokens = float(rollout.lengths[torch.as_tensor(chosen)].sum())
@@ -149,7 +149,7 @@ def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray,
 
 
 # --- one micro batch -------------------------------------------------------------------------------------------------
-# tokens: those of the whole optimizer step, over which the loss is averaged; last: of the model's micro batches in this step
+# tokens: of the whole optimizer step, over which the loss is averaged; last: whether it is the model's last micro batch in this step
 
 
 def teach_critic(ppo: Ppo, critic, part: Rollout, tokens: float, last: bool) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ def teach_actor(ppo: Ppo, actor, part: Rollout, tokens: float, last: bool) -> di
 
 
 def teach_text(ppo: Ppo, actor, batch: dict[str, Tensor], tokens: float, last: bool) -> dict[str, Tensor]:
-    """Forward and backward of the actor on a batch of the mixture."""
+    """Forward and backward of the actor on a micro batch of the ptx mixture."""
     logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
     loss = sft_loss(logprobs, send(batch["weights"], actor.device))
     engine.backward(actor, ppo.ptx_coef * loss, tokens, last)

@@ -1,5 +1,6 @@
-"""Reward model: a score per dialogue, so that chosen responses beat rejected ones (Bradley-Terry on the last real token)."""
+"""Reward model: one score per dialogue, higher for chosen than for rejected responses (Bradley-Terry on the last real token)."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     options = {"weight_decay": rm.weight_decay, "betas": rm.betas, "eps": rm.eps}
     model = engine.trainable(wrapper, ds_config, lr=rm.lr, lora_lr=part.lora.lr, **options)
 
-    # 3. Go on from the newest checkpoint, if there is one
+    # 3. Resume from the newest checkpoint, if there is one
     work = flops.count(wrapper.hf)
     checkpoints = Checkpoints(step.folder, step.key, cfg, {"reward": model}, log)
     first, _, _ = checkpoints.restore()
@@ -53,15 +54,16 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     def score(pairs: list[dict | None]) -> tuple[torch.Tensor, torch.Tensor]:
         return last_scores(model, pair_batch(pairs, tokenizer.pad_token_id))
 
+    evaluate = partial(evaluation, model, score, held, rm.eval_examples, micro, log)
+
     # 4. One optimizer step per turn
     for s in range(first, total):
-        share = lr_share(s, total, rm.lr_schedule, rm.warmup, rm.lr_end)
-        engine.set_learning_rate(model, share)
+        engine.set_learning_rate(model, lr_share(s, total, rm.lr_schedule, rm.warmup, rm.lr_end))
         here = batches.rows(s)
         pairs = int((here != EMPTY).sum())
         with log.phase("data"):
             micros = [pair_batch(pick(rows, n), tokenizer.pad_token_id) for n in batches.micro_batches(s)]
-            sums = counted(micros, work)
+            sums = counted(micros, wrapper.packed, work)
         with log.phase("train"):
             model.train()
             for batch in micros:
@@ -74,22 +76,21 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             norm = engine.step(model)
         done = s + 1
         whole = ranks.total(sums, device)
-        metrics = averages(whole, pairs) | {"lr": rm.lr * share, "grad_norm": norm}
-        metrics["perf/padding_fraction"] = 0.0 if wrapper.packed else 1 - whole["tokens"] / whole["slots"]
+        metrics = averages(whole, pairs) | {"lr": engine.learning_rate(model), "grad_norm": norm}
         check_finite(cfg, step.folder, step.stage, done, metrics["train/loss"], norm, numbered(rows, here), tokenizer)
         headline = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.2f}"
         log.log(done, metrics, headline, whole["tokens"], whole["work"])
         watch(done)
 
-        # 5. Evaluate now and then; save, and leave if someone asked for it
+        # 5. Evaluate if due; save if due, and stop if someone asked for it
         found = None
         if rm.eval_every and done % rm.eval_every == 0 and done < total:
-            found = evaluation(model, score, held, rm.eval_examples, micro, log, done)["accuracy"]
+            found = evaluate(done)["accuracy"]
         checkpoints.after(done, total, {}, found)
     checkpoints.finish()
 
     # 6. Export, and the facts for the summary
-    facts = evaluation(model, score, held, rm.eval_examples, micro, log, total)
+    facts = evaluate(total)
     with log.phase("export"):
         export(cfg, step.folder, wrapper, tokenizer, part.lora, best=lambda: checkpoints.load_best(facts["accuracy"]))
     log.result({"steps": total, "data": counts, **facts})

@@ -26,7 +26,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     """Train the actor and export it to <step folder>/model."""
     sft, part = cfg.sft, cfg.model.actor
 
-    # 1. Data: rows of every optimizer step are fixed by the seed and the step's number
+    # 1. Data: the seed and the number of an optimizer step fix its rows
     tokenizer = tokenizer_for(cfg, step.tokenizer, part.revision)
     rows, held, counts = cache.load(Path(step.data))
     lengths, prompts = np.asarray(rows["length"]), np.asarray(rows["prompt_length"])
@@ -43,7 +43,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     options = {"weight_decay": sft.weight_decay, "betas": sft.betas, "eps": sft.eps}
     actor = engine.trainable(wrapper, ds_config, lr=sft.lr, lora_lr=part.lora.lr, **options)
 
-    # 3. Go on from the newest checkpoint, if there is one
+    # 3. Resume from the newest checkpoint, if there is one
     work = flops.count(wrapper.hf)
     checkpoints = Checkpoints(step.folder, step.key, cfg, {"actor": actor}, log)
     first, state, _ = checkpoints.restore()
@@ -61,8 +61,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
 
     # 4. One optimizer step per turn
     for s in range(first, total):
-        share = lr_share(s, total, sft.lr_schedule, sft.warmup, sft.lr_end)
-        engine.set_learning_rate(actor, share)
+        engine.set_learning_rate(actor, lr_share(s, total, sft.lr_schedule, sft.warmup, sft.lr_end))
         here = batches.rows(s)
         here = here[here != EMPTY]
         weight = float(weights[here].sum())
@@ -84,17 +83,17 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         loss = sums["loss"] / weight
         metrics = {
             "train/loss": loss,
-            "lr": sft.lr * share,
+            "lr": engine.learning_rate(actor),
             "grad_norm": norm,
             "num_tokens": tokens_seen,
             "epoch": done / batches.per_epoch,
+            "perf/padding_fraction": 0.0 if wrapper.packed else 1 - tokens / sums["slots"],
         }
-        metrics["perf/padding_fraction"] = 0.0 if wrapper.packed else 1 - tokens / sums["slots"]
         check_finite(cfg, step.folder, step.stage, done, loss, norm, numbered(rows, here), tokenizer)
         log.log(done, metrics, f"loss {loss:.3f}", tokens, flops.training(work, lengths[here], float(predictions[here].sum())))
         watch(done)
 
-        # 5. Evaluate now and then; save, and leave if someone asked for it
+        # 5. Evaluate if due; save if due, and stop if someone asked for it
         score = None
         if sft.eval_every and done % sft.eval_every == 0 and done < total:
             score = -evaluation(done)["loss"]

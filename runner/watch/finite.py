@@ -1,4 +1,4 @@
-"""The guard against NaN: what the stages call after each optimizer step, before anything is logged or saved."""
+"""The guard against NaN, which stages call after each optimizer step, before anything is logged or saved."""
 
 import json
 import math
@@ -10,12 +10,12 @@ from runner.errors import UserError
 
 
 def check_finite(cfg: Config, folder: Path, stage: str, step: int, loss: float, norm: float, rows: Iterable[dict], tokenizer) -> None:
-    """Call it after an optimizer step and before anything is saved. Raises UserError on a loss or gradient norm that is not finite.
+    """Raise UserError on a loss or gradient norm that is not finite. Call it after an optimizer step, before anything is saved.
 
-    All ranks must give the same loss and norm. rows: of the whole batch, looked at only when it is bad; see `numbered`.
+    All ranks must pass the same loss and norm. rows: of the whole batch, read only if it is bad; see `numbered`.
     They are written to <folder>/bad_batch_step_<step>.jsonl, every list of ids with its text.
     """
-    # An overflow in fp16 alone: DeepSpeed has skipped the update and lowers the loss scale
+    # In fp16 an infinite norm alone is an overflow: DeepSpeed skipped the update and lowers the loss scale
     if math.isfinite(loss) and (math.isfinite(norm) or cfg.hardware.precision == "fp16"):
         return
     path = folder / f"bad_batch_step_{step}.jsonl"
@@ -27,7 +27,7 @@ def check_finite(cfg: Config, folder: Path, stage: str, step: int, loss: float, 
 
 
 def numbered(rows, numbers) -> Iterable[dict]:
-    """Rows of a data set with their numbers, without empty slots; nothing is read before it is asked for."""
+    """Rows of a data set with their numbers, without empty slots. Lazy: nothing is read until asked for."""
     return ({"row": int(n), **rows[int(n)]} for n in numbers if n >= 0)
 
 
@@ -44,6 +44,6 @@ def _save_batch(path: Path, rows: Iterable[dict], tokenizer) -> None:
 
 
 def lower_rate(cfg: Config, stage: str) -> str:
-    """Half of what is set, as overrides."""
+    """Overrides that halve the learning rate."""
     names = ("actor_lr", "critic_lr") if stage == "ppo" else ("lr",)
     return " ".join(f"{stage}.{name}={getattr(getattr(cfg, stage), name) / 2:g}" for name in names)

@@ -1,7 +1,7 @@
-"""Signs of life: each rank notes every second where it is, so that the launcher can say who is late or dead.
+"""Heartbeats: each rank notes every second where it is, so that the launcher can say which one is late or dead.
 
 logs/rank_N.alive holds one JSON object: rank, phase, step, total, time, and the line at which the main thread is. A thread
-writes it, so that a rank that waits for others still shows that it lives, and where it waits.
+writes it, so that a rank that waits for others still shows that it is alive, and where it waits.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 SECONDS = 1.0
 
-# phase: of the loop, "" before the first and between two. step: optimizer steps (PPO: iterations) done
+# phase: of the loop, "" between two phases. step: optimizer steps (PPO: iterations) done
 now = {"phase": "", "step": 0, "total": 0}
 
 
@@ -25,7 +25,7 @@ def start(folder: Path, rank: int) -> None:
 
     def beat() -> None:
         while True:
-            with suppress(OSError, KeyError):  # a full disk is for others to complain about
+            with suppress(OSError, KeyError):  # a full disk is reported elsewhere
                 work.write_text(json.dumps({"rank": rank, **now, "time": time.time(), "where": where(sys._current_frames()[main])}))
                 os.replace(work, path)
             time.sleep(SECONDS)
@@ -50,6 +50,6 @@ WAITING = "waiting for other ranks"
 
 
 def read(folder: Path) -> list[dict]:
-    """The last signs of life of all ranks, by rank."""
+    """The last heartbeats of all ranks, by rank."""
     beats = [json.loads(path.read_text()) for path in (folder / "logs").glob("rank_*.alive")]
     return sorted(beats, key=lambda beat: beat["rank"])

@@ -1,4 +1,4 @@
-"""What the machine says about its cores, memory and disks. Linux; elsewhere the answers are "unknown"."""
+"""The cores, memory and disks of this machine. Linux; elsewhere the answers are "unknown"."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from runner.errors import UserError
 
 
 def oom_kills() -> int | None:
-    """Processes that the kernel has killed for want of memory so far: in our control group, or else on the machine."""
+    """Processes that the kernel has killed so far because memory ran out: in our control group, or else on the machine."""
     for path in (*_cgroup_files("memory.events"), *_cgroup_files("memory.oom_control"), Path("/proc/vmstat")):
         with suppress(OSError):
             if found := re.search(r"^oom_kill (\d+)$", path.read_text(), re.MULTILINE):
@@ -33,7 +33,7 @@ def memory_limit() -> int:
 
 
 def cores() -> int:
-    """CPU cores that we may use, at least one: those that SLURM or taskset allot us, or what the control group's quota comes to."""
+    """CPU cores that we may use, at least one: those that SLURM or taskset allow us, or the control group's quota."""
     allotted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for path in _cgroup_files("cpu.max"):  # of version 2
         with suppress(OSError, ValueError):  # "max 100000": none
@@ -43,7 +43,7 @@ def cores() -> int:
 
 
 def _cgroup_files(name: str) -> list[Path]:
-    """Where a file of our memory control group may lie: version 2, version 1, and both as a container sees them."""
+    """Where a file of our memory control group may be: version 2, version 1, and both as a container sees them."""
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, kinds, path = line.split(":", 2)
@@ -60,7 +60,7 @@ def gb(number: int) -> str:
 
 
 def disk_full(path: Path) -> str:
-    """The state of a full disk, in half a sentence."""
+    """How full the disk is, in half a sentence."""
     while not path.exists():
         path = path.parent
     size = shutil.disk_usage(path)
@@ -69,14 +69,14 @@ def disk_full(path: Path) -> str:
 
 @contextmanager
 def naming_full_disks(store: str) -> Iterator[None]:
-    """The launcher writes too: data, configurations, summaries."""
+    """Explain a full disk when the launcher itself writes: data, configurations, summaries."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         full = disk_full(Path(error.filename or store).absolute())
-        raise UserError(f"{full}. {MORE_SPACE} What was saved is intact: the same command goes on from it") from error
+        raise UserError(f"{full}. {MORE_SPACE} What was saved is intact: the same command resumes from it") from error
 
 
 MORE_SPACE = "Delete old steps there, or type store=/a/larger/disk."

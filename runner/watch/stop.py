@@ -1,8 +1,8 @@
-"""Stopping in good order: whoever asks (a signal, the launcher, the time limit), every rank hears of it at the same optimizer step.
+"""Stopping cleanly: whoever asks (a signal, the launcher, the time limit), every rank stops at the same optimizer step.
 
-The launcher listens for signals and tells rank 0 through a file, so that the workers and whatever started them (torchrun, srun,
-ssh) need no signal. A worker that gets one itself, because SLURM signals everyone, only takes note of it. Imports no torch
-before the workers have.
+The launcher listens for signals and tells rank 0 through a file, so that the workers and whatever started them (torchrun, srun, ssh)
+need no signal. A worker that gets one anyway, because SLURM signals everyone, only notes it. Imports no torch, unless the workers
+already have.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from runner.errors import UserError
 
-# Exit code of a command that was stopped in good order: typing it again goes on. 75, "temporary failure" in sysexits.h
+# Exit code of a command that was stopped cleanly: typing it again resumes. 75, "temporary failure" in sysexits.h
 RESUME_ME = os.EX_TEMPFAIL
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # The time limit counts from here: run.py imports this module first
@@ -27,12 +27,12 @@ STARTED = time.time()
 
 # In the step folder: the launcher tells the workers, and rank 0 tells the launcher that it has stopped
 STOP_FILE, LIMIT_FILE, NOTE = "logs/stop", "logs/deadline", "logs/stopped.json"
-# Among the numbers of signals, that of the time limit
+# The time limit, as if it were the number of a signal
 TIME_IS_UP = 1000
 
 
 class Stopped(Exception):
-    """The stage was asked to stop and has saved its state. args[0] says who asked."""
+    """The stage was asked to stop and has saved its state. args[0] says what stopped it."""
 
 
 def reason(number: int) -> str:
@@ -48,7 +48,7 @@ class Watch:
 
     folder: Path | None = None
     deadline: float = float("inf")
-    unknown_save: float = 0.0  # what a save may take, as long as none was seen
+    unknown_save: float = 0.0  # assumed duration of a save until one was measured
     number: int = 0  # of the signal that came
     last: float | None = None  # end of the last call of `asked`
     longest_step: float = 0.0
@@ -56,12 +56,12 @@ class Watch:
 
 
 _watch = Watch()
-# Kept free between the end of the save and the time limit, for the workers to leave
+# Seconds between the end of the save and the time limit, for the workers to exit
 MARGIN = 5.0
 
 
 def watch(folder: Path) -> None:
-    """Worker: from now on signals are only noted, and `asked` knows the step folder and the time limit."""
+    """Worker: from now on only note signals; give `asked` the step folder and the time limit."""
     global _watch
     _watch = Watch(folder)
     limit = folder / LIMIT_FILE
@@ -77,7 +77,7 @@ def _note(number: int, frame: object) -> None:
 
 
 def asked() -> str | None:
-    """Why the run should stop now, or None: the same answer on every rank. Collective; cheap enough for every optimizer step."""
+    """What asks the run to stop now, or None; the same answer on every rank. Collective, and cheap enough for every optimizer step."""
     if _watch.folder is None:
         return None
     now = time.time()
@@ -89,19 +89,19 @@ def asked() -> str | None:
 
 
 def saving_took(seconds: float) -> None:
-    """Tell how long a checkpoint took: as long is kept free at the end of the time limit."""
+    """Report how long a checkpoint took: that much time is reserved before the time limit."""
     _watch.longest_save = max(_watch.longest_save, seconds)
     if _watch.last is not None:
-        _watch.last += seconds  # a save is no part of a step
+        _watch.last += seconds  # a save does not count as part of a step
 
 
 def step_may_take(seconds: float) -> None:
-    """Tell how long a step can become: an evaluation comes between two steps, and later than the limit is too late."""
+    """Report how long an evaluation took: it comes between two steps, and must not run past the limit."""
     _watch.longest_step = max(_watch.longest_step, seconds)
 
 
 def _largest(number: int) -> int:
-    """The largest of all ranks' numbers. On the CPU, through gloo: the GPU is not waited for."""
+    """The largest of all ranks' numbers. On the CPU, through gloo: does not wait for the GPU."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return number
     import torch
@@ -113,7 +113,7 @@ def _largest(number: int) -> int:
 
 
 def _from_launcher() -> int:
-    """The number in the stop file. Rank 0 alone looks: with many ranks on a shared disk that is one look per step, not hundreds."""
+    """The number in the stop file. Only rank 0 looks: on a shared disk that is one look per step instead of hundreds."""
     if os.environ.get("RANK", "0") != "0":
         return 0
     with suppress(OSError, ValueError):
@@ -122,15 +122,15 @@ def _from_launcher() -> int:
 
 
 def _time_is_up(now: float) -> int:
-    """Whether one more step and a save would no longer fit."""
+    """TIME_IS_UP if one more step and a save would no longer fit, else 0."""
     needed = _watch.longest_step + (_watch.longest_save or _watch.unknown_save) + MARGIN
     return TIME_IS_UP if now + needed > _watch.deadline else 0
 
 
 def die_with_parent(number: int, parent: int) -> None:
-    """Let the kernel send this process signal `number` when its parent ends, however it ends. Linux only; elsewhere nothing.
+    """Have the kernel send this process signal `number` when its parent ends, however it ends. Does nothing outside Linux.
 
-    parent: the process id that the caller saw. If it has changed, the parent died before the kernel could be told.
+    parent: its process id as the caller saw it. If it has changed, the parent died before the kernel knew.
     """
     if _libc is None:
         return
@@ -149,17 +149,17 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 @dataclass
 class Launcher:
     folder: Path | None = None  # of the step whose workers run
-    before: frozenset[Path] = frozenset()  # what was saved of it when they were started
+    before: frozenset[Path] = frozenset()  # what was already saved when they started
     number: int = 0  # of the first signal
     deadline: float | None = None
-    got_on: bool = False  # whether earlier workers of this command have left something to go on from
+    progressed: bool = False  # whether earlier workers of this command saved something to resume from
 
 
 _launcher = Launcher()
 
 
 def listen() -> None:
-    """Launcher: the first signal stops the running step in good order, or ends the command where none runs. The second ends it at once."""
+    """Launcher: the first signal stops the running step cleanly, or ends the command if none runs. The second ends it at once."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -167,41 +167,41 @@ def listen() -> None:
 
 
 def limit(seconds: float | None) -> None:
-    """Launcher: end `seconds` after the start of the command. Workers save in time by themselves; who has not, is ended."""
+    """Launcher: end the command `seconds` after it started. Workers save in time by themselves; those that did not are ended."""
     if seconds is None:
         return
     _launcher.deadline = STARTED + seconds
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGALRM, _too_late)
         signal.setitimer(signal.ITIMER_REAL, max(0.001, _time_left() - MARGIN / 2))
-        atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)  # the exit code is ours, also in the last moments
+        atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)  # no alarm while we exit: it would change the exit code
 
 
 def check(stage: str) -> None:
-    """Raise Stopped if a stage should not be started: a signal has come, or too little time is left."""
+    """Raise Stopped if a stage should not start: a signal has come, or too little time is left."""
     if _launcher.number:
-        raise Stopped(f"stopped by {reason(_launcher.number)} before stage {stage}; the same command goes on from there")
+        raise Stopped(f"stopped by {reason(_launcher.number)} before stage {stage}; the same command resumes from there")
     if _launcher.deadline is not None and _time_left() < min(60.0, 0.05 * (_launcher.deadline - STARTED)) + MARGIN:
         raise out_of_time(f"before stage {stage}")
 
 
 def out_of_time(where: str) -> Exception:
-    """What ends a command at its time limit: Stopped; or UserError if it has saved nothing, as a script that repeats it would for ever."""
-    if _got_on():
-        return Stopped(f"stopped by the time limit {where}; the same command goes on from there")
+    """What to raise at the time limit: Stopped; or UserError if nothing was saved, or a script that repeats the command would never end."""
+    if _progressed():
+        return Stopped(f"stopped by the time limit {where}; the same command resumes from there")
     return UserError(
-        f"the time limit came {where}, and nothing was saved since this command began: the same command would come no further. "
+        f"the time limit came {where}, and nothing was saved since this command started: the same command would get no further. "
         "Type a longer time_limit"
     )
 
 
-def _got_on() -> bool:
-    """Whether this command has left a new checkpoint or a finished step."""
-    return _launcher.got_on or (_launcher.folder is not None and not _saved(_launcher.folder) <= _launcher.before)
+def _progressed() -> bool:
+    """Whether this command has saved a checkpoint or finished a step."""
+    return _launcher.progressed or (_launcher.folder is not None and not _saved(_launcher.folder) <= _launcher.before)
 
 
 def _saved(folder: Path) -> frozenset[Path]:
-    """The files that are written last: of a step, and of its checkpoints."""
+    """The files that complete a step and its checkpoints."""
     return frozenset([*folder.glob("checkpoints/step_*/manifest.json"), *folder.glob("DONE")])
 
 
@@ -212,7 +212,7 @@ def heard() -> bool:
 
 @contextmanager
 def running(folder: Path) -> Iterator[None]:
-    """The workers of the step in `folder` run inside this block: they are told when a signal comes."""
+    """Run the workers of the step in `folder` inside this block: a signal is passed on to them."""
     listen()
     (folder / STOP_FILE).unlink(missing_ok=True)
     (folder / LIMIT_FILE).unlink(missing_ok=True)
@@ -222,26 +222,26 @@ def running(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        _launcher.got_on = _got_on()
+        _launcher.progressed = _progressed()
         _launcher.folder = None
 
 
 def _heard(number: int, frame: object) -> None:
     name = signal.Signals(number).name
     if _launcher.folder is None and not _launcher.number:
-        _say(f"stopped by {name}; the same command goes on from there")
+        _say(f"stopped by {name}; the same command resumes from there")
         _leave(number, RESUME_ME)
     elif not _launcher.number:
         _launcher.number = number
         (_launcher.folder / STOP_FILE).write_text(str(number))
-        _say(f"{name}: stopping after this optimizer step, with a checkpoint; once more ends it at once")
-    elif number != signal.SIGUSR1:  # which nobody sends by hand
-        _say(f"ended by a second signal ({name}); the same command goes on from the last checkpoint")
+        _say(f"{name}: stopping after this optimizer step, with a checkpoint; a second signal ends it at once")
+    elif number != signal.SIGUSR1:  # SLURM may repeat that one; nobody sends it by hand
+        _say(f"ended by a second signal ({name}); the same command resumes from the last checkpoint")
         _leave(number, 128 + number)
 
 
 def _leave(number: int, code: int) -> None:
-    """Through the doors that errors take, so that the workers go too."""
+    """Exit through an exception, so that the workers are ended too."""
     raise KeyboardInterrupt(code) if number == signal.SIGINT else SystemExit(code)
 
 
@@ -256,6 +256,6 @@ def _time_left() -> float:
 
 
 def _say(text: str) -> None:
-    """print() may not be called from a signal handler that has interrupted another one."""
-    with suppress(OSError):  # `2>&1 | tee` has ended by the same Ctrl-C
+    """Write to stderr from a signal handler, where print() may not be called: it may have been interrupted itself."""
+    with suppress(OSError):  # the same Ctrl-C ended `2>&1 | tee`
         os.write(2, f"\n{text}\n".encode())
