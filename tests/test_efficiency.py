@@ -11,9 +11,11 @@ from tiny import configured
 from workers import update
 
 from runner import flops, metrics
+from runner.config import Lora
 from runner.flops import Work
 from runner.metrics import RunLog
 from runner.rollout.graph import Stats
+from runner.schedules import lr_share
 from runner.stages import dpo, ppo, reward, sft
 
 TRAIN = {
@@ -31,9 +33,12 @@ def folder(tmp_path_factory, tokenizer) -> Path:
     return made
 
 
-def run(stage: str, folder: Path, work: Path, device: torch.device) -> tuple[list[dict], dict]:
+def run(stage: str, folder: Path, work: Path, device: torch.device, lora: Lora | None = None) -> tuple[list[dict], dict]:
     """The rows of the steps of a short run, and its result."""
     cfg = update.configuration(1, 0)
+    if lora:
+        parts = {name: replace(getattr(cfg.model, name), lora=lora) for name in ("actor", "reward")}
+        cfg = replace(cfg, model=replace(cfg.model, **parts))
     short = {"max_steps": 2, "rollout_batch": 8, "minibatches": 1, "ptx_coef": 0.0, "eps": 1e-5, "actor_lr": 1e-4, "eval_every": 0}
     cfg = replace(cfg, hardware=replace(cfg.hardware, tflops=0.1), ppo=replace(cfg.ppo, **short))
     TRAIN[stage][0](cfg, update.inputs(folder, stage, work), RunLog(cfg, stage, work, {}, device), device)
@@ -102,3 +107,12 @@ def test_the_advice_of_a_run_is_said_and_kept(alone, tmp_path, capsys, monkeypat
     log.result({})
     assert json.loads((tmp_path / "result.json").read_text())["advice"] == "2 steps of sft, ['other', 'train']"
     assert "[sft] advice: 2 steps of sft" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_the_rate_that_is_logged_is_the_adapters_where_they_train(stage, folder, alone, tmp_path):
+    lora = Lora(dim=2, alpha=4, dropout=0.0, lr=1.5, targets=[], train_rest=False)
+    rows, _ = run(stage, folder, tmp_path, alone, lora)
+    block = getattr(update.configuration(1, 0), stage)
+    shares = [lr_share(s, 2, block.lr_schedule, block.warmup, block.lr_end) for s in range(2)]
+    assert [row["lr"] for row in rows] == pytest.approx([1.5 * share for share in shares])
