@@ -78,7 +78,7 @@ def test_sources_and_free_names_are_deleted():
         ("dataset=/tmp/x/pairs.jsonl", "type dataset=jsonl dataset.path=/tmp/x/pairs.jsonl"),
         ("dataset=pairs.jsonl", "type dataset=jsonl dataset.path=pairs.jsonl"),
         ("dataset=user/name", "type dataset=hub dataset.path=user/name"),
-        ("model=/models/my-opt", "type model.actor.path=/models/my-opt beside the preset of its size"),
+        ("model=/models/my-opt", "type model.actor.path=/models/my-opt with the preset of its size"),
     ],
 )
 def test_a_path_in_place_of_a_preset_gets_the_key_that_takes_paths(words, says):
