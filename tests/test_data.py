@@ -802,7 +802,7 @@ def test_dpo_reads_the_reward_models_pairs(data, cfg, tokenizer, tmp_path):
     "row, why",
     [
         ({"prompt": "Say", "chosen": "it", "rejected": "it"}, "30 identical pair"),
-        ({"messages": [{"role": "user", "content": "Say"}]}, "30 empty response"),
+        ({"messages": [{"role": "user", "content": "Say"}]}, "30 dialogue ends with a user turn"),
     ],
 )
 def test_rows_that_all_were_dropped_are_not_said_to_want_another_split(row, why, data, build):
