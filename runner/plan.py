@@ -224,11 +224,12 @@ def command(cfg: Config, folder: Path) -> str:
     h = cfg.hardware
     if "{folder}" not in h.launch:
         raise UserError(f"hardware.launch={h.launch!r} does not name the step to work at: it ends with -m runner.worker {{folder}}")
-    values = {"python": sys.executable, "gpus": h.gpus, "nodes": h.nodes, "world": h.world_size, "hostfile": h.hostfile}
+    paths = {"python": sys.executable, "hostfile": h.hostfile, "folder": str(folder)}
+    values = {name: shlex.quote(path) for name, path in paths.items()} | {"gpus": h.gpus, "nodes": h.nodes, "world": h.world_size}
     try:
-        return h.launch.format(**values, folder=shlex.quote(str(folder)))
+        return h.launch.format(**values)
     except (KeyError, IndexError, ValueError) as error:
-        known = ", ".join("{" + name + "}" for name in [*values, "folder"])
+        known = ", ".join("{" + name + "}" for name in values)
         raise UserError(f"hardware.launch holds {error}: it knows {known}; write other braces doubled") from error
 
 

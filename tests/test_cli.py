@@ -317,6 +317,14 @@ def test_a_launcher_that_is_not_installed_is_named(refused, monkeypatch):
     assert "pip install -c constraints.txt -e '.[sweep]'" in refused("-m", "hydra/launcher=submitit_local", "seed=1,2")
 
 
+def test_paths_with_spaces_are_one_word_of_the_launch_command(monkeypatch):
+    from runner.plan import command
+
+    monkeypatch.setattr(sys, "executable", "/home/my name/.venv/bin/python")
+    cfg = configured("hardware=cpu", "hardware.hostfile='my hosts'", "hardware.launch='{python} {hostfile} {folder}'")
+    assert shlex.split(command(cfg, Path("/my store/x"))) == ["/home/my name/.venv/bin/python", "my hosts", "/my store/x"]
+
+
 def test_near_checkpoints_are_named(refused, here):
     (here / "step" / "model").mkdir(parents=True)
     (here / "step" / "model" / "config.json").write_text('{"model_type": "opt", "architectures": ["OPTForSequenceClassification"]}')
