@@ -252,6 +252,7 @@ def finish(step: Step) -> None:
         ("model/model.safetensors", ""),
         ("model/config.json", None),
         ("model/tokenizer.json", None),
+        ("model/tokenizer.json", '{"ver'),
         ("result.json", '{"ste'),
     ],
 )
