@@ -6,6 +6,7 @@ store. The workers then find files.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import socket
@@ -28,7 +29,7 @@ from runner.durable.lock import lock
 from runner.errors import UserError, did_you_mean
 from runner.families import check_family
 from runner.files import whole_folder
-from runner.plan import Step, missing_hostfile, over_ssh
+from runner.plan import Step, engine_configs, missing_hostfile, over_ssh
 
 # Fewer iterations of PPO than this are said to be few
 FEW_ITERATIONS = 5
@@ -40,6 +41,7 @@ def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
     if not missing:
         return {}
     _check_devices(cfg)
+    _check_deepspeed(cfg, missing)
     _check_wandb(cfg)
     _go_offline_without_network(cfg, steps)
     _check_hub_token(cfg)
@@ -99,6 +101,19 @@ def _check_devices(cfg: Config) -> None:
             f"hardware={h.name} wants {h.gpus} GPU{'s' * (h.gpus > 1)}, this machine shows {found} ({hidden}). "
             f"Type {instead}, or dry_run=true to see the plan only"
         )
+
+
+def _check_deepspeed(cfg: Config, steps: list[Step]) -> None:
+    """Values in hardware.deepspeed, whose types DeepSpeed alone knows. It takes seconds to import: not for the configs that are ours."""
+    if not cfg.hardware.deepspeed:
+        return
+    logging.disable(logging.WARNING)  # it would say that it has found no accelerator
+    from runner.engine import check_settings
+
+    logging.disable(logging.NOTSET)
+    for step in steps:
+        for config in engine_configs(cfg, step.stage).values():
+            check_settings(config)
 
 
 def _check_wandb(cfg: Config) -> None:

@@ -478,6 +478,18 @@ def test_a_warmup_of_the_critic_that_leaves_the_actor_nothing_is_refused(tmp_pat
         _check_amounts(configured("ppo.critic_warmup=10", "ppo.epochs=1"), "ppo", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("zero_optimization.reduce_bucket_size=lots", "zero_optimization.reduce_bucket_size=lots is refused by DeepSpeed: "),
+        ("communication_data_type=fp17", "hardware.deepspeed is refused by DeepSpeed: Invalid communication_data_type"),
+    ],
+)
+def test_what_deepspeed_refuses_is_said_before_data_is_read(words, says, here, refused):
+    assert says in refused(f"hardware.deepspeed.{words}", "hardware.zero.actor=1")
+    assert not (here / "runs" / "store").exists()
+
+
 def test_too_few_gpus_are_said_before_data_is_read(here, refused):
     import torch
 
