@@ -489,11 +489,20 @@ def test_hydra_shows_the_table_even_when_a_job_failed(tmp_path):
     assert len(list(tmp_path.glob("out/*/sweep.csv"))) == 1
 
 
+def test_a_sweep_over_what_names_its_folder_has_one_table(tmp_path):
+    (tmp_path / "app.py").write_text(APP)
+    sweep = ["+hydra.callbacks.t._target_=runner.reporting.sweep_table.SweepTable", "hydra.sweep.dir='it\\'s ${oc.select:x,any}'"]
+    command = [sys.executable, "app.py", "-m", "+x=1,3", *sweep]
+    run = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True)
+    assert run.stdout.count("Sweep of 2 jobs") == 1, run.stderr
+    assert len(list(tmp_path.glob("it's any/[01]/summary.json"))) == 2
+
+
 def test_the_table_is_shown_once(tmp_path, monkeypatch, capsys):
     pending = []
     monkeypatch.setattr("atexit.register", lambda function, **kwargs: pending.append(function))
     monkeypatch.setattr("atexit.unregister", pending.remove)
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(make_sweep(tmp_path))}}})
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(make_sweep(tmp_path))}, "overrides": {"hydra": []}}})
     callback = SweepTable()
     callback.on_multirun_start(config, config_name="config")
     callback.on_multirun_end(config, config_name="config")
