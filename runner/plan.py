@@ -102,7 +102,7 @@ def _going_on(cfg: Config, step: Step) -> Step:
         return step
     if cfg.resume != "force":
         return replace(step, earlier=earlier)
-    check_forced(step.stage, earlier)
+    check_forced(cfg, step.stage, earlier)
     origin = {"step": earlier.folder.name, "at": earlier.steps, "changed": earlier.describe()}
     facts = step.facts | {"goes_on_from": origin}
     return replace(step, key=_key(facts), folder=_folder(cfg, step.stage, _key(facts)), facts=facts, earlier=earlier)

@@ -189,6 +189,30 @@ def test_the_scale_of_the_scores_cannot_be_forced(tmp_path):
             ppo(f"{key}={value}", "resume=force")
 
 
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        ("model.actor.lora.dim=4", "the weights that train"),
+        ("model.actor.lora.targets=[fc1]", "the weights that train"),
+        ("model.actor.shape.hidden_size=64", "the weights that train"),
+        ("model.tokenizer_vocab=300", "the tokenizer"),
+        ("dataset.toy_rows=300", "the tokenizer"),
+    ],
+)
+def test_another_network_or_tokenizer_cannot_be_forced(words, why, tmp_path):
+    interrupt(planned(tmp_path))
+    with pytest.raises(UserError, match=rf"resume=force cannot go on from .*: .* -> .*: .*{why}.*resume=new"):
+        planned(tmp_path, words, "resume=force")
+
+
+def test_other_data_can_be_forced_where_the_tokenizer_stays(tmp_path):
+    def ppo(*overrides: str) -> Step:
+        return plan(replace(configured("sft.use=facebook/opt-125m", "reward.use=x/rm", *overrides), store=str(tmp_path)))[-1]
+
+    interrupt(ppo())
+    assert "goes_on_from" in ppo("dataset.toy_rows=300", "resume=force").facts
+
+
 def test_what_is_adopted_is_whole_and_comes_with_its_log(tmp_path, monkeypatch):
     old = planned(tmp_path)
     interrupt(old, at=10)
