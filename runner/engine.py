@@ -9,6 +9,7 @@ from functools import partial
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -58,6 +59,17 @@ def settings_in_words(ds_config: dict):
         blocks = [name for name, block in ds_config.items() if isinstance(block, dict) and first["loc"] and first["loc"][0] in block]
         key = ".".join(map(str, ("hardware.deepspeed", *blocks[:1], *first["loc"])))
         raise UserError(f"{key}={first['input']} is refused by DeepSpeed: {first['msg']}") from error
+
+
+def check_settings(ds_config: dict) -> None:
+    """Let DeepSpeed read a config. Raises UserError for what it refuses, and it raises anything."""
+    try:
+        with settings_in_words(ds_config):
+            DeepSpeedConfig(ds_config)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"hardware.deepspeed is refused by DeepSpeed: {str(error) or repr(error)}") from error
 
 
 def trainable(wrapper: nn.Module, ds_config: dict, *, lr: float, lora_lr: float, weight_decay: float, betas, eps: float):

@@ -16,7 +16,7 @@ from pathlib import Path
 from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.checks.paths import is_local, no_folder
 from runner.checks.trust import check_vocabulary, check_weights, read_settings
-from runner.config import PARENTS, SHARES, Config, Hardware, ModelPart
+from runner.config import ENGINES, PARENTS, SHARES, Config, Hardware, ModelPart
 from runner.data.adapters import check_adapter
 from runner.data.sources import content_key, data_key, plain_source, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
@@ -102,7 +102,7 @@ def _or_interrupted(cfg: Config, step: Step) -> Step:
         return step
     if cfg.resume != "force":
         return replace(step, earlier=earlier)
-    check_forced(step.stage, earlier)
+    check_forced(cfg, step.stage, earlier)
     origin = {"step": earlier.folder.name, "at": earlier.steps, "changed": earlier.describe()}
     facts = step.facts | {"goes_on_from": origin}
     return replace(step, key=_key(facts), folder=_folder(cfg, step.stage, _key(facts)), facts=facts, earlier=earlier)
@@ -224,11 +224,12 @@ def command(cfg: Config, folder: Path) -> str:
     h = cfg.hardware
     if "{folder}" not in h.launch:
         raise UserError(f"hardware.launch={h.launch!r} does not say which step to work on: it must end with -m runner.worker {{folder}}")
-    values = {"python": sys.executable, "gpus": h.gpus, "nodes": h.nodes, "world": h.world_size, "hostfile": h.hostfile}
+    paths = {"python": sys.executable, "hostfile": h.hostfile, "folder": str(folder)}
+    values = {name: shlex.quote(path) for name, path in paths.items()} | {"gpus": h.gpus, "nodes": h.nodes, "world": h.world_size}
     try:
-        return h.launch.format(**values, folder=shlex.quote(str(folder)))
+        return h.launch.format(**values)
     except (KeyError, IndexError, ValueError) as error:
-        known = ", ".join("{" + name + "}" for name in [*values, "folder"])
+        known = ", ".join("{" + name + "}" for name in values)
         raise UserError(f"hardware.launch holds {error}: it may use {known}; double any other braces") from error
 
 
@@ -276,6 +277,9 @@ def unread(cfg: Config, stages: list[str]) -> Iterator[str]:
         lora = getattr(cfg.model, name).lora
         if readers & set(stages) and lora.train_rest and not lora.dim:
             yield f"model.{name}.lora.train_rest=true has no effect: there are no adapters (model.{name}.lora.dim=0)"
+    rates = [f"{stage}.{'actor_lr' if stage == 'ppo' else 'lr'}" for stage in stages if "actor" in ENGINES[stage]]
+    if rates and shares_reference(cfg.model.actor):
+        yield f"{', '.join(rates)} has no effect: only adapters train, at model.actor.lora.lr={cfg.model.actor.lora.lr:g}"
     if "ppo" in stages and cfg.dataset.pretrain and not cfg.ppo.ptx_coef:
         yield "dataset.pretrain has no effect: ppo.ptx_coef=0 mixes in no text. InstructGPT uses ppo.ptx_coef=27.8"
     for stage in stages if cfg.checkpoint.keep_best else ():

@@ -6,6 +6,7 @@ workers only open files.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import socket
@@ -28,7 +29,7 @@ from runner.durable.lock import lock
 from runner.errors import UserError, did_you_mean
 from runner.families import check_family
 from runner.files import whole_folder
-from runner.plan import Step, missing_hostfile, over_ssh
+from runner.plan import Step, engine_configs, missing_hostfile, over_ssh
 
 # Warn of fewer PPO iterations than this
 FEW_ITERATIONS = 5
@@ -40,6 +41,7 @@ def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
     if not missing:
         return {}
     _check_devices(cfg)
+    _check_deepspeed(cfg, missing)
     _check_wandb(cfg)
     _go_offline_without_network(cfg, steps)
     _check_hub_token(cfg)
@@ -49,6 +51,9 @@ def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
     store = _writable(cfg.store)
     by_stage = {step.stage: step for step in steps}
     tokenizers = _tokenizers(cfg, store, by_stage)
+    for step in steps:
+        if step.pinned:
+            _check_context(cfg, step.pinned, _config(cfg, f"{step.stage}.use", step.pinned, None))
     inputs = {}
     for step in missing:
         part = "reward" if step.stage == "reward" else "actor"
@@ -101,6 +106,19 @@ def _check_devices(cfg: Config) -> None:
         )
 
 
+def _check_deepspeed(cfg: Config, steps: list[Step]) -> None:
+    """Values in hardware.deepspeed, whose types DeepSpeed alone knows. It takes seconds to import: not for the configs that are ours."""
+    if not cfg.hardware.deepspeed:
+        return
+    logging.disable(logging.WARNING)  # it would say that it has found no accelerator
+    from runner.engine import check_settings
+
+    logging.disable(logging.NOTSET)
+    for step in steps:
+        for config in engine_configs(cfg, step.stage).values():
+            check_settings(config)
+
+
 def _check_wandb(cfg: Config) -> None:
     """wandb.mode=online needs a key. The worker would only find out after everything is tokenised."""
     if cfg.wandb.mode != "online":
@@ -140,9 +158,11 @@ def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
     ppo = block if stage == "ppo" else None
     per_epoch = batches_per_epoch(train, ppo.rollout_batch if ppo else block.global_batch, drop_last=bool(ppo))
     if not per_epoch:
+        fits = train - train % ppo.minibatches
+        typed = f"ppo.rollout_batch={fits or train}" + (f" ppo.minibatches={train}" if not fits else "")
         raise UserError(
-            f"there are {train} prompts for PPO, fewer than ppo.rollout_batch={ppo.rollout_batch}: lower it, "
-            f"for example ppo.rollout_batch={max(1, train // ppo.minibatches) * ppo.minibatches}, or provide more data"
+            f"there are {train} prompts for PPO, fewer than ppo.rollout_batch={ppo.rollout_batch}: lower it, for example {typed}, "
+            "or provide more data"
         )
     if ppo:
         _warn_of_few(ppo, train, per_epoch)
@@ -247,9 +267,7 @@ def base_model(cfg: Config, store: Path, name: str, tokenizer) -> str:
 
     part = getattr(cfg.model, name)
     if part.init == "pretrained":
-        with _loading(f"model.{name}.path", part.path):
-            config = AutoConfig.from_pretrained(part.path, revision=part.revision, trust_remote_code=cfg.model.trust_remote_code)
-        check_family(f"model.{name}.path={part.path}", config.model_type)
+        config = _config(cfg, f"model.{name}.path", part.path, part.revision)
         if config.model_type != cfg.model.family:
             found = config.model_type
             raise UserError(f"{part.path} is a {found} model, but model.family={cfg.model.family}: type model.family={found}")
@@ -262,6 +280,7 @@ def base_model(cfg: Config, store: Path, name: str, tokenizer) -> str:
     with _sizing(f"model.{name}.shape"):
         config = AutoConfig.for_model(cfg.model.family, **shape, **ids)
     _check_names_of_sizes(config, shape, f"model.{name}.shape")
+    _check_context(cfg, f"model.{name}.shape", config)
     folder = store / "base" / f"{cfg.model.family}-{hashlib.sha256(config.to_json_string().encode()).hexdigest()[:10]}"
     with lock(store / "locks" / folder.name, "the random model"):
         if not folder.exists():
@@ -269,6 +288,16 @@ def base_model(cfg: Config, store: Path, name: str, tokenizer) -> str:
             with whole_folder(folder) as work:
                 config.save_pretrained(work)
     return str(folder)
+
+
+def _config(cfg: Config, key: str, path: str, revision: str | None):
+    """The config.json of a checkpoint that was typed under `key`."""
+    from transformers import AutoConfig
+
+    with _loading(key, path):
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=cfg.model.trust_remote_code)
+    check_family(f"{key}={path}", config.model_type)
+    return config
 
 
 def _check_names_of_sizes(config, shape: dict, key: str) -> None:

@@ -319,7 +319,10 @@ def test_fields_of_broken_rows(row, fields, message):
 @pytest.mark.parametrize(
     "row, why",
     [
-        ({"messages": messages("a", "b", "c")}, "empty response"),
+        ({"messages": messages("a", "b", "c")}, "dialogue ends with a user turn"),
+        ({"messages": [*messages("a"), {"role": "assistant", "content": ""}]}, "empty response"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant:"}, "empty response"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"}, "dialogue ends with a user turn"),
         ({"messages": []}, "empty response"),
         ({"messages": messages("a", "b")[1:]}, "empty prompt"),
         ({"prompt": "", "response": "b"}, "empty prompt"),

@@ -156,6 +156,8 @@ def test_what_other_settings_switch_off_is_noted(capsys):
     assert not list(unread(cfg, []))
     cfg = configured("model.actor.lora.train_rest=true", "model.actor.lora.dim=8", "dataset.pretrain=[x/y]", "ppo.ptx_coef=1")
     assert not list(unread(cfg, ["sft", "reward", "ppo"]))
+    (note,) = unread(configured("model.actor.lora.dim=8"), ["sft", "reward", "ppo"])
+    assert note == "sft.lr, ppo.actor_lr has no effect: only adapters train, at model.actor.lora.lr=0.0002"
 
 
 @pytest.mark.parametrize("words", ["dry_run=true", "--help", "--info config"])
@@ -196,6 +198,7 @@ WRONG = {
     "no override": ("kl_coeff", "'kl_coeff' is not an override: type key=value (did you mean "),
     "no key": ("=3", "'=3' is not an override: type key=value"),
     "broken value": ("ppo.kl_coef=[1", "cannot read ppo.kl_coef=[1 "),
+    "greedy top_k": ("ppo.top_k=1", "ppo.top_k=1 must be 0 (off) or above 1: PPO needs samples, not the greedy answer"),
     "sweep without -m": ("ppo.kl_coef=0.1,0.2", "names several values: type -m for a sweep"),
     "wrong type": ("ppo.kl_coef=abc", "ppo.kl_coef=abc must be a number"),
     "null for a number": ("rollout.max_mismatch=null", "rollout.max_mismatch=null must be a number: type rollout.max_mismatch=..., or "),
@@ -317,6 +320,14 @@ def test_a_launcher_that_is_not_installed_is_named(refused, monkeypatch):
     assert "pip install -c constraints.txt -e '.[sweep]'" in refused("-m", "hydra/launcher=submitit_local", "seed=1,2")
 
 
+def test_paths_with_spaces_are_one_word_of_the_launch_command(monkeypatch):
+    from runner.plan import command
+
+    monkeypatch.setattr(sys, "executable", "/home/my name/.venv/bin/python")
+    cfg = configured("hardware=cpu", "hardware.hostfile='my hosts'", "hardware.launch='{python} {hostfile} {folder}'")
+    assert shlex.split(command(cfg, Path("/my store/x"))) == ["/home/my name/.venv/bin/python", "my hosts", "/my store/x"]
+
+
 def test_near_checkpoints_are_named(refused, here):
     (here / "step" / "model").mkdir(parents=True)
     (here / "step" / "model" / "config.json").write_text('{"model_type": "opt", "architectures": ["OPTForSequenceClassification"]}')
@@ -422,7 +433,11 @@ def test_what_is_odd_about_a_row_is_said(here, refused):
 def test_too_few_prompts_and_rows_are_said(here, refused):
     rows = [json.dumps({"prompt": f"Question {i}?", "chosen": f"Answer {i}.", "rejected": f"No {i}."}) for i in range(60)]
     Path("few.jsonl").write_text("\n".join(rows))
-    assert "fewer than ppo.rollout_batch=64: lower it" in refused("dataset=jsonl", "dataset.path=few.jsonl", "dataset.holdout=0.2")
+    words = ("dataset=jsonl", "dataset.path=few.jsonl", "dataset.holdout=0.2")
+    assert "fewer than ppo.rollout_batch=64: lower it" in refused(*words)
+    message = refused(*words, "ppo.minibatches=64")
+    count, typed, minibatches = map(int, re.findall(r"are (\d+) prompts .* ppo.rollout_batch=(\d+) ppo.minibatches=(\d+), or", message)[0])
+    assert count == typed == minibatches
     Path("none.jsonl").write_text("")
     assert refused("dataset=jsonl", "dataset.path=none.jsonl") == "none.jsonl holds no rows"
 
@@ -468,6 +483,18 @@ def test_a_warmup_of_the_critic_that_leaves_the_actor_nothing_is_refused(tmp_pat
     _check_amounts(configured("ppo.critic_warmup=9", "ppo.epochs=1"), "ppo", tmp_path)
     with pytest.raises(UserError, match=r"in all of the 10 iterations, and the actor in none: type ppo.critic_warmup=1,"):
         _check_amounts(configured("ppo.critic_warmup=10", "ppo.epochs=1"), "ppo", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("zero_optimization.reduce_bucket_size=lots", "zero_optimization.reduce_bucket_size=lots is refused by DeepSpeed: "),
+        ("communication_data_type=fp17", "hardware.deepspeed is refused by DeepSpeed: Invalid communication_data_type"),
+    ],
+)
+def test_what_deepspeed_refuses_is_said_before_data_is_read(words, says, here, refused):
+    assert says in refused(f"hardware.deepspeed.{words}", "hardware.zero.actor=1")
+    assert not (here / "runs" / "store").exists()
 
 
 def test_too_few_gpus_are_said_before_data_is_read(here, refused):
@@ -579,6 +606,9 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
     message = refused("sft.use=./actor")  # beside a reward model with random weights, whose tokenizer is trained on the data
     assert "Use the data and model of the run that sft.use comes from" in message and "reward.use=..." in message
     assert "longer than the 256 positions of ./actor" in refused(*folders, "model.reward.path=./actor", "model.max_prompt_tokens=250")
+    assert "longer than the 256 positions of ./actor" in refused("sft.use=./actor", "stage=dpo", "model.max_prompt_tokens=250")
+    message = refused("stage=reward", "model.reward.shape.max_position_embeddings=300", "dataset.toy_rows=100")
+    assert "longer than the 300 positions of model.reward.shape" in message
     assert "type model.family=opt" in refused(*folders, "model.family=llama", "stage=sft")
     assert "model.actor.path=./runs is not a Hugging Face checkpoint" in refused(*folders, "model.actor.path=./runs", "stage=sft")
     message = refused(*folders, "model.actor.path=/models/opt", "stage=sft")

@@ -711,6 +711,18 @@ def only(stage: str) -> dict:
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_rows_of_special_tokens_alone_are_dropped(stage, data, build):
+    """They are taken out of every text, so that nothing would be left of it but the end."""
+    useless = [{"prompt": "</s>"}, {"chosen": "<s> </s>"}, {"rejected": "</s>"}, {"chosen": "bad 1</s>"}]
+    rows = [{"prompt": f"Ask {i}", "chosen": "good 1", "rejected": "bad 1"} | change for i, change in enumerate(useless)]
+    train, held, counts = build(data(rows + pairs(20), **only(stage)), stage)
+    assert len(train + held) == 20
+    assert counts["dropped"] == {"empty prompt": 1, "empty response": 2, "identical pair": 1}
+    with pytest.raises(UserError, match=f"stage {stage} has no rows to train on in dataset=mine: .* dropped: 2 empty response, 1 "):
+        build(data(rows, "b.jsonl", **only(stage)), stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_long_prompts_lose_their_beginning(stage, data, build, tokenizer):
     long = [{"prompt": f"{'before ' * 20} Say {i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
     train, held, counts = build(data(long + pairs(20), **only(stage)), stage, prompt=30)
@@ -802,7 +814,7 @@ def test_dpo_reads_the_reward_models_pairs(data, cfg, tokenizer, tmp_path):
     "row, why",
     [
         ({"prompt": "Say", "chosen": "it", "rejected": "it"}, "30 identical pair"),
-        ({"messages": [{"role": "user", "content": "Say"}]}, "30 empty response"),
+        ({"messages": [{"role": "user", "content": "Say"}]}, "30 dialogue ends with a user turn"),
     ],
 )
 def test_rows_that_all_were_dropped_are_not_said_to_want_another_split(row, why, data, build):

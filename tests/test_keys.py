@@ -71,6 +71,7 @@ OTHER = {
     "betas": [0.5, 0.5],
     "kl_estimator": "k2",
     "label_smoothing": 0.1,
+    "top_k": 5,
     "engine": "hf",
     "family": "bloom",
     "attention": "eager",

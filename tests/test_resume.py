@@ -1,5 +1,6 @@
 """A changed configuration after an interruption: refused with the difference, forced on the record, or begun anew. No torch."""
 
+import os
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 from tiny import configured
 
-from runner.durable.lock import lock
+from runner.durable.lock import is_held, lock
 from runner.durable.manifest import SHARED, complete, damage, read_manifest, sealed, write_manifest
 from runner.durable.resume import adopt, differences, in_settings, refuse, write_facts
 from runner.errors import UserError
@@ -133,6 +134,19 @@ def test_only_what_this_name_left_unfinished_at_last_is_asked_about(tmp_path):
     assert planned(tmp_path, "sft.lr=0.7").earlier is None
 
 
+def test_a_store_of_several_people(tmp_path, monkeypatch):
+    """Who may write to it may take its locks; who may only read it sees what is held."""
+    old, path = os.umask(0o002), tmp_path / "locks" / "x"
+    try:
+        with lock(path, "x"):
+            assert path.stat().st_mode & 0o777 == 0o664
+            monkeypatch.setattr("os.O_RDWR", None)
+            assert is_held(path)
+        assert not is_held(path)
+    finally:
+        os.umask(old)
+
+
 def test_force_goes_on_from_there_and_says_so_in_the_key(tmp_path):
     old, changed = planned(tmp_path), ("sft.lr=0.5",)
     interrupt(old)
@@ -187,6 +201,30 @@ def test_the_scale_of_the_scores_cannot_be_forced(tmp_path):
     for key, value in (("ppo.normalize_scores", "false"), ("ppo.calibration_prompts", "7")):
         with pytest.raises(UserError, match=rf"resume=force cannot continue from .* with {key}: .* -> {value}: .*resume=new"):
             ppo(f"{key}={value}", "resume=force")
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        ("model.actor.lora.dim=4", "the weights that train"),
+        ("model.actor.lora.targets=[fc1]", "the weights that train"),
+        ("model.actor.shape.hidden_size=64", "the weights that train"),
+        ("model.tokenizer_vocab=300", "the tokenizer"),
+        ("dataset.toy_rows=300", "the tokenizer"),
+    ],
+)
+def test_another_network_or_tokenizer_cannot_be_forced(words, why, tmp_path):
+    interrupt(planned(tmp_path))
+    with pytest.raises(UserError, match=rf"resume=force cannot continue from .*: .* -> .*: .*{why}.*resume=new"):
+        planned(tmp_path, words, "resume=force")
+
+
+def test_other_data_can_be_forced_where_the_tokenizer_stays(tmp_path):
+    def ppo(*overrides: str) -> Step:
+        return plan(replace(configured("sft.use=facebook/opt-125m", "reward.use=x/rm", *overrides), store=str(tmp_path)))[-1]
+
+    interrupt(ppo())
+    assert "goes_on_from" in ppo("dataset.toy_rows=300", "resume=force").facts
 
 
 def test_what_is_adopted_is_whole_and_comes_with_its_log(tmp_path, monkeypatch):
@@ -252,6 +290,7 @@ def finish(step: Step) -> None:
         ("model/model.safetensors", ""),
         ("model/config.json", None),
         ("model/tokenizer.json", None),
+        ("model/tokenizer.json", '{"ver'),
         ("result.json", '{"ste'),
     ],
 )

@@ -110,8 +110,8 @@ def make_steps(store: Path) -> list[Step]:
     curve = [{"step": n, "objective/scores": n / 30, "objective/kl": n * n / 900, "train/loss": 6 - n / 20} for n in range(60)]
     steps = [make_step(store, "sft", SFT, curve), make_step(store, "reward", REWARD)]
     exports = {
-        "actor": str(store / "ppo-0123456789/model"),
-        "critic": str(store / "ppo-0123456789/critic"),
+        "actor": "/before/the/store/moved/ppo-0123456789/model",
+        "critic": "/before/the/store/moved/ppo-0123456789/critic",
         "actor_ema": None,
         "adapter": None,
     }
@@ -156,6 +156,7 @@ def test_tells_what_was_trained_and_how_well(tmp_path, monkeypatch):
     assert row(text, "judge").split()[1:4] == ["0.41", "0.83", "+0.42"]
     assert "▁" in row(text, "KL to SFT") and row(text, "KL to SFT").endswith("█")
     assert text.count("SFT: score -0.52, judge 0.00") == text.count("PPO: score 1.44, judge 1.00") == 3
+    assert row(text, "ppo critic").endswith(" runs/store/ppo-0123456789/critic")
     assert row(text, "talk to it").endswith("python -m runner.chat runs/store/ppo-0123456789/model")
     assert row(text, "change something").endswith("python run.py -m ppo.kl_coef=0.02,0.05,0.1")
     assert "wandb sync" not in text
@@ -489,11 +490,20 @@ def test_hydra_shows_the_table_even_when_a_job_failed(tmp_path):
     assert len(list(tmp_path.glob("out/*/sweep.csv"))) == 1
 
 
+def test_a_sweep_over_what_names_its_folder_has_one_table(tmp_path):
+    (tmp_path / "app.py").write_text(APP)
+    sweep = ["+hydra.callbacks.t._target_=runner.reporting.sweep_table.SweepTable", "hydra.sweep.dir='it\\'s ${oc.select:x,any}'"]
+    command = [sys.executable, "app.py", "-m", "+x=1,3", *sweep]
+    run = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True)
+    assert run.stdout.count("Sweep of 2 jobs") == 1, run.stderr
+    assert len(list(tmp_path.glob("it's any/[01]/summary.json"))) == 2
+
+
 def test_the_table_is_shown_once(tmp_path, monkeypatch, capsys):
     pending = []
     monkeypatch.setattr("atexit.register", lambda function, **kwargs: pending.append(function))
     monkeypatch.setattr("atexit.unregister", pending.remove)
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(make_sweep(tmp_path))}}})
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(make_sweep(tmp_path))}, "overrides": {"hydra": []}}})
     callback = SweepTable()
     callback.on_multirun_start(config, config_name="config")
     callback.on_multirun_end(config, config_name="config")

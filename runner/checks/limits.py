@@ -219,7 +219,8 @@ def check_ppo(ppo: schema.Ppo) -> None:
     )
     check(ppo.temperature > 0, f"ppo.temperature={ppo.temperature} must be above 0: PPO needs samples, not the greedy answer")
     check(0 < ppo.top_p <= 1, f"ppo.top_p={ppo.top_p} must be in (0, 1]; 1 is off")
-    check(ppo.top_k >= 0, f"ppo.top_k={ppo.top_k} must be 0 (off) or more")
+    choice = ppo.top_k == 0 or ppo.top_k > 1
+    check(choice, f"ppo.top_k={ppo.top_k} must be 0 (off) or above 1: PPO needs samples, not the greedy answer")
     check(0 <= ppo.gamma <= 1 and 0 <= ppo.lam <= 1, f"ppo.gamma={ppo.gamma} and ppo.lam={ppo.lam} must be in [0, 1]")
     check(ppo.dual_clip == 0 or ppo.dual_clip > 1, f"ppo.dual_clip={ppo.dual_clip} must be 0 (off) or above 1")
     fits = max(n for n in range(1, min(ppo.minibatches, ppo.rollout_batch) + 1) if ppo.rollout_batch % n == 0)

@@ -70,11 +70,11 @@ def _file(path: str, name: str, revision: str | None) -> str | None:
 
 
 def read_settings(file: Path) -> dict:
-    """config.json or tokenizer_config.json of a checkpoint."""
+    """A JSON file of a checkpoint: its settings, or its vocabulary."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+        raise UserError(f"{file} cannot be read: {error}. Is it complete?") from error
     if not isinstance(settings, dict):
         raise UserError(f"{file} is no JSON object")
     return settings
@@ -89,9 +89,13 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def check_vocabulary(folder: Path) -> None:
-    """Raise UserError when a model folder has no tokenizer: what transformers says then names no file."""
-    if folder.is_dir() and not any((folder / name).is_file() for name in VOCABULARIES):
+    """Raise UserError when a model folder has no tokenizer, or one whose JSON is cut short: what transformers says then names no file."""
+    found = [folder / name for name in VOCABULARIES if (folder / name).is_file()]
+    if folder.is_dir() and not found:
         raise UserError(f"model folder {folder} holds no tokenizer: none of {', '.join(VOCABULARIES)}")
+    for file in found:
+        if file.suffix == ".json":
+            read_settings(file)
 
 
 def check_weights(folder: Path) -> None:

@@ -82,6 +82,8 @@ def check_text(text: str) -> None:
 OPENING = re.compile(r"\s*(Human|User|USER):")
 # What stands before a role; the \\n is a newline that an export escaped once too often
 PARAGRAPH, LINE, RUNNING = r"\n\n", r"(?:\n|\\n)+", r"(?:\s|</s>)+"
+# The place of a response that is missing
+PLACE = re.compile(r"(?:Assistant|ASSISTANT):\s*$")
 
 
 def parse_dialogue(text: str) -> tuple[Turn, ...]:
@@ -148,7 +150,8 @@ def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ..
         missing = no_field(row, "prompt", PROMPTS)
         raise Unmapped(f"field {key} is no dialogue (it does not begin with 'Human:'), and there is {missing}", missing.map)
     if not turns or turns[-1]["role"] != "assistant":
-        raise Dropped("empty response")
+        empty = not turns or PLACE.search(str(row[key]))
+        raise Dropped("empty response" if empty else f"dialogue ends with a {turns[-1]['role']} turn")
     # Messages that begin with the assistant go on from the prompt; others repeat it
     return (prompt if turns[0]["role"] == "assistant" else ()) + turns[:-1], turns[-1]["content"]
 

@@ -124,10 +124,22 @@ class Encoder:
 
     def __call__(self, batch: list[tuple[str, Example, int]]) -> list[tuple[dict, int]]:
         """(row, prompt hash) for every example that is kept."""
+        batch = [item for item in batch if not self._is_useless(item[1])]
+        if not batch:
+            return []
         prompts = [self._cut(ids) for ids in encode_prompts(self.tokenizer, [e.prompt for _, e, _ in batch])]
         encode = {"sft": self._sft, "reward": self._reward, "ppo": self._ppo}[self.stage]
         made = encode([e for _, e, _ in batch], prompts)
         return [(row | {"source": name}, number) for row, (name, _, number) in zip(made, batch, strict=True) if row is not None]
+
+    def _is_useless(self, example: Example) -> bool:
+        """Drop and count what says nothing, or twice the same, without the special tokens that are taken out of every text."""
+        texts = (example.prompt[-1]["content"], example.chosen, example.rejected)
+        prompt, chosen, rejected = (text and plain(self.tokenizer, text).strip() for text in texts)
+        reasons = {"empty prompt": not prompt, "empty response": not chosen or rejected == "", "identical pair": chosen == rejected}
+        reason = next((name for name, true in reasons.items() if true), None)
+        self.counts.dropped.update([reason] if reason else [])
+        return bool(reason)
 
     def _cut(self, ids: list[int]) -> list[int]:
         if len(ids) <= self.max_prompt:

@@ -21,8 +21,14 @@ from runner.errors import UserError
 from runner.files import whole_folder, write_text
 
 FACTS = "facts.json"
-# Settings that are only read when a stage starts
-FIXED = ("ppo.normalize_scores", "ppo.calibration_prompts")
+# Settings that no checkpoint can continue with, by the start of their names, and why
+SCALE = "the scale of the scores is fixed when PPO starts, and the critic has learnt in it"
+NETWORK = "a checkpoint holds the weights that train, and only fits the network that they belong to"
+TOKENIZER = "the tokenizer of a model with random weights is trained on its data: another one gives tokens another meaning"
+FIXED = dict.fromkeys(("ppo.normalize_scores", "ppo.calibration_prompts"), SCALE)
+FIXED |= dict.fromkeys(("model.family", "model.actor.shape", "model.reward.shape"), NETWORK)
+FIXED |= {f"model.{part}.lora.{name}": NETWORK for part in ("actor", "reward") for name in ("dim", "targets", "train_rest")}
+MAKES_TOKENIZER = ("model.tokenizer_vocab", "model.chat_template", "dataset.")
 # Characters of a value in a list of differences
 SHOWN = 60
 
@@ -142,14 +148,15 @@ def _unexplained(fact: str, old: object, new: object) -> str:
     return f"{fact}: {_brief(old)} -> {_brief(new)}"
 
 
-def check_forced(stage: str, earlier: Unfinished) -> None:
-    """Raise UserError if a setting has changed that is only read when the stage starts: a checkpoint keeps its old value."""
-    lines = [line for key, line in zip(earlier.differences, earlier.describe(), strict=True) if key in FIXED]
-    if lines:
-        raise UserError(
-            f"resume=force cannot continue from {earlier.folder} with {', '.join(lines)}: the scale of the scores is fixed when PPO "
-            "starts, and the critic has learnt in it. Type the old value, or resume=new"
-        )
+def check_forced(cfg: Config, stage: str, earlier: Unfinished) -> None:
+    """Raise UserError if a setting has changed that no checkpoint can continue with: see FIXED."""
+    maker, part = ("reward", cfg.model.reward) if stage == "reward" else ("sft", cfg.model.actor)
+    own = part.init == "random" and not getattr(cfg, maker).use
+    fixed = FIXED | (dict.fromkeys(MAKES_TOKENIZER, TOKENIZER) if own else {})
+    for key, line in zip(earlier.differences, earlier.describe(), strict=True):
+        why = next((why for start, why in fixed.items() if key.startswith(start)), None)
+        if why and key != "dataset.pretrain":
+            raise UserError(f"resume=force cannot continue from {earlier.folder} with {line}: {why}. Type the old value, or resume=new")
 
 
 def adopt(folder: Path, key: str, earlier: Unfinished) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from rich.console import Console
 
 from runner.files import remove_unused
@@ -33,6 +33,7 @@ COLUMNS = (
 
 class SweepTable(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
+        keep_together(config)
         # When a job has failed Hydra raises its error and skips on_multirun_end: then the table comes as the process exits
         atexit.register(self.on_multirun_end, config=config)
 
@@ -42,6 +43,13 @@ class SweepTable(Callback):
             remove_unused(Path(config.hydra.sweep.dir).absolute())
         else:
             show_sweep(Path(config.hydra.sweep.dir))
+
+
+def keep_together(config: DictConfig) -> None:
+    """One folder for all jobs, also of a sweep over `name`, or over experiments that set it: Hydra would ask each job for its own."""
+    folder = str(config.hydra.sweep.dir).replace("\\", "\\\\").replace("'", "\\'")
+    with read_write(config):
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
 
 
 @dataclass(frozen=True)

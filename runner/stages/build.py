@@ -29,10 +29,11 @@ class Inputs:
     ptx: str | None  # cache folder of the ptx mixture
 
 
-def tokenizer_for(cfg: Config, path: str, revision: str | None = None):
+def tokenizer_for(cfg: Config, part: ModelPart, path: str):
+    """The tokenizer of `part`, actor or reward model, as the launcher has found it at `path`."""
     return load_tokenizer(
         path,
-        revision=revision,
+        revision=_revision(part, path),
         end_token=cfg.model.end_token,
         chat_template=cfg.model.chat_template,
         trust_remote_code=cfg.model.trust_remote_code,
@@ -55,7 +56,7 @@ def load_actor(
         model = load_causal(path, tokenizer, **_options(cfg, cfg.model.actor, path, dropout))
     # Under ZeRO-3 all ranks gather the head together, so each must call it the same number of times
     chunk = 0 if ds_config.get("zero_optimization", {}).get("stage") == 3 else cfg.hardware.logits_chunk
-    return Actor(_finish(model, lora, checkpointing), cfg.model.family, chunk, **(sampling or {}))
+    return Actor(_finish(model, lora, checkpointing), model.config.model_type, chunk, **(sampling or {}))
 
 
 def load_reference(
@@ -82,11 +83,11 @@ def load_reward(
     """A one-label classifier in its wrapper: reward model or critic."""
     with engines.building(ds_config):
         model = load_scalar(path, tokenizer, fresh_head=fresh_head, **_options(cfg, cfg.model.reward, path, dropout))
-    return Scalar(_finish(model, lora, checkpointing), cfg.model.family)
+    return Scalar(_finish(model, lora, checkpointing), model.config.model_type)
 
 
 def _options(cfg: Config, part: ModelPart, path: str, dropout: float | None) -> dict:
-    revision = part.revision if path == part.path else None  # a pinned model has none
+    revision = _revision(part, path)
     if not is_local(path):
         _download_once(path, revision)
     return {
@@ -97,6 +98,11 @@ def _options(cfg: Config, part: ModelPart, path: str, dropout: float | None) -> 
         "seed": cfg.seed,
         "trust_remote_code": cfg.model.trust_remote_code,
     }
+
+
+def _revision(part: ModelPart, path: str) -> str | None:
+    """Of a pinned model nothing is said."""
+    return part.revision if path == part.path else None
 
 
 def _download_once(path: str, revision: str | None) -> None:
