@@ -434,7 +434,8 @@ class Ppo(Training):
         )
         check(self.temperature > 0, f"ppo.temperature={self.temperature} must be above 0: PPO needs samples, not the greedy answer")
         check(0 < self.top_p <= 1, f"ppo.top_p={self.top_p} must be in (0, 1]; 1 is off")
-        check(self.top_k >= 0, f"ppo.top_k={self.top_k} must be 0 (off) or more")
+        choice = self.top_k == 0 or self.top_k > 1
+        check(choice, f"ppo.top_k={self.top_k} must be 0 (off) or above 1: PPO needs samples, not the greedy answer")
         check(0 <= self.gamma <= 1 and 0 <= self.lam <= 1, f"ppo.gamma={self.gamma} and ppo.lam={self.lam} must be in [0, 1]")
         check(self.dual_clip == 0 or self.dual_clip > 1, f"ppo.dual_clip={self.dual_clip} must be 0 (off) or above 1")
         fits = max(n for n in range(1, min(self.minibatches, self.rollout_batch) + 1) if self.rollout_batch % n == 0)

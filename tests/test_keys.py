@@ -63,6 +63,7 @@ UNKEYED = {
 
 # Other values of keys whose kind alone does not tell one
 OTHER = {
+    "ppo.top_k": 5,  # 1 is refused
     "resume": "new",
     "invariants": "warn",
     "time_limit": "90",
