@@ -16,7 +16,7 @@ from pathlib import Path
 from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.checks.paths import is_local, no_folder
 from runner.checks.trust import check_vocabulary, check_weights, read_settings
-from runner.config import PARENTS, SHARES, Config, Hardware, ModelPart
+from runner.config import ENGINES, PARENTS, SHARES, Config, Hardware, ModelPart
 from runner.data.adapters import check_adapter
 from runner.data.sources import content_key, data_key, plain_source, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
@@ -277,6 +277,9 @@ def unread(cfg: Config, stages: list[str]) -> Iterator[str]:
         lora = getattr(cfg.model, name).lora
         if readers & set(stages) and lora.train_rest and not lora.dim:
             yield f"model.{name}.lora.train_rest=true is not read, for there are no adapters: model.{name}.lora.dim=0"
+    rates = [f"{stage}.{'actor_lr' if stage == 'ppo' else 'lr'}" for stage in stages if "actor" in ENGINES[stage]]
+    if rates and shares_reference(cfg.model.actor):
+        yield f"{', '.join(rates)} not read: adapters alone train, at model.actor.lora.lr={cfg.model.actor.lora.lr:g}"
     if "ppo" in stages and cfg.dataset.pretrain and not cfg.ppo.ptx_coef:
         yield "dataset.pretrain is not read: ppo.ptx_coef=0 mixes no text in. InstructGPT has ppo.ptx_coef=27.8"
     for stage in stages if cfg.checkpoint.keep_best else ():

@@ -156,6 +156,8 @@ def test_what_other_settings_switch_off_is_noted(capsys):
     assert not list(unread(cfg, []))
     cfg = configured("model.actor.lora.train_rest=true", "model.actor.lora.dim=8", "dataset.pretrain=[x/y]", "ppo.ptx_coef=1")
     assert not list(unread(cfg, ["sft", "reward", "ppo"]))
+    (note,) = unread(configured("model.actor.lora.dim=8"), ["sft", "reward", "ppo"])
+    assert note == "sft.lr, ppo.actor_lr not read: adapters alone train, at model.actor.lora.lr=0.0002"
 
 
 @pytest.mark.parametrize("words", ["dry_run=true", "--help", "--info config"])
@@ -196,6 +198,7 @@ WRONG = {
     "no override": ("kl_coeff", "'kl_coeff' is no override: type key=value (did you mean "),
     "no key": ("=3", "'=3' is no override: type key=value"),
     "broken value": ("ppo.kl_coef=[1", "cannot read ppo.kl_coef=[1 "),
+    "greedy top_k": ("ppo.top_k=1", "ppo.top_k=1 must be 0 (off) or above 1: PPO needs samples, not the greedy answer"),
     "sweep without -m": ("ppo.kl_coef=0.1,0.2", "names several values: type -m for a sweep"),
     "wrong type": ("ppo.kl_coef=abc", "ppo.kl_coef=abc must be a number"),
     "null for a number": ("rollout.max_mismatch=null", "rollout.max_mismatch=null must be a number: type rollout.max_mismatch=..., or "),

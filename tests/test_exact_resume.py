@@ -110,6 +110,8 @@ def test_stopping_again_and_again_changes_nothing(stage, zero, adapters, patienc
 
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert metrics(broken) == metrics(straight)
+    if stage == "sft":  # that of the adapters, where they alone train
+        assert max(row.get("lr", 0.0) for row in metrics(straight)) == pytest.approx(1e-2 if adapters else 1e-3)
     if stage == "ppo":
         assert_rates_are_of_whole_iterations(broken)
     exports = sorted(p.relative_to(straight) for p in straight.glob("*/*.safetensors"))

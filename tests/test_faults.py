@@ -389,6 +389,13 @@ def test_finite_numbers_pass_and_so_does_an_overflow_of_fp16(tmp_path):
         finite.check_finite(fp16, tmp_path, "sft", 1, float("nan"), 1.0, (), None)
 
 
+def test_the_rate_to_lower_is_one_that_is_read():
+    assert finite.lower_rate(configured("ppo.actor_lr=4e-3", "ppo.critic_lr=2e-3"), "ppo") == "ppo.actor_lr=0.002 ppo.critic_lr=0.001"
+    cfg = configured("model.actor.lora.dim=4", "model.reward.lora.dim=4", "reward.lr=2e-3")
+    assert finite.lower_rate(cfg, "sft") == "model.actor.lora.lr=0.0001"
+    assert finite.lower_rate(cfg, "reward") == "model.reward.lora.lr=0.0001 reward.lr=0.001"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_weights_that_became_nan_are_never_saved(stage, tmp_path, alone):

@@ -74,7 +74,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             norm = engine.step(model)
         done = s + 1
         whole = ranks.total(sums, device)
-        metrics = averages(whole, pairs) | {"lr": rm.lr * share, "grad_norm": norm}
+        metrics = averages(whole, pairs) | {"lr": engine.learning_rate(model), "grad_norm": norm}
         metrics["perf/padding_fraction"] = 0.0 if wrapper.packed else 1 - whole["tokens"] / whole["slots"]
         check_finite(cfg, step.folder, step.stage, done, metrics["train/loss"], norm, numbered(rows, here), tokenizer)
         headline = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.2f}"

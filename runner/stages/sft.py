@@ -84,7 +84,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         loss = sums["loss"] / weight
         metrics = {
             "train/loss": loss,
-            "lr": sft.lr * share,
+            "lr": engine.learning_rate(actor),
             "grad_norm": norm,
             "num_tokens": tokens_seen,
             "epoch": done / batches.per_epoch,

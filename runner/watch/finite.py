@@ -5,8 +5,9 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from runner.config import Config
+from runner.config import ENGINES, Config
 from runner.errors import UserError
+from runner.plan import shares_reference
 
 
 def check_finite(cfg: Config, folder: Path, stage: str, step: int, loss: float, norm: float, rows: Iterable[dict], tokenizer) -> None:
@@ -44,6 +45,14 @@ def _save_batch(path: Path, rows: Iterable[dict], tokenizer) -> None:
 
 
 def lower_rate(cfg: Config, stage: str) -> str:
-    """Half of what is set, as overrides."""
-    names = ("actor_lr", "critic_lr") if stage == "ppo" else ("lr",)
-    return " ".join(f"{stage}.{name}={getattr(getattr(cfg, stage), name) / 2:g}" for name in names)
+    """Half of what is set, as overrides; where only adapters train, of theirs."""
+    rates = {}
+    for engine in ENGINES[stage]:
+        part = "actor" if engine == "actor" else "reward"
+        lora = getattr(cfg.model, part).lora
+        name = f"{engine}_lr" if stage == "ppo" else "lr"
+        if lora.dim:
+            rates[f"model.{part}.lora.lr"] = lora.lr
+        if part == "reward" or not shares_reference(cfg.model.actor):  # a scalar head trains whole
+            rates[f"{stage}.{name}"] = getattr(getattr(cfg, stage), name)
+    return " ".join(f"{key}={rate / 2:g}" for key, rate in rates.items())
