@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         # Rank 0's lines go to the launcher; the others each have a file
-        log = os.open(folder / "logs" / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        log = os.open(folder / "logs" / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(log, 1)
         os.dup2(log, 2)
     stop.watch(folder)

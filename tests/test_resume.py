@@ -1,5 +1,6 @@
 """A changed configuration after an interruption: refused with the difference, forced on the record, or begun anew. No torch."""
 
+import os
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 from tiny import configured
 
-from runner.durable.lock import lock
+from runner.durable.lock import is_held, lock
 from runner.durable.manifest import SHARED, complete, damage, read_manifest, sealed, write_manifest
 from runner.durable.resume import adopt, differences, in_settings, refuse, write_facts
 from runner.errors import UserError
@@ -131,6 +132,19 @@ def test_only_what_this_name_left_unfinished_at_last_is_asked_about(tmp_path):
     (step.folder / "DONE").touch()
     (planned(tmp_path, *changed).folder / "DONE").touch()
     assert planned(tmp_path, "sft.lr=0.7").earlier is None
+
+
+def test_a_store_of_several_people(tmp_path, monkeypatch):
+    """Who may write to it may take its locks; who may only read it sees what is held."""
+    old, path = os.umask(0o002), tmp_path / "locks" / "x"
+    try:
+        with lock(path, "x"):
+            assert path.stat().st_mode & 0o777 == 0o664
+            monkeypatch.setattr("os.O_RDWR", None)
+            assert is_held(path)
+        assert not is_held(path)
+    finally:
+        os.umask(old)
 
 
 def test_force_goes_on_from_there_and_says_so_in_the_key(tmp_path):

@@ -22,7 +22,7 @@ def lock(path: Path, what: str) -> Iterator[int]:
     """Hold the lock at `path`, waiting for it if need be. Yields its file descriptor."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # named by watch/machine.py
             raise
@@ -49,9 +49,9 @@ def is_held(path: Path) -> bool:
     """Whether some process holds the lock at `path` now."""
     if not path.exists():
         return False
-    descriptor = os.open(path, os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY)  # it may be somebody else's
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:
@@ -61,6 +61,6 @@ def is_held(path: Path) -> bool:
 
 def share(path: Path) -> int:
     """Hold the lock at `path` together with others that share it, until this process ends. Returns its file descriptor."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     return descriptor
