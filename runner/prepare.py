@@ -51,6 +51,9 @@ def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
     store = _writable(cfg.store)
     by_stage = {step.stage: step for step in steps}
     tokenizers = _tokenizers(cfg, store, by_stage)
+    for step in steps:
+        if step.pinned:
+            _check_context(cfg, step.pinned, _config(cfg, f"{step.stage}.use", step.pinned, None))
     inputs = {}
     for step in missing:
         part = "reward" if step.stage == "reward" else "actor"
@@ -262,9 +265,7 @@ def base_model(cfg: Config, store: Path, name: str, tokenizer) -> str:
 
     part = getattr(cfg.model, name)
     if part.init == "pretrained":
-        with _loading(f"model.{name}.path", part.path):
-            config = AutoConfig.from_pretrained(part.path, revision=part.revision, trust_remote_code=cfg.model.trust_remote_code)
-        check_family(f"model.{name}.path={part.path}", config.model_type)
+        config = _config(cfg, f"model.{name}.path", part.path, part.revision)
         if config.model_type != cfg.model.family:
             found = config.model_type
             raise UserError(f"{part.path} is a {found} model, but model.family={cfg.model.family}: type model.family={found}")
@@ -277,6 +278,7 @@ def base_model(cfg: Config, store: Path, name: str, tokenizer) -> str:
     with _sizing(f"model.{name}.shape"):
         config = AutoConfig.for_model(cfg.model.family, **shape, **ids)
     _check_names_of_sizes(config, shape, f"model.{name}.shape")
+    _check_context(cfg, f"model.{name}.shape", config)
     folder = store / "base" / f"{cfg.model.family}-{hashlib.sha256(config.to_json_string().encode()).hexdigest()[:10]}"
     with lock(store / "locks" / folder.name, "the random model"):
         if not folder.exists():
@@ -284,6 +286,16 @@ def base_model(cfg: Config, store: Path, name: str, tokenizer) -> str:
             with whole_folder(folder) as work:
                 config.save_pretrained(work)
     return str(folder)
+
+
+def _config(cfg: Config, key: str, path: str, revision: str | None):
+    """The config.json of a checkpoint that was typed under `key`."""
+    from transformers import AutoConfig
+
+    with _loading(key, path):
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=cfg.model.trust_remote_code)
+    check_family(f"{key}={path}", config.model_type)
+    return config
 
 
 def _check_names_of_sizes(config, shape: dict, key: str) -> None:

@@ -602,6 +602,9 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
     message = refused("sft.use=./actor")  # beside a reward model with random weights, whose tokenizer is trained on the data
     assert "take the data and the model of the run that sft.use comes from" in message and "reward.use=..." in message
     assert "longer than the 256 positions of ./actor" in refused(*folders, "model.reward.path=./actor", "model.max_prompt_tokens=250")
+    assert "longer than the 256 positions of ./actor" in refused("sft.use=./actor", "stage=dpo", "model.max_prompt_tokens=250")
+    message = refused("stage=reward", "model.reward.shape.max_position_embeddings=300", "dataset.toy_rows=100")
+    assert "longer than the 300 positions of model.reward.shape" in message
     assert "type model.family=opt" in refused(*folders, "model.family=llama", "stage=sft")
     assert "model.actor.path=./runs is no Hugging Face checkpoint" in refused(*folders, "model.actor.path=./runs", "stage=sft")
     message = refused(*folders, "model.actor.path=/models/opt", "stage=sft")

@@ -55,7 +55,7 @@ def load_actor(
         model = load_causal(path, tokenizer, **_options(cfg, cfg.model.actor, path, dropout))
     # Every rank must call the head equally often under ZeRO-3
     chunk = 0 if ds_config.get("zero_optimization", {}).get("stage") == 3 else cfg.hardware.logits_chunk
-    return Actor(_finish(model, lora, checkpointing), cfg.model.family, chunk, **(sampling or {}))
+    return Actor(_finish(model, lora, checkpointing), model.config.model_type, chunk, **(sampling or {}))
 
 
 def load_reference(
@@ -82,7 +82,7 @@ def load_reward(
     """A one-label classifier in its wrapper: reward model or critic."""
     with engines.building(ds_config):
         model = load_scalar(path, tokenizer, fresh_head=fresh_head, **_options(cfg, cfg.model.reward, path, dropout))
-    return Scalar(_finish(model, lora, checkpointing), cfg.model.family)
+    return Scalar(_finish(model, lora, checkpointing), model.config.model_type)
 
 
 def _options(cfg: Config, part: ModelPart, path: str, dropout: float | None) -> dict:
