@@ -299,7 +299,7 @@ def ppo_models(folder: Path, device: torch.device, lora: Lora | None = None, **c
     if lora:
         cfg = replace(cfg, model=replace(cfg.model, **{n: replace(getattr(cfg.model, n), lora=lora) for n in ("actor", "reward")}))
     step = update.inputs(folder, "ppo", folder)
-    models = ppo.build(cfg, step, ppo.tokenizer_for(cfg, step.tokenizer), device)
+    models = ppo.build(cfg, step, ppo.tokenizer_for(cfg, cfg.model.actor, step.tokenizer), device)
     return cfg, models, answered(cfg, models, device)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import BOS, EOS, NAMES, PAD, actor, causal, classifier, config, family, no_dropout, predictions, rows, scalar, sharpen
+from tiny import BOS, EOS, NAMES, PAD, actor, causal, classifier, config, configured, family, no_dropout, predictions, rows, scalar, sharpen
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
 from runner.config import Lora
@@ -24,6 +24,7 @@ from runner.models import (
     save_model,
 )
 from runner.packing import positions_from_mask
+from runner.stages import build
 
 every_family = pytest.mark.parametrize("name", NAMES)
 
@@ -68,6 +69,16 @@ def logprobs(model: Actor, rows: list[list[int]], left: bool) -> torch.Tensor:
 def test_positions_from_mask():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
     assert positions_from_mask(mask)[mask.bool()].tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_every_stage_reads_the_tokenizer_of_the_revision(monkeypatch):
+    """PPO and DPO, too: the launcher has tokenised their data with it."""
+    seen = []
+    monkeypatch.setattr(build, "load_tokenizer", lambda path, **options: seen.append(options["revision"]))
+    cfg = configured("model.actor.revision=v2")
+    for path in (cfg.model.actor.path, "a/pinned"):
+        build.tokenizer_for(cfg, cfg.model.actor, path)
+    assert seen == ["v2", None]
 
 
 def calls(module: torch.nn.Module) -> list[dict]:

@@ -29,10 +29,11 @@ class Inputs:
     ptx: str | None  # cache folder of the ptx mixture
 
 
-def tokenizer_for(cfg: Config, path: str, revision: str | None = None):
+def tokenizer_for(cfg: Config, part: ModelPart, path: str):
+    """The tokenizer of `part`, actor or reward model, as the launcher has found it at `path`."""
     return load_tokenizer(
         path,
-        revision=revision,
+        revision=_revision(part, path),
         end_token=cfg.model.end_token,
         chat_template=cfg.model.chat_template,
         trust_remote_code=cfg.model.trust_remote_code,
@@ -86,7 +87,7 @@ def load_reward(
 
 
 def _options(cfg: Config, part: ModelPart, path: str, dropout: float | None) -> dict:
-    revision = part.revision if path == part.path else None  # of a pinned model nothing is said
+    revision = _revision(part, path)
     if not is_local(path):
         _download_once(path, revision)
     return {
@@ -97,6 +98,11 @@ def _options(cfg: Config, part: ModelPart, path: str, dropout: float | None) -> 
         "seed": cfg.seed,
         "trust_remote_code": cfg.model.trust_remote_code,
     }
+
+
+def _revision(part: ModelPart, path: str) -> str | None:
+    """Of a pinned model nothing is said."""
+    return part.revision if path == part.path else None
 
 
 def _download_once(path: str, revision: str | None) -> None:

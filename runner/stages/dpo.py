@@ -34,7 +34,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     dpo, part = cfg.dpo, cfg.model.actor
 
     # 1. Data
-    tokenizer = tokenizer_for(cfg, step.tokenizer)
+    tokenizer = tokenizer_for(cfg, part, step.tokenizer)
     rows, held, counts = cache.load(Path(step.data))
     lengths, micro = np.asarray(rows["length"]), cfg.hardware.micro_batch.dpo
     batches = Batches(lengths, dpo.global_batch, micro_positions(cfg, "dpo"), world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)

@@ -79,7 +79,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     ppo = cfg.ppo
 
     # 1. Prompts: those of every iteration are fixed by the seed and the iteration's number
-    tokenizer = tokenizer_for(cfg, step.tokenizer)
+    tokenizer = tokenizer_for(cfg, cfg.model.actor, step.tokenizer)
     rows, held, counts = cache.load(Path(step.data))
     batches = Batches(np.asarray(rows["length"]), ppo.rollout_batch, 1, world=1, rank=0, seed=cfg.seed, drop_last=True, pool=1)
     total = batches.steps(ppo.epochs, ppo.max_steps)

@@ -27,7 +27,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     rm, part = cfg.reward, cfg.model.reward
 
     # 1. Data
-    tokenizer = tokenizer_for(cfg, step.tokenizer, part.revision)
+    tokenizer = tokenizer_for(cfg, part, step.tokenizer)
     rows, held, counts = cache.load(Path(step.data))
     lengths = np.asarray(rows["length"])
     micro = cfg.hardware.micro_batch.reward

@@ -27,7 +27,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     sft, part = cfg.sft, cfg.model.actor
 
     # 1. Data: rows of every optimizer step are fixed by the seed and the step's number
-    tokenizer = tokenizer_for(cfg, step.tokenizer, part.revision)
+    tokenizer = tokenizer_for(cfg, part, step.tokenizer)
     rows, held, counts = cache.load(Path(step.data))
     lengths, prompts = np.asarray(rows["length"]), np.asarray(rows["prompt_length"])
     weights = loss_weights(lengths, prompts, sft.prompt_loss)

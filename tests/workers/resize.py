@@ -41,7 +41,7 @@ def train(folder: Path, work: Path, zero: int, begin: int, last: int, device: to
     """Optimizer steps from the newest checkpoint, at `begin`, to `last`. Returns weights and their averages, on rank 0."""
     work.mkdir(exist_ok=True)
     cfg, step = configuration(ranks.world(), zero), inputs(folder, "sft", work)
-    tokenizer, ds_config = tokenizer_for(cfg, step.tokenizer), engine_configs(cfg, "sft")["actor"]
+    tokenizer, ds_config = tokenizer_for(cfg, cfg.model.actor, step.tokenizer), engine_configs(cfg, "sft")["actor"]
     actor = load_actor(cfg, step.base, tokenizer, ds_config, dropout=0.0, lora=None)
     trained = engine.trainable(actor, ds_config, lr=1.0, lora_lr=1.0, weight_decay=0.1, betas=(0.9, 0.95), eps=1.0)
     average = Ema(trained.module, 0.5)

@@ -149,7 +149,7 @@ def updates(folder: Path, zero: int, device: torch.device) -> dict:
 def ppo_results(cfg: Config, folder: Path, device: torch.device) -> dict:
     """A rollout, one minibatch with ptx text on a fixed rollout, and the average of the weights before and after it."""
     step = inputs(folder, "ppo", folder)
-    tokenizer = ppo.tokenizer_for(cfg, step.tokenizer)
+    tokenizer = ppo.tokenizer_for(cfg, cfg.model.actor, step.tokenizer)
     models: Models = ppo.build(cfg, step, tokenizer, device)
     found = {"actor/before": weights(models.actor), "critic/before": weights(models.critic)}
     reader = Reader(PAD, EOS, 10, 2, 2, device)
