@@ -110,8 +110,8 @@ def make_steps(store: Path) -> list[Step]:
     curve = [{"step": n, "objective/scores": n / 30, "objective/kl": n * n / 900, "train/loss": 6 - n / 20} for n in range(60)]
     steps = [make_step(store, "sft", SFT, curve), make_step(store, "reward", REWARD)]
     exports = {
-        "actor": str(store / "ppo-0123456789/model"),
-        "critic": str(store / "ppo-0123456789/critic"),
+        "actor": "/before/the/store/moved/ppo-0123456789/model",
+        "critic": "/before/the/store/moved/ppo-0123456789/critic",
         "actor_ema": None,
         "adapter": None,
     }
@@ -156,6 +156,7 @@ def test_tells_what_was_trained_and_how_well(tmp_path, monkeypatch):
     assert row(text, "judge").split()[1:4] == ["0.41", "0.83", "+0.42"]
     assert "▁" in row(text, "KL to SFT") and row(text, "KL to SFT").endswith("█")
     assert text.count("SFT: score -0.52, judge 0.00") == text.count("PPO: score 1.44, judge 1.00") == 3
+    assert row(text, "ppo critic").endswith(" runs/store/ppo-0123456789/critic")
     assert row(text, "talk to it").endswith("python -m runner.chat runs/store/ppo-0123456789/model")
     assert row(text, "change something").endswith("python run.py -m ppo.kl_coef=0.02,0.05,0.1")
     assert "wandb sync" not in text

@@ -334,8 +334,10 @@ def sample_sections(result: dict) -> list[Section]:
 def places_section(trained: Sequence[Trained], run_dir: Path) -> Section:
     places, note = [("this summary", short(run_dir / "summary.md"))], "Beside each model: config.yaml, metrics.jsonl, logs/, checkpoints/."
     for t in trained:
-        models = t.result.get("exports") or {"pinned" if t.step.pinned else "model": t.step.model}
-        places += [(f"{t.step.stage} {part.replace('_', ' ')}", short(path)) for part, path in models.items() if path]
+        # Where they lie now: the store may have been moved since
+        exports = {part: t.step.folder / Path(path).name for part, path in (t.result.get("exports") or {}).items() if path}
+        models = exports or {"pinned" if t.step.pinned else "model": t.step.model}
+        places += [(f"{t.step.stage} {part.replace('_', ' ')}", short(path)) for part, path in models.items()]
     return Section("Where it lies", notes=[note] if any(t.result for t in trained) else (), literal=places)
 
 
