@@ -158,9 +158,11 @@ def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
     ppo = block if stage == "ppo" else None
     per_epoch = batches_per_epoch(train, ppo.rollout_batch if ppo else block.global_batch, drop_last=bool(ppo))
     if not per_epoch:
+        fits = train - train % ppo.minibatches
+        typed = f"ppo.rollout_batch={fits or train}" + (f" ppo.minibatches={train}" if not fits else "")
         raise UserError(
-            f"there are {train} prompts for PPO, fewer than ppo.rollout_batch={ppo.rollout_batch}: lower it, "
-            f"for example ppo.rollout_batch={max(1, train // ppo.minibatches) * ppo.minibatches}, or give more data"
+            f"there are {train} prompts for PPO, fewer than ppo.rollout_batch={ppo.rollout_batch}: lower it, for example {typed}, "
+            "or give more data"
         )
     if ppo:
         _warn_of_few(ppo, train, per_epoch)

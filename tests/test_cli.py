@@ -433,7 +433,11 @@ def test_what_is_odd_about_a_row_is_said(here, refused):
 def test_too_few_prompts_and_rows_are_said(here, refused):
     rows = [json.dumps({"prompt": f"Question {i}?", "chosen": f"Answer {i}.", "rejected": f"No {i}."}) for i in range(60)]
     Path("few.jsonl").write_text("\n".join(rows))
-    assert "fewer than ppo.rollout_batch=64: lower it" in refused("dataset=jsonl", "dataset.path=few.jsonl", "dataset.holdout=0.2")
+    words = ("dataset=jsonl", "dataset.path=few.jsonl", "dataset.holdout=0.2")
+    assert "fewer than ppo.rollout_batch=64: lower it" in refused(*words)
+    message = refused(*words, "ppo.minibatches=64")
+    count, typed, minibatches = map(int, re.findall(r"are (\d+) prompts .* ppo.rollout_batch=(\d+) ppo.minibatches=(\d+), or", message)[0])
+    assert count == typed == minibatches
     Path("none.jsonl").write_text("")
     assert refused("dataset=jsonl", "dataset.path=none.jsonl") == "none.jsonl holds no rows"
 
