@@ -63,6 +63,7 @@ UNKEYED = {
 
 # Other values of keys whose kind alone does not tell one
 OTHER = {
+    "ppo.top_k": 5,  # 1 is refused
     "resume": "new",
     "invariants": "warn",
     "time_limit": "90",
@@ -71,7 +72,6 @@ OTHER = {
     "betas": [0.5, 0.5],
     "kl_estimator": "k2",
     "label_smoothing": 0.1,
-    "top_k": 5,
     "engine": "hf",
     "family": "bloom",
     "attention": "eager",
