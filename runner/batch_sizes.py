@@ -13,7 +13,7 @@ def batches_per_epoch(rows: int, batch: int, drop_last: bool) -> int:
 
 def steps_of(per_epoch: int, epochs: float, max_steps: int | None) -> int:
     """Optimizer steps (PPO: iterations) of a whole stage."""
-    steps = max(1, math.ceil(epochs * per_epoch)) if per_epoch else 0
+    steps = max(1, math.ceil(round(epochs * per_epoch, 6))) if per_epoch else 0  # 0.55 * 100 is a little more than 55
     return steps if max_steps is None else min(steps, max_steps)
 
 

@@ -200,6 +200,10 @@ def test_steps(epochs, limit, expected):
     assert make(37).steps(epochs, limit) == expected  # 5 batches per epoch
 
 
+def test_rounding_makes_no_step_more():
+    assert 0.55 * 100 > 55 == make(800).steps(0.55, None)
+
+
 def padded(batches: Batches, steps: int) -> float:
     groups = [batches.lengths[m[m != EMPTY]] for s in range(steps) for m in batches.micro_batches(s)]
     return 1 - sum(g.sum() for g in groups) / sum(g.max() * len(g) for g in groups)

@@ -356,6 +356,7 @@ def iterate(folder: Path, work: Path, mode: str, device: torch.device) -> list[d
     """Two iterations of PPO with 8 responses each, one of them critic's alone. Returns the rows of metrics.jsonl."""
     cfg = update.configuration(1, 0)
     small = {"rollout_batch": 8, "minibatches": 1, "max_steps": 2, "eval_prompts": 8, "eval_every": 0, "ptx_coef": 0.0}
+    small |= {"kl_target": 0.1, "kl_horizon": 20}
     cfg = replace(cfg, invariants=mode, ppo=replace(cfg.ppo, eps=1e-5, actor_lr=1e-3, critic_lr=1e-3, critic_warmup=1, **small))
     work.mkdir(exist_ok=True)
     ppo.train(cfg, update.inputs(folder, "ppo", work), RunLog(cfg, "ppo", work, {}, device), device)
@@ -368,6 +369,8 @@ def test_a_healthy_run_breaks_none_and_logs_the_mismatch(folder, tmp_path, alone
     for row in found:
         assert 0 < row["rollout/logprob_mismatch"] <= row["rollout/logprob_mismatch_max"] < 1e-5
         assert not any(name.startswith("invariants/") for name in row)
+    # The controller waits for the actor to be trained
+    assert found[0]["objective/kl_coef"] == found[1]["objective/kl_coef"]
 
 
 def a_constant_reward_model(monkeypatch):

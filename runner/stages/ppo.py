@@ -142,9 +142,9 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         ratio = invariants.first_ratio(state.progress.ratio_error, cfg.hardware.precision)
         invariants.check(log, f"iteration {i + 1}", {"first_ratio": ratio})
 
-        # 7. KL controller and averaged weights
+        # 7. KL controller and averaged weights. While the critic warms up, the KL is that of an actor that nothing has trained
         done, kl = i + 1, metrics["objective/kl"]
-        if ppo.kl_target is not None:
+        if ppo.kl_target is not None and i >= ppo.critic_warmup:
             state.kl_coef = adapt_kl_coef(state.kl_coef, kl, ppo.kl_target, ppo.rollout_batch, ppo.kl_horizon)
         if ema:
             ema.update()
