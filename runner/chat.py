@@ -40,7 +40,7 @@ def instead(path: str) -> str:
 
 def load(path: str):
     """Tokenizer and model, on the GPU if there is one. Raises UserError for anything that cannot talk."""
-    from runner.prepare import hub_answers
+    from runner.preflight import hub_answers
 
     if not Path(path).exists() and "HF_HUB_OFFLINE" not in os.environ and not hub_answers():
         os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's client would retry for half a minute

@@ -6,30 +6,26 @@ workers only open files.
 
 import hashlib
 import json
-import logging
 import math
 import os
-import socket
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib.util import find_spec
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from urllib.parse import urlsplit
 
 from runner.batch_sizes import batches_per_epoch, steps_of
 from runner.checks.paths import is_local, no_folder
 from runner.checks.secrets import redact
 from runner.checks.trust import check_weights
 from runner.config import Config, ModelPart, Ppo
-from runner.data.sources import data_key, sources_of
+from runner.data.sources import data_key
 from runner.durable.lock import lock
 from runner.errors import UserError, did_you_mean
 from runner.families import check_family
 from runner.files import whole_folder
-from runner.plan import Step, engine_configs, missing_hostfile, over_ssh
+from runner.plan import Step
+from runner.preflight import preflight
 
 # Warn of fewer PPO iterations than this
 FEW_ITERATIONS = 5
@@ -40,11 +36,7 @@ def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
     missing = [step for step in steps if not step.done]
     if not missing:
         return {}
-    _check_devices(cfg)
-    _check_deepspeed(cfg, missing)
-    _check_wandb(cfg)
-    _go_offline_without_network(cfg, steps)
-    _check_hub_token(cfg)
+    preflight(cfg, steps)
 
     from runner.data import cache
 
@@ -79,75 +71,6 @@ def _writable(store: str) -> Path:
     except OSError as error:
         raise UserError(f"store={store} cannot be written to ({error.strerror}): type store=/a/folder/of/yours") from error
     return path
-
-
-def _check_devices(cfg: Config) -> None:
-    """Check that this machine has enough GPUs. A job of several nodes may be started from a machine without any."""
-    h = cfg.hardware
-    if problem := missing_hostfile(cfg):
-        raise UserError(problem)
-    if cfg.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
-        raise UserError(
-            "model.attention=flash_attention_2 needs the package flash-attn, which is not installed: type model.attention=auto, "
-            "which needs no package, or pip install flash-attn --no-build-isolation"
-        )
-    if h.accelerator != "cuda" or h.nodes > 1:
-        return
-    import torch
-
-    found = torch.cuda.device_count()
-    if found < h.gpus:
-        instead = f"hardware.gpus={found}" if found else "hardware=cpu"
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        hidden = "CUDA_VISIBLE_DEVICES is not set" if visible is None else f"CUDA_VISIBLE_DEVICES={visible}"
-        raise UserError(
-            f"hardware={h.name} needs {h.gpus} GPU{'s' * (h.gpus > 1)}, this machine has {found} ({hidden}). "
-            f"Type {instead}, or dry_run=true to see the plan only"
-        )
-
-
-def _check_deepspeed(cfg: Config, steps: list[Step]) -> None:
-    """Values in hardware.deepspeed, whose types DeepSpeed alone knows. It takes seconds to import: not for the configs that are ours."""
-    if not cfg.hardware.deepspeed:
-        return
-    logging.disable(logging.WARNING)  # it would say that it has found no accelerator
-    from runner.engine import check_settings
-
-    logging.disable(logging.NOTSET)
-    for step in steps:
-        for config in engine_configs(cfg, step.stage).values():
-            check_settings(config)
-
-
-def _check_wandb(cfg: Config) -> None:
-    """wandb.mode=online needs a key. The worker would only find out after everything is tokenised."""
-    if cfg.wandb.mode != "online":
-        return
-    from runner.metrics import has_wandb_key
-
-    if over_ssh(cfg.hardware) and not has_wandb_key(in_file=True):
-        raise UserError(
-            "wandb.mode=online, but there is no API key in ~/.netrc, and WANDB_API_KEY does not reach workers that "
-            f"hardware={cfg.hardware.name} starts over ssh: type `wandb login` once. Without a key: wandb.mode=offline or disabled"
-        )
-    if not has_wandb_key():
-        raise UserError(
-            "wandb.mode=online, but there is no API key: set WANDB_API_KEY, or type `wandb login` once. "
-            "Without one: wandb.mode=offline (upload later with `wandb sync`) or wandb.mode=disabled"
-        )
-
-
-def _check_hub_token(cfg: Config) -> None:
-    """Over ssh the workers do not inherit HF_TOKEN, which gated models need. Runs after we may have gone offline: it imports the hub."""
-    if not over_ssh(cfg.hardware) or not os.environ.get("HF_TOKEN") or os.environ.get("HF_HUB_OFFLINE") == "1":
-        return
-    from huggingface_hub.constants import HF_TOKEN_PATH
-
-    if not Path(HF_TOKEN_PATH).exists():
-        raise UserError(
-            f"HF_TOKEN does not reach workers that hardware={cfg.hardware.name} starts over ssh: type `hf auth login` once, which keeps "
-            f"the token in {HF_TOKEN_PATH}; or name folders that all machines see; or unset HF_TOKEN, if no model is gated"
-        )
 
 
 def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
@@ -366,37 +289,3 @@ def _cannot_load(key: str, path: str, why: str) -> str:
             "model=tiny, or random weights with model.actor.init=random model.reward.init=random"
         )
     return f"{key}={path} cannot be loaded: {why}. Check the name; a gated model needs `hf auth login`"
-
-
-# --- network ----------------------------------------------------------------------------------------------------------
-
-
-def _go_offline_without_network(cfg: Config, steps: list[Step]) -> None:
-    """Probe the hub once, quickly: its client would retry each look-up for a minute. Must run before the client is imported."""
-    names = [s.path for s in sources_of(cfg.dataset).values() if s.adapter != "toy"] + list(cfg.dataset.pretrain)
-    names += [part.path for part in (cfg.model.actor, cfg.model.reward) if part.init == "pretrained"]
-    names += [step.pinned for step in steps if step.pinned]
-    needed = [name for name in names if not is_local(name)]
-    if not needed:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    elif "HF_HUB_OFFLINE" not in os.environ and not hub_answers():
-        print(f"the Hugging Face hub cannot be reached: looking for {', '.join(needed)} in the local cache only", file=sys.stderr)
-        os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def hub_answers(seconds: float = 3.0) -> bool:
-    """Whether a connection to the hub, or to the proxy that leads there, can be opened."""
-    target = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    url = urlsplit(target if "://" in target else f"http://{target}")
-    answered = threading.Event()
-
-    def probe() -> None:
-        with suppress(OSError, TypeError):
-            socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=seconds).close()
-            answered.set()
-
-    # In a thread, because DNS look-ups have no time limit
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answered.is_set()

@@ -546,7 +546,7 @@ def test_over_ssh_secrets_must_lie_in_files(here, refused, monkeypatch):
     words = ("model=opt13b", "hardware=gpu64", "dataset=toy")
     lost = "does not reach workers that hardware=gpu64 starts over ssh: type"
     assert f"WANDB_API_KEY {lost} `wandb login`" in refused(*words, "wandb.mode=online")
-    monkeypatch.setattr("runner.prepare.hub_answers", lambda: True)
+    monkeypatch.setattr("runner.preflight.hub_answers", lambda: True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(here / "token"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_" + "a1B2" * 8)
@@ -625,12 +625,12 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
 )
 def test_without_network_the_hub_is_given_up_soon(words, says, here):
     """An endpoint where nobody listens: a machine that has a network shall see the same."""
-    seconds = []
-    while not seconds or (seconds[-1] >= 22 and len(seconds) < 2):  # once more, in case the machine was busy: the hub's retries take 23 s
-        start = time.monotonic()
-        done = process(*words.split(), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(here), HTTPS_PROXY="", https_proxy="")
-        seconds.append(time.monotonic() - start)
-    assert seconds[-1] < 22, seconds
+    start = time.monotonic()
+    done = process(*words.split(), HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(here), HTTPS_PROXY="", https_proxy="")
+    took = time.monotonic() - start
+    if took >= 22:  # the hub's retries take 23 s; a busy machine takes as long for a command that never asks the hub
+        process(*words.split(), HF_HUB_OFFLINE="1", HF_HOME=str(here))
+        assert took < 2 * (time.monotonic() - start - took)
     assert done.returncode == 1
     assert "looking for" in done.stderr
     assert says in one_message(done.stderr)

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from runner.reporting.report import Section, markdown, num, pct, print_sections, sparkline
-from runner.reporting.summary import read_curves, show_summary
+from runner.reporting.results import read_curves
+from runner.reporting.summary import show_summary
 from runner.reporting.sweep_table import SweepTable, show_sweep
 
 COMMON = {"world_size": 1, "resumed_from": 0, "tokens": 120_000}

@@ -1,8 +1,7 @@
 """The summary of a finished run: in the terminal, in summary.md, and as flat facts in summary.json.
 
-Three layers. `read_result`, `read_curves` and `headline` collect facts from the step folders. `sections` turns them into a list of
-Section: plain strings, no layout. `print_sections` and `markdown` lay this list out for a terminal (or a log) and for a file.
-Nothing here imports torch; steps are `runner.plan.Step` objects.
+Three layers. results.py reads the facts from the step folders. `sections` turns them into a list of Section: plain strings, no layout.
+report.py lays this list out for a terminal (or a log) and for a file. None of them imports torch.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from runner.reporting.report import Section, bar, duration, markdown, num, pct, print_sections, short, sparkline
+from runner.reporting.results import Trained, headline, spent, trained_of
 
 if TYPE_CHECKING:
     from runner.plan import Step
@@ -31,16 +30,6 @@ CALIBRATION_PAIRS, SURE_PROMPTS, SFT_STEPS = 100, 32, 20
 # Nats per token that chosen answers may lose in DPO before the summary warns. At 2 the tiny model babbled, at 97 % accuracy
 FALLEN = 1.0
 TRY_NEXT = {"sft": "sft.epochs=1,2,4", "reward": "reward.epochs=1,2", "dpo": "dpo.beta=0.03,0.1,0.3", "ppo": "ppo.kl_coef=0.02,0.05,0.1"}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A step and what is in its folder."""
-
-    step: Step
-    state: str  # trained | reused | pinned | missing
-    result: dict
-    curves: dict[str, list[float]] = field(default_factory=dict)
 
 
 def show_summary(
@@ -62,71 +51,12 @@ def show_summary(
         took: seconds of the whole run so far; each stage only counts its own.
     """
     run_dir = Path(run_dir)
-    trained = [Trained(step, state(step, reused), read_result(step), read_curves(step.folder)) for step in steps]
+    trained = [trained_of(step, reused) for step in steps]
     parts = sections(name, trained, run_dir, overrides, took)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "summary.md").write_text(markdown(parts), encoding="utf-8")
     (run_dir / "summary.json").write_text(json.dumps(headline(name, trained, run_dir, overrides), indent=2) + "\n", encoding="utf-8")
     print_sections(parts, console or Console())
-
-
-# --- facts ------------------------------------------------------------------------------------------------------------
-
-
-def state(step: Step, reused: set[str]) -> str:
-    if step.pinned:
-        return "pinned"
-    if step.stage in reused:
-        return "reused"
-    return "trained" if (step.folder / "result.json").exists() else "missing"
-
-
-def read_result(step: Step) -> dict:
-    """result.json; {} for a pinned step, whose folder says nothing about the pinned model."""
-    path = step.folder / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() and not step.pinned else {}
-
-
-def read_curves(folder: Path) -> dict[str, list[float]]:
-    """Each metric's finite values over the steps. A resumed run repeats steps: the later row counts."""
-    path, by_step = folder / "metrics.jsonl", {}
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:  # an empty line, or one torn by a crash
-            continue
-        by_step.setdefault(row.get("step", 0), {}).update(row)
-    curves: dict[str, list[float]] = {}
-    for _, row in sorted(by_step.items()):
-        for key, value in row.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                curves.setdefault(key, []).append(value)
-    return curves
-
-
-def flatten(facts: dict, prefix: str) -> dict:
-    """Nested dicts become keys with slashes; lists (samples, calibration) are left out."""
-    flat = {}
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}/")
-        elif not isinstance(value, list):
-            flat[prefix + key] = value
-    return flat
-
-
-def headline(name: str, trained: Sequence[Trained], run_dir: Path, overrides: Sequence[str]) -> dict:
-    """The flat facts of a run: `ppo/after/score`, `reward/accuracy`, `sft/data/train`, ..., and the overrides that made it."""
-    facts = {"name": name, "run_dir": str(run_dir), "seconds": spent(trained), "overrides": list(overrides)}
-    for t in trained:
-        facts |= {f"{t.step.stage}/state": t.state, f"{t.step.stage}/model": str(t.step.model)}
-        facts |= flatten(t.result, f"{t.step.stage}/")
-    return facts
-
-
-def spent(trained: Iterable[Trained]) -> float:
-    """Seconds of training in this run: reused steps cost nothing."""
-    return sum(t.result.get("seconds") or 0 for t in trained if t.state == "trained")
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------
