@@ -91,7 +91,11 @@ def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | 
     from transformers import GenerationConfig, TextStreamer
 
     class Screen(TextStreamer):
+        begun = False
+
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            text = text if self.begun else text.lstrip()  # some templates have a space or a line break before the answer
+            self.begun = self.begun or bool(text)
             # A model may well have learnt to write terminal escapes
             print("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text), end="", flush=True)
 
@@ -100,7 +104,7 @@ def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | 
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     how |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "max_new_tokens": longest}
     screen = Screen(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    print("Assistant:", end="", flush=True)
+    print("Assistant: ", end="", flush=True)
     rows = model.generate(prompt, attention_mask=prompt * 0 + 1, generation_config=GenerationConfig(**how), streamer=screen)
     print()
     said = rows[0, len(ids) :].tolist()

@@ -67,7 +67,7 @@ class Model:
     reward: ModelPart
     tokenizer_vocab: int
     end_token: Optional[str]
-    chat_template: str
+    chat_template: Optional[str]
     max_prompt_tokens: int
     max_response_tokens: int
     attention: str

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -29,6 +30,7 @@ from runner.preflight import preflight
 
 # Warn of fewer PPO iterations than this
 FEW_ITERATIONS = 5
+NO_TEMPLATE = "Leave model.chat_template out, which is the Human/Assistant format, or type a template"
 
 
 def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
@@ -157,9 +159,23 @@ def _tokenizer(cfg: Config, store: Path, part: ModelPart, key: str) -> tuple[str
     path = _own_tokenizer(cfg, store) if part.init == "random" else part.path
     options = {"revision": part.revision, "trust_remote_code": cfg.model.trust_remote_code}
     with _loading(key if part.init == "pretrained" else "the tokenizer of this data, in the store", path):
+        own = load_tokenizer(path, end_token=cfg.model.end_token, **options).chat_template
         tokenizer = load_tokenizer(path, end_token=cfg.model.end_token, chat_template=cfg.model.chat_template, **options)
+    if tokenizer.chat_template is None:
+        raise UserError(f"{path} brings no chat template, and model.chat_template=null asks for it. {NO_TEMPLATE}")
     check_template(tokenizer, "model.chat_template")
+    if own not in (None, tokenizer.chat_template):
+        _note_template(path)
     return path, tokenizer
+
+
+@lru_cache
+def _note_template(path: str) -> None:
+    """Once, though actor and reward model may be the same checkpoint."""
+    print(
+        f"note: {path} brings a chat template of its own, which model.chat_template replaces. To keep it, type model.chat_template=null",
+        file=sys.stderr,
+    )
 
 
 def _own_tokenizer(cfg: Config, store: Path) -> str:
@@ -167,6 +183,8 @@ def _own_tokenizer(cfg: Config, store: Path) -> str:
     from runner.data.cache import training_texts
     from runner.tokenizer import check_template, train_tokenizer
 
+    if cfg.model.chat_template is None:
+        raise UserError(f"model.chat_template=null asks for that of a checkpoint, and init=random has none. {NO_TEMPLATE}")
     facts = [data_key(cfg.dataset), cfg.model.chat_template, cfg.model.tokenizer_vocab]
     name = f"tokenizer-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]}"
     folder = store / "base" / name

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from runner.checks.trust import check_vocabulary, refuse_code
@@ -107,18 +108,38 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> str:
     """The text that the model gets: the dialogue so far and the opening of its reply."""
+    return _render(tokenizer, turns, add_generation_prompt=True)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+    """Raises UserError if the template refuses the dialogue: many accept no system turn, or only roles that alternate."""
     turns = [turn | {"content": plain(tokenizer, turn["content"])} for turn in turns]
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    try:
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=add_generation_prompt, tokenize=False)
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise UserError(f"refused by the chat template: {error}") from error
+
+
+def gap(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template puts between the opening of a reply and the reply: ' ' after 'Assistant:', '' after a header's line breaks.
+
+    A response is trained with it, so that it looks like the earlier replies of the same dialogue.
+    """
+    hello, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Answer"}
+    opening, whole = render_prompt(tokenizer, [hello]), _render(tokenizer, [hello, answer], add_generation_prompt=False)
+    between, found, _ = whole.removeprefix(opening).partition("Answer")
+    if found and whole.startswith(opening) and not between.strip():
+        return between
+    # The template writes something else there, such as an empty thought
+    return "" if opening[-1:].isspace() else " "
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Raise UserError if the chat template is broken, does something the sandbox forbids, or leaves out the messages."""
-    from jinja2 import TemplateError
-
     try:
         rendered = render_prompt(tokenizer, [{"role": "user", "content": "Hello"}])
-    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-        raise UserError(f"{where} is refused by the template engine: {error}") from error
+    except UserError as error:
+        raise UserError(f"{where} is refused by the template engine: {error.__cause__}") from error
     if "Hello" not in rendered:
         raise UserError(
             f"{where} leaves out what is said: it turns a message 'Hello' into {rendered!r}. It needs {{{{ message['content'] }}}}"
@@ -130,13 +151,15 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Seque
 
 
 def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> list[list[int]]:
-    """Tokens of ' ' + response + EOS, as they follow 'Assistant:'.
+    """Tokens of gap + response + EOS, as they follow the prompt.
 
-    Tokenised after a colon, which is then cut off: otherwise SentencePiece would add a second space before the first word.
+    Tokenised after a text that merges with neither, which is then cut off: otherwise SentencePiece would add a space of its own.
     """
-    anchor = len(tokenizer(":", add_special_tokens=False).input_ids)
-    texts = [": " + plain(tokenizer, response).strip() for response in responses]
-    return [[*ids[anchor:], tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    between = gap(tokenizer)
+    before = "a" if between else "\n"
+    anchor = len(tokenizer(before, add_special_tokens=False).input_ids)
+    texts = [before + between + plain(tokenizer, response).strip() for response in responses]
+    return [[*ids[anchor:], tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -302,6 +302,7 @@ WRONG = {
     ),
     "no layers": ("model.actor.shape.num_hidden_layers=0", "num_hidden_layers=0 must be a whole number of 1 or more"),
     "template without content": ("model.chat_template=hello", "leaves out what is said: it turns a message 'Hello' into 'hello'"),
+    "template of no checkpoint": ("model.chat_template=null", "asks for that of a checkpoint, and init=random has none. Leave model.chat_"),
     "target of no coefficient": ("ppo.kl_target=6 ppo.kl_coef=0", "would stay there: type ppo.kl_coef=0.05"),
     "adapters of no weight": ("model.actor.lora.dim=8 model.actor.lora.alpha=0", "model.actor.lora.alpha=0 gives its adapters (dim=8) no"),
     "empty project": ("wandb.project=", "wandb.project is empty: type a name, or wandb.mode=disabled"),
@@ -613,6 +614,32 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
     assert "model.actor.path=./runs is not a Hugging Face checkpoint" in refused(*folders, "model.actor.path=./runs", "stage=sft")
     message = refused(*folders, "model.actor.path=/models/opt", "stage=sft")
     assert "model.actor.path=/models/opt: this folder does not exist" in message and "Repo id" not in message
+
+
+def test_a_checkpoints_own_chat_template_is_kept_or_said_to_be_replaced(here, tokenizer_folder, capsys):
+    from runner.prepare import _tokenizer
+    from runner.tokenizer import load_tokenizer
+
+    own = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    load_tokenizer(str(tokenizer_folder), chat_template=own).save_pretrained(here / "tuned")
+    load_tokenizer(str(tokenizer_folder)).save_pretrained(here / "base")
+
+    def read(name: str, *words: str):
+        cfg = configured(f"model.actor.path=./{name}", "model.actor.init=pretrained", *words)
+        return cfg.model.chat_template, _tokenizer(cfg, here, cfg.model.actor, "model.actor.path")[1].chat_template
+
+    ours, used = read("tuned")
+    assert used == ours
+    note = (
+        "note: ./tuned brings a chat template of its own, which model.chat_template replaces. To keep it, type model.chat_template=null\n"
+    )
+    assert capsys.readouterr().err == note
+    assert read("tuned", "model.chat_template=null") == (None, own)
+    assert read("base") == (ours, ours)
+    assert read("tuned") == (ours, ours)
+    assert capsys.readouterr().err == ""  # said once, though the reward model may be the same checkpoint
+    with pytest.raises(UserError, match=r"\./base brings no chat template, and model\.chat_template=null asks for it\. Leave model"):
+        read("base", "model.chat_template=null")
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from runner.tokenizer import (
     encode_prompts,
     encode_responses,
     fingerprint,
+    gap,
     load_tokenizer,
     plain,
     render_prompt,
@@ -407,6 +408,31 @@ def test_prompt_and_response_make_the_whole_dialogue(loaded, response):
     assert joined == [*loaded(text, add_special_tokens=False).input_ids, loaded.eos_token_id]
 
 
+def template(opening: str, gap: str, thought: str = "", end: str = "eos_token") -> str:
+    """One in which a turn is its role in brackets and `opening`, then `gap`, a reply's `thought`, what is said, and `end`."""
+    start, thought = f"'[' + m['role'] + ']{opening}{gap}'", f"('{thought}' if m['role'] == 'assistant' else '')"
+    turns = f"{{% for m in messages %}}{{{{ {start} + {thought} + m['content'] + {end} }}}}{{% endfor %}}"
+    return turns + f"{{% if add_generation_prompt %}}{{{{ '[assistant]{opening}' }}}}{{% endif %}}"
+
+
+@pytest.mark.parametrize("opening, between", [("\\n\\n", ""), ("\\n", ""), ("", "\\n"), ("", " "), (":", " ")])
+@pytest.mark.parametrize("end", ["eos_token", "eos_token + '\\n'"])
+def test_a_response_begins_as_the_template_begins_it(loaded, opening, between, end):
+    """In order: as LLaMA 3's own template does it, ChatML, Zephyr with half an opening, LLaMA 2, and the Human/Assistant format."""
+    loaded.chat_template = template(opening, between, end=end)
+    full = loaded.apply_chat_template([*DIALOGUE, {"role": "assistant", "content": "calm, bright"}], tokenize=False)
+    assert gap(loaded) == between.replace("\\n", "\n")
+    ids = encode_prompts(loaded, [DIALOGUE])[0] + encode_responses(loaded, ["calm, bright"])[0]
+    assert ids == loaded(full.rstrip("\n"), add_special_tokens=False).input_ids
+
+
+def test_a_thought_that_the_template_adds_is_no_part_of_the_response(loaded):
+    loaded.chat_template = template("\\n", "", thought="<think></think>")
+    assert gap(loaded) == ""
+    loaded.chat_template = template(":", " ", thought="<think></think>")
+    assert gap(loaded) == " "
+
+
 @pytest.mark.parametrize("response", RESPONSES)
 def test_responses_end_with_eos_and_decode_to_themselves(loaded, response):
     ids = encode_responses(loaded, [response])[0]
@@ -768,6 +794,18 @@ def test_long_responses_are_dropped_whole_and_counted(data, build, tokenizer):
     assert len(build(data([{"prompt": f"Say {i}", "chosen": "good 1"} for i in range(30)], **only("sft")), "sft", response=exact)[0]) > 0
     with pytest.raises(UserError, match=rf"dropped: 30 response longer than {exact - 1} tokens"):
         build(data([{"prompt": f"Say {i}", "chosen": "good 1"} for i in range(30)], **only("sft")), "sft", response=exact - 1)
+
+
+def test_dialogues_that_the_chat_template_refuses_are_dropped_and_counted(data, build, tokenizer, monkeypatch):
+    """Those of LLaMA 2, Mistral and Gemma take no system turn, or want roles to alternate."""
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", refusal + tokenizer.chat_template)
+    told = [{"role": "system", "content": "Be kind."}]
+    rows = pairs(30) + [{"prompt": told + asked(f"Tell {i}"), "chosen": "good", "rejected": "bad"} for i in range(4)]
+    train, held, counts = build(data(rows, **only("sft")), "sft")
+    assert counts["dropped"] == {"refused by the chat template: no system turn": 4} and len(train) + len(held) == 30
+    with pytest.raises(UserError, match=r"0 held out, dropped: 4 refused by the chat template: no system turn"):
+        build(data(rows[30:], **only("sft")), "sft")
 
 
 def test_the_same_prompt_is_answered_once_in_ppo(data, build):

@@ -27,7 +27,7 @@ from runner.data.split import held_out, phase_of, prompt_hash
 from runner.durable.lock import lock
 from runner.errors import UserError
 from runner.files import whole_folder
-from runner.tokenizer import encode_prompts, encode_responses, fingerprint, plain, render_prompt
+from runner.tokenizer import encode_responses, fingerprint, gap, plain, render_prompt
 
 BATCH = 1000
 
@@ -125,9 +125,12 @@ class Encoder:
     def __call__(self, batch: list[tuple[str, Example, int]]) -> list[tuple[dict, int]]:
         """(row, prompt hash) for every example that is kept."""
         batch = [item for item in batch if not self._is_useless(item[1])]
+        rendered = [self._rendered(example) for _, example, _ in batch]
+        batch = [item for item, text in zip(batch, rendered, strict=True) if text is not None]
         if not batch:
             return []
-        prompts = [self._cut(ids) for ids in encode_prompts(self.tokenizer, [e.prompt for _, e, _ in batch])]
+        texts = [text for text in rendered if text is not None]
+        prompts = [self._cut(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
         encode = {"sft": self._sft, "reward": self._reward, "ppo": self._ppo}[self.stage]
         made = encode([e for _, e, _ in batch], prompts)
         return [(row | {"source": name}, number) for row, (name, _, number) in zip(made, batch, strict=True) if row is not None]
@@ -140,6 +143,14 @@ class Encoder:
         reason = next((name for name, true in reasons.items() if true), None)
         self.counts.dropped.update([reason] if reason else [])
         return bool(reason)
+
+    def _rendered(self, example: Example) -> str | None:
+        """The prompt as text; None, and counted, if the chat template refuses the dialogue."""
+        try:
+            return render_prompt(self.tokenizer, example.prompt)
+        except UserError as refused:
+            self.counts.dropped[str(refused)] += 1
+            return None
 
     def _cut(self, ids: list[int]) -> list[int]:
         if len(ids) <= self.max_prompt:
@@ -235,7 +246,7 @@ def training_texts(dataset: Dataset, tokenizer, limit: int = 20_000) -> Iterator
     for index, (_, example, _) in enumerate(examples(dataset, "sft", Counts())):
         if index >= limit:
             return
-        yield render_prompt(tokenizer, example.prompt) + " " + example.chosen
+        yield render_prompt(tokenizer, example.prompt) + gap(tokenizer) + example.chosen
 
 
 def load(folder: Path):
