@@ -303,6 +303,9 @@ WRONG = {
     "no layers": ("model.actor.shape.num_hidden_layers=0", "num_hidden_layers=0 must be a whole number of 1 or more"),
     "template without content": ("model.chat_template=hello", "leaves out what is said: it turns a message 'Hello' into 'hello'"),
     "template of no checkpoint": ("model.chat_template=null", "asks for that of a checkpoint, and init=random has none. Leave model.chat_"),
+    "no learning rate": ("sft.lr=0", "sft.lr=0.0 must be above 0"),
+    "no learning rate of a part": ("ppo.critic_lr=0", "ppo.critic_lr=0.0 must be above 0"),
+    "no learning rate of adapters": ("model.actor.lora.lr=0", "model.actor.lora.lr=0.0 must be above 0"),
     "target of no coefficient": ("ppo.kl_target=6 ppo.kl_coef=0", "would stay there: type ppo.kl_coef=0.05"),
     "adapters of no weight": ("model.actor.lora.dim=8 model.actor.lora.alpha=0", "model.actor.lora.alpha=0 gives its adapters (dim=8) no"),
     "empty project": ("wandb.project=", "wandb.project is empty: type a name, or wandb.mode=disabled"),
@@ -385,7 +388,7 @@ def test_broken_rows_are_named_or_counted(here, refused):
     Path("broken.jsonl").write_text("\n".join([*rows[:6], '{"prompt": "a", ', *rows[6:]]))
     Path("lacks.jsonl").write_text("\n".join([*rows[:3], '{"prompt": "a", "rejected": "b"}', *rows[3:]]))
     file = "dataset=jsonl", "stage=sft", "dataset.path=broken.jsonl"
-    assert "broken.jsonl:7: not valid JSON" in refused(*file)
+    assert "broken.jsonl:7: not valid JSON (Expecting property name enclosed in double quotes at column 16)" in refused(*file)
     message = refused("dataset=jsonl", "stage=sft", "dataset.path=lacks.jsonl")
     assert "lacks.jsonl:4: no response among the fields prompt, rejected" in message
     assert "dataset.on_bad_row=skip" in message

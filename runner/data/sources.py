@@ -129,7 +129,7 @@ def _readable(lines, path: Path) -> Iterator[str]:
 
 def _parse(text: str) -> dict | BrokenRow:
     try:
-        value = json.loads(text)
+        value = json.loads(text.rstrip())  # or a cut row would be said to be wrong at column 1, of the next line
     except json.JSONDecodeError as error:
         return BrokenRow(_not_json(error) + LIST_HINT * (text.strip() == "[") + COMMA_HINT * text.rstrip().endswith(","))
     except (ValueError, RecursionError) as error:
