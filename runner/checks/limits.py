@@ -96,7 +96,8 @@ def check_model(model: schema.Model) -> None:
 
 
 def _check_lora(lora: schema.Lora, where: str) -> None:
-    check_least(lora, 0, "dim", "alpha", "lr", where=where)
+    check_least(lora, 0, "dim", "alpha", where=where)
+    check(lora.lr > 0, f"{where}.lr={lora.lr} must be above 0")
     check_share(lora, "dropout", where=where)
     scaled = not lora.dim or lora.alpha > 0
     check(scaled, f"{where}.alpha=0 gives its adapters (dim={lora.dim}) no weight: type {where}.alpha=16, or {where}.dim=0")
@@ -181,7 +182,8 @@ def check_training(block: schema.Training) -> None:
 
 def check_supervised(block: schema.Supervised) -> None:
     check_training(block)
-    check_least(block, 0, "lr", "weight_decay")
+    check_positive(block, "lr")
+    check_least(block, 0, "weight_decay")
     check_least(block, 1, "global_batch", "eval_examples")
 
 
@@ -208,7 +210,8 @@ def check_ppo(ppo: schema.Ppo) -> None:
     check_training(ppo)
     check_choice("ppo.kl_estimator", ppo.kl_estimator, ("k1", "k2", "k3"))
     check_least(ppo, 1, "rollout_batch", "minibatches", "ppo_epochs", "kl_horizon", "calibration_prompts", "eval_prompts")
-    check_least(ppo, 0, "actor_lr", "critic_lr", "actor_weight_decay", "critic_weight_decay", "critic_warmup")
+    check_positive(ppo, "actor_lr", "critic_lr")
+    check_least(ppo, 0, "actor_weight_decay", "critic_weight_decay", "critic_warmup")
     check_least(ppo, 0, "kl_coef", "score_clip", "missing_eos_penalty", "ptx_coef", "min_response_tokens")
     check(all(ppo.stop), f"ppo.stop={ppo.stop} holds an empty string, which every response contains: leave it out")
     check_positive(ppo, "kl_target", "cliprange", "cliprange_value", "log_ratio_clamp", "early_stop_kl")

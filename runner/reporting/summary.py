@@ -96,7 +96,7 @@ def stage_notes(t: Trained, dropped: dict[str, int]) -> list[str]:
         notes.append(f"{t.step.stage} was resumed from its checkpoint at step {num(t.result['resumed_from'])}")
     if origin := t.step.facts.get("goes_on_from"):
         notes.append(
-            f"{t.step.stage} was forced to continue from {origin['step']} at step {origin['at']}, with {', '.join(origin['changed'])}"
+            f"{t.step.stage} was forced to continue from {origin['step']} at step {origin['at']}, trained with {', '.join(origin['changed'])}"
         )
     return notes
 
