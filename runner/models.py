@@ -5,6 +5,7 @@ the model computes no padding (runner/packing.py). Positions follow from the mas
 folders are plain Hugging Face checkpoints in safetensors.
 """
 
+from collections.abc import Set
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -157,7 +158,8 @@ def load_causal(path: str, tokenizer, **options) -> PreTrainedModel:
 
 def load_scalar(path: str, tokenizer, *, fresh_head: bool, seed: int, **options) -> PreTrainedModel:
     """A one-label classifier: from a language model with a fresh head, or from a trained reward model."""
-    model = _load(AutoModelForSequenceClassification, path, num_labels=1, seed=seed, **options)
+    made_up = {"score.weight"} if fresh_head else set()
+    model = _load(AutoModelForSequenceClassification, path, made_up=made_up, num_labels=1, seed=seed, **options)
     _fit_tokenizer(model, tokenizer)
     score = model.score
     model.score = Fp32Linear(score.in_features, 1, bias=False, device="meta")
@@ -170,7 +172,20 @@ def load_scalar(path: str, tokenizer, *, fresh_head: bool, seed: int, **options)
     return model
 
 
-def _load(auto, path: str, *, dtype, attention: str, dropout: float | None, seed: int = 0, revision=None, trust_remote_code=False, **more):
+def _load(
+    auto,
+    path: str,
+    *,
+    dtype,
+    attention: str,
+    dropout: float | None,
+    made_up: Set[str] = frozenset(),
+    seed: int = 0,
+    revision=None,
+    trust_remote_code=False,
+    **more,
+):
+    """made_up: weights that the checkpoint need not have."""
     if not trust_remote_code:
         refuse_code(path, revision)
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code, **more)
@@ -189,9 +204,17 @@ def _load(auto, path: str, *, dtype, attention: str, dropout: float | None, seed
         torch.manual_seed(seed)
         return auto.from_config(config, **options)
     try:
-        return auto.from_pretrained(path, config=config, revision=revision, **options)
+        model, report = auto.from_pretrained(path, config=config, revision=revision, output_loading_info=True, **options)
     except UnpicklingError as error:
         raise refused_pickle(path, revision) from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise UserError(f"the weights in {path} have other sizes than its config.json says: they are not those of one model") from error
+    # transformers makes up what is missing, with a warning that nobody reads
+    if missing := sorted(set(report["missing_keys"]) - made_up):
+        raise UserError(f"{path} lacks {len(missing)} of the weights that its config.json asks for, such as {missing[0]}: copy it again")
+    return model
 
 
 def family_of(config, path: str) -> Family:

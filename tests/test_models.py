@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import BOS, EOS, NAMES, PAD, actor, causal, classifier, config, configured, family, no_dropout, predictions, rows, scalar, sharpen
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
@@ -554,6 +555,23 @@ def test_layerdrop_is_off(dropout, tokenizer, tmp_path):
 def test_unknown_family_is_refused(tokenizer, tmp_path):
     GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"is a gpt2 model, which is not supported: families are opt, bloom, llama, gpt_neox"):
+        load_causal(str(tmp_path), tokenizer, **options())
+
+
+@every_family
+def test_weights_that_are_missing_or_of_other_sizes_are_not_made_up(name, tokenizer, tmp_path):
+    """As transformers does, whose models then train as if they had begun from the checkpoint."""
+    causal(name).save_pretrained(tmp_path)
+    load_scalar(str(tmp_path), tokenizer, fresh_head=True, **options())
+    with pytest.raises(UserError, match=r"lacks 1 of the weights that its config.json asks for, such as score.weight: copy it again"):
+        load_scalar(str(tmp_path), tokenizer, fresh_head=False, **options())
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({f"module.{key}": weight for key, weight in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks \d+ of the weights that its config.json asks for"):
+        load_causal(str(tmp_path), tokenizer, **options())
+    halved = {key: weight[: len(weight) // 2].clone() for key, weight in weights.items()}
+    save_file(halved, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"have other sizes than its config.json says"):
         load_causal(str(tmp_path), tokenizer, **options())
 
 

@@ -95,9 +95,8 @@ def stage_notes(t: Trained, dropped: dict[str, int]) -> list[str]:
     if t.state == "trained" and t.result.get("resumed_from"):
         notes.append(f"{t.step.stage} was resumed from its checkpoint at step {num(t.result['resumed_from'])}")
     if origin := t.step.facts.get("goes_on_from"):
-        notes.append(
-            f"{t.step.stage} was forced to continue from {origin['step']} at step {origin['at']}, trained with {', '.join(origin['changed'])}"
-        )
+        place, changed = f"{origin['step']} at step {origin['at']}", ", ".join(origin["changed"])
+        notes.append(f"{t.step.stage} was forced to continue from {place}, trained with {changed}")
     return notes
 
 
