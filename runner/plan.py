@@ -61,11 +61,12 @@ def plan(cfg: Config) -> list[Step]:
         check_adapter(f"dataset.sources.{name}", source.adapter, source.fields)
     data = data_key(cfg.dataset)
     steps: dict[str, Step] = {}
-    for stage in (*PARENTS[cfg.stage], cfg.stage):
+    last = getattr(cfg, cfg.stage)
+    for stage in (*(() if last and last.use else PARENTS[cfg.stage]), cfg.stage):  # a checkpoint that is given was trained on others
         if getattr(cfg, stage) is None:
             raise UserError(f"stage={cfg.stage} needs the block {stage}: leave out ~{stage}")
         accumulation(cfg, stage)
-        parents = {parent: steps[parent] for parent in PARENTS[stage]}
+        parents = {parent: steps[parent] for parent in PARENTS[stage] if parent in steps}
         pinned = getattr(cfg, stage).use
         facts = _pinned_facts(stage, pinned) if pinned else _facts(cfg, stage, data, parents)
         models = {name: step.model for name, step in parents.items()}

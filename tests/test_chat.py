@@ -178,6 +178,25 @@ def test_an_answer_that_ends_is_not_said_to_be_cut_off(step, capsys, monkeypatch
     assert "cut off" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["calm", " calm", "\n\ncalm"])
+def test_an_answer_stands_one_space_behind_its_name(text, step, capsys, monkeypatch):
+    """Whatever the chat template puts before an answer, which the model has learnt to write."""
+    import torch
+
+    tokenizer, model = chat.load(str(step / "model"))
+    said = torch.tensor(tokenizer([text], add_special_tokens=False).input_ids)
+
+    def generate(ids, streamer, **_):
+        for piece in (ids[0], *said[0].split(1)):
+            streamer.put(piece)
+        streamer.end()
+        return torch.cat([ids, said], 1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    chat.answer([5, 6, 7], tokenizer, model, 50, None)
+    assert capsys.readouterr().out == "Assistant: calm\n"
+
+
 def test_answers_are_sampled_from_the_whole_vocabulary(step, monkeypatch):
     """generate would take the 50 likeliest tokens only, unless told otherwise."""
     import torch
