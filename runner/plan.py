@@ -62,7 +62,8 @@ def plan(cfg: Config) -> list[Step]:
     data = data_key(cfg.dataset)
     steps: dict[str, Step] = {}
     last = getattr(cfg, cfg.stage)
-    for stage in (*(() if last and last.use else PARENTS[cfg.stage]), cfg.stage):  # a checkpoint that is given was trained on others
+    parents_wanted = () if last and last.use else PARENTS[cfg.stage]  # a result that is given was trained on others
+    for stage in (*parents_wanted, cfg.stage):
         if getattr(cfg, stage) is None:
             raise UserError(f"stage={cfg.stage} needs the block {stage}: leave out ~{stage}")
         accumulation(cfg, stage)

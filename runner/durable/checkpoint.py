@@ -253,7 +253,7 @@ class Checkpoints:
         if manifest["world_size"] == ranks.world():
             set_random_state(json.loads((path / f"rank_{ranks.rank()}.json").read_text())["random"])
             return
-        self.log.say(f"{path.name} was written by {manifest['world_size']} rank(s) and is read by {ranks.world()}")
+        self.log.say(f"{path.name} was written by a world of size {manifest['world_size']} and is read by one of {ranks.world()}")
         seeds = np.random.SeedSequence([self.cfg.seed, manifest["step"], ranks.rank()])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
 
