@@ -9,7 +9,6 @@ import math
 import os
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
 
 from runner.checks.secrets import redact
 from runner.errors import UserError
@@ -48,7 +47,7 @@ def load(path: str):
     import transformers
     import yaml
 
-    from runner.checks.trust import refuse_code, refused_pickle
+    from runner.checks.trust import load_weights, refuse_code
     from runner.tokenizer import check_template, load_tokenizer
 
     transformers.logging.set_verbosity_error()
@@ -60,9 +59,7 @@ def load(path: str):
         if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
             raise UserError("it is a reward model or critic, which scores dialogues and writes none")
         tokenizer = load_tokenizer(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device).eval()
-    except UnpicklingError as error:
-        raise refused_pickle(path, None) from error
+        model = load_weights(transformers.AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=False).to(device).eval()
     except Exception as error:  # whatever transformers, safetensors and the hub raise
         raise UserError(f"{path} cannot talk: {redact((str(error) or repr(error)).splitlines()[0])}. {instead(path)}") from error
     # A model that was not trained here may have no template: use ours

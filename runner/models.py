@@ -9,7 +9,6 @@ from collections.abc import Set
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
 
 from runner import attention, packing
-from runner.checks.trust import has_weights, refuse_code, refused_pickle
+from runner.checks.trust import has_weights, load_weights, refuse_code
 from runner.config import Lora
 from runner.data.batches import send
 from runner.errors import UserError
@@ -203,18 +202,7 @@ def _load(
     if Path(path).is_dir() and not has_weights(Path(path)):
         torch.manual_seed(seed)
         return auto.from_config(config, **options)
-    try:
-        model, report = auto.from_pretrained(path, config=config, revision=revision, output_loading_info=True, **options)
-    except UnpicklingError as error:
-        raise refused_pickle(path, revision) from error
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
-            raise
-        raise UserError(f"the weights in {path} have other sizes than its config.json says: they are not those of one model") from error
-    # transformers makes up what is missing, with a warning that nobody reads
-    if missing := sorted(set(report["missing_keys"]) - made_up):
-        raise UserError(f"{path} lacks {len(missing)} of the weights that its config.json asks for, such as {missing[0]}: copy it again")
-    return model
+    return load_weights(auto, path, revision, made_up, config=config, **options)
 
 
 def family_of(config, path: str) -> Family:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny import SHAPES
 
 from runner import chat
@@ -88,6 +89,11 @@ def test_a_reward_model_and_broken_weights_are_refused_in_one_line(step, tmp_pat
     for file in (step / "model").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[:100] if file.suffix == ".safetensors" else file.read_bytes())
     with pytest.raises(SystemExit, match=r"^error: .*cannot talk: [^\n]*$"):
+        typed(monkeypatch, "Hello\n", tmp_path)
+    weights = load_file(step / "model" / "model.safetensors")
+    lost = next(name for name in weights if "layers" in name)
+    save_file({name: w for name, w in weights.items() if name != lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match=rf"cannot talk: .* lacks 1 of the weights [^\n]*{lost}[^\n]*$"):
         typed(monkeypatch, "Hello\n", tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(SystemExit, match=r"cannot talk: model folder .* holds no tokenizer: none of tokenizer.json, "):

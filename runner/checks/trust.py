@@ -1,4 +1,4 @@
-"""Checkpoints from strangers: they may hold weights and settings, and run nothing.
+"""Checkpoints from strangers: they may hold weights and settings, all of them, and run nothing.
 
 transformers loads pickles (.bin) with weights_only=True, which runs no code, and a repository's Python only when it is told to.
 Here what it refuses is refused in words, and before anything is loaded. It is never left to ask at the keyboard: whoever
@@ -7,9 +7,10 @@ calls it passes trust_remote_code, true or false.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 
 from runner.errors import UserError
 
@@ -39,7 +40,26 @@ def _code_of(settings: dict) -> str | None:
     return f"the attention kernel {attention}" if isinstance(attention, str) and "/" in attention else None
 
 
-def refused_pickle(path: str, revision: str | None) -> UserError:
+def load_weights(auto, path: str, revision: str | None = None, made_up: Set[str] = frozenset(), **options):
+    """The model of a checkpoint, by the transformers class `auto`. made_up: weights that the checkpoint need not have.
+
+    Raises UserError for pickles that hold code, and for weights that are missing or have other sizes: transformers makes those up, with a
+    warning that nobody reads.
+    """
+    try:
+        model, report = auto.from_pretrained(path, revision=revision, output_loading_info=True, **options)
+    except UnpicklingError as error:
+        raise _refused_pickle(path, revision) from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise UserError(f"the weights in {path} have other sizes than its config.json says: they are not those of one model") from error
+    if missing := sorted(set(report["missing_keys"]) - made_up):
+        raise UserError(f"{path} lacks {len(missing)} of the weights that its config.json asks for, such as {missing[0]}: copy it again")
+    return model
+
+
+def _refused_pickle(path: str, revision: str | None) -> UserError:
     """The message for a checkpoint whose pickles torch has refused to load."""
     settings = _file(path, "config.json", revision)
     found = next(_with_code(Path(settings).parent), None) if settings else None
