@@ -1,13 +1,13 @@
 """The configuration: every key with its type. Values and their explanations live in conf/ and nowhere else.
 
-runner/checks/limits.py says which values a block refuses; runner/door.py turns composed YAML into these objects, for the launcher
+runner/limits.py says which values a block refuses; runner/door.py turns composed YAML into these objects, for the launcher
 and for the workers.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
-from runner.checks import limits
+from runner import limits
 
 STAGES = ("sft", "reward", "dpo", "ppo")
 # Stages whose models a stage starts from
@@ -42,6 +42,11 @@ class ModelPart:
     lora: Lora
 
     __post_init__ = limits.check_part
+
+    @property
+    def adapters_only(self) -> bool:
+        """The other weights stay as they are, so that the reference of PPO and DPO is the actor with its adapters off."""
+        return self.lora.dim > 0 and not self.lora.train_rest
 
 
 @dataclass

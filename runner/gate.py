@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.checks import secrets
-from runner.checks.limits import check_name
 from runner.errors import UserError
+from runner.limits import check_name
 
 
 class Gate(Callback):

@@ -16,7 +16,7 @@ from pathlib import Path
 from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.checks.paths import is_local, no_folder
 from runner.checks.trust import check_vocabulary, check_weights, read_settings
-from runner.config import ENGINES, PARENTS, SHARES, Config, Hardware, ModelPart
+from runner.config import ENGINES, PARENTS, SHARES, Config, Hardware
 from runner.data.adapters import check_adapter
 from runner.data.sources import content_key, data_key, plain_source, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
@@ -211,14 +211,9 @@ def engine_configs(cfg: Config, stage: str) -> dict[str, dict]:
     if stage == "ppo":
         configs["critic"] = training_config(cfg, "critic", micro, gas, block.grad_clip)
     for name in ("ref", "reward") if stage == "ppo" else ("ref",):
-        if getattr(cfg.hardware.zero, name) == 3 and not (name == "ref" and shares_reference(cfg.model.actor)):
+        if getattr(cfg.hardware.zero, name) == 3 and not (name == "ref" and cfg.model.actor.adapters_only):
             configs[name] = frozen_config(cfg, name)
     return configs
-
-
-def shares_reference(actor: ModelPart) -> bool:
-    """Whether the reference is the actor itself with its adapters off: no second copy in memory."""
-    return actor.lora.dim > 0 and not actor.lora.train_rest
 
 
 def command(cfg: Config, folder: Path) -> str:
@@ -280,7 +275,7 @@ def unread(cfg: Config, stages: list[str]) -> Iterator[str]:
         if readers & set(stages) and lora.train_rest and not lora.dim:
             yield f"model.{name}.lora.train_rest=true has no effect: there are no adapters (model.{name}.lora.dim=0)"
     rates = [f"{stage}.{'actor_lr' if stage == 'ppo' else 'lr'}" for stage in stages if "actor" in ENGINES[stage]]
-    if rates and shares_reference(cfg.model.actor):
+    if rates and cfg.model.actor.adapters_only:
         yield f"{', '.join(rates)} has no effect: only adapters train, at model.actor.lora.lr={cfg.model.actor.lora.lr:g}"
     if "ppo" in stages and cfg.dataset.pretrain and not cfg.ppo.ptx_coef:
         yield "dataset.pretrain has no effect: ppo.ptx_coef=0 mixes in no text. InstructGPT uses ppo.ptx_coef=27.8"

@@ -13,11 +13,11 @@ from hydra.errors import HydraException
 
 from runner.checks import secrets
 from runner.checks.flags import completes, flags_and_overrides, sweeps
-from runner.checks.limits import check_name
 from runner.checks.paths import SUFFIXES, is_local
 from runner.config import STAGES
 from runner.door import broken_yaml, known_keys, read_yaml, unknown
 from runner.errors import UserError, did_you_mean
+from runner.limits import check_name
 from runner.presets import check_preset
 
 LAUNCHERS = {"joblib": "hydra-joblib-launcher"}

@@ -374,7 +374,7 @@ def test_a_name_stays_in_its_folder_wherever_it_comes_from(house, refused, monke
 
 @pytest.mark.parametrize("name", ["demo", "Größe 2", "opt-1.3b_lr=1e-5", "a.b,c", "7b"])
 def test_ordinary_names_pass(name):
-    from runner.checks.limits import check_name
+    from runner.limits import check_name
 
     check_name(name)
 

@@ -8,7 +8,6 @@ from runner.config import ENGINES, Config
 from runner.errors import UserError
 from runner.forecast.memory import host_bytes, peaks
 from runner.forecast.network import networks
-from runner.plan import shares_reference
 
 # The forecast may take this share of the memory
 ROOM = 0.95
@@ -184,7 +183,7 @@ SAVINGS = {
 
 def _frozen(cfg: Config, stage: str) -> tuple[str, ...]:
     """Models that a stage only reads."""
-    ref = () if shares_reference(cfg.model.actor) else ("ref",)
+    ref = () if cfg.model.actor.adapters_only else ("ref",)
     return {"dpo": ref, "ppo": (*ref, "reward")}.get(stage, ())
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from runner.batch_sizes import micro_positions
 from runner.config import ENGINES, Config
 from runner.forecast.network import Network, networks, trained
-from runner.plan import shares_reference
 from runner.sampling_sizes import PREFILL_TOKENS, fits_whole
 
 
@@ -57,7 +56,7 @@ def trainee(cfg: Config, engine: str) -> Trainee:
 def frozen(cfg: Config, engine: str, net: Network) -> float:
     """Bytes of the reference or of the reward model."""
     h = cfg.hardware
-    if (engine == "ref" and shares_reference(cfg.model.actor)) or getattr(h.offload, engine):
+    if (engine == "ref" and cfg.model.actor.adapters_only) or getattr(h.offload, engine):
         return 0.0
     return net.weights * itemsize(cfg) / (h.world_size if getattr(h.zero, engine) == 3 else 1)
 
@@ -122,7 +121,7 @@ def host_bytes(cfg: Config, stage: str) -> float:
     found = 16 * sum(net.trained(lora) for net, lora in trains) if h.offload.optimizer else 0
     found += size * actor.weights if h.offload.params and "actor" in ENGINES[stage] else 0
     if stage in ("ppo", "dpo"):
-        found += size * (actor.weights if h.offload.ref and not shares_reference(cfg.model.actor) else 0)
+        found += size * (actor.weights if h.offload.ref and not cfg.model.actor.adapters_only else 0)
     if stage == "ppo":
         found += size * (reward.weights if h.offload.reward else 0)
     return found / h.nodes

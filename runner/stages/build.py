@@ -11,7 +11,6 @@ from runner import engine as engines
 from runner.checks.paths import is_local
 from runner.config import Config, Lora, ModelPart
 from runner.models import Actor, Scalar, add_lora, load_causal, load_scalar
-from runner.plan import shares_reference
 from runner.tokenizer import load_tokenizer
 
 
@@ -63,7 +62,7 @@ def load_reference(
     cfg: Config, path: str, tokenizer, ds_config: dict, device: torch.device, sampling: dict | None = None
 ) -> torch.nn.Module | None:
     """A frozen copy of the actor as it starts. None where the actor with its adapters off serves as one; see engine.reference."""
-    if shares_reference(cfg.model.actor):
+    if cfg.model.actor.adapters_only:
         return None
     ref = load_actor(cfg, path, tokenizer, ds_config, dropout=0.0, lora=None, sampling=sampling)
     return engines.frozen(ref, ds_config, device)

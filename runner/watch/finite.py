@@ -7,7 +7,6 @@ from pathlib import Path
 
 from runner.config import ENGINES, Config
 from runner.errors import UserError
-from runner.plan import shares_reference
 
 
 def check_finite(cfg: Config, folder: Path, stage: str, step: int, loss: float, norm: float, rows: Iterable[dict], tokenizer) -> None:
@@ -53,6 +52,6 @@ def lower_rate(cfg: Config, stage: str) -> str:
         name = f"{engine}_lr" if stage == "ppo" else "lr"
         if lora.dim:
             rates[f"model.{part}.lora.lr"] = lora.lr
-        if part == "reward" or not shares_reference(cfg.model.actor):  # a scalar head always trains in full
+        if part == "reward" or not cfg.model.actor.adapters_only:  # a scalar head always trains in full
             rates[f"{stage}.{name}"] = getattr(getattr(cfg, stage), name)
     return " ".join(f"{key}={rate / 2:g}" for key, rate in rates.items())

@@ -1,21 +1,15 @@
 """The limits of every key: which values a block of the configuration refuses, and the words that say what to type instead.
 
 One function per block, in the order of runner/config.py, whose dataclasses call them when they are made. Each raises ValueError;
-`load` in runner/door.py turns it into a UserError. No torch.
+`load` in runner/door.py turns it into a UserError. Blocks have no types here: the module that makes them imports this one. No torch.
 """
-
-from __future__ import annotations
 
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from runner.families import FAMILIES
 from runner.schedules import SCHEDULES
-
-if TYPE_CHECKING:
-    from runner import config as schema
 
 # Keys of a shape that are sizes, in all families
 SIZES = {"vocab_size", "hidden_size", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim"}
@@ -63,7 +57,7 @@ def _key(block: object) -> str:
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
-def check_part(part: schema.ModelPart) -> None:
+def check_part(part) -> None:
     check_choice("init", part.init, ("pretrained", "random"))
     check(part.init == "pretrained" or bool(part.shape), "init=random needs a shape: the sizes of the network")
     check(
@@ -72,7 +66,7 @@ def check_part(part: schema.ModelPart) -> None:
     )
 
 
-def check_model(model: schema.Model) -> None:
+def check_model(model) -> None:
     check_choice("model.family", model.family, tuple(FAMILIES))
     check_choice("model.attention", model.attention, ("auto", *FAMILIES[model.family].attention))
     check(
@@ -95,7 +89,7 @@ def check_model(model: schema.Model) -> None:
     )
 
 
-def _check_lora(lora: schema.Lora, where: str) -> None:
+def _check_lora(lora, where: str) -> None:
     check_least(lora, 0, "dim", "alpha", where=where)
     check(lora.lr > 0, f"{where}.lr={lora.lr} must be above 0")
     check_share(lora, "dropout", where=where)
@@ -106,12 +100,12 @@ def _check_lora(lora: schema.Lora, where: str) -> None:
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def check_split(split: schema.PhaseSplit) -> None:
+def check_split(split) -> None:
     shares = (split.sft, split.reward, split.ppo)
     check(min(shares) >= 0 and sum(shares) > 0, f"dataset.split={shares}: shares must be 0 or more, and one above 0")
 
 
-def check_dataset(data: schema.Dataset) -> None:
+def check_dataset(data) -> None:
     check_choice("dataset.on_bad_row", data.on_bad_row, ("error", "skip"))
     check(0 < data.holdout < 1, f"dataset.holdout={data.holdout} must be between 0 and 1: it is the share kept for evaluation")
     check(bool(data.sources), "dataset.sources is empty: name at least one source of prompts")
@@ -127,7 +121,7 @@ def check_dataset(data: schema.Dataset) -> None:
 # --- hardware ---------------------------------------------------------------------------------------------------------
 
 
-def check_zero(zero: schema.ZeroStages) -> None:
+def check_zero(zero) -> None:
     for engine in ("actor", "critic"):
         check_choice(f"hardware.zero.{engine}", getattr(zero, engine), (0, 1, 2, 3))
     for engine in ("ref", "reward"):
@@ -135,12 +129,12 @@ def check_zero(zero: schema.ZeroStages) -> None:
         check(stage in (0, 3), f"hardware.zero.{engine}={stage}: a frozen model is replicated (0) or partitioned (3)")
 
 
-def check_micro_batch(micro: schema.MicroBatch) -> None:
+def check_micro_batch(micro) -> None:
     for f in fields(micro):
         check(getattr(micro, f.name) >= 1, f"hardware.micro_batch.{f.name}={getattr(micro, f.name)} must be at least 1")
 
 
-def check_hardware(h: schema.Hardware) -> None:
+def check_hardware(h) -> None:
     check_choice("hardware.accelerator", h.accelerator, ("cpu", "cuda"))
     check_choice("hardware.precision", h.precision, ("fp32", "bf16", "fp16"))
     check(h.accelerator == "cuda" or h.precision != "fp16", "hardware.precision=fp16 does not run on a CPU: use fp32 or bf16")
@@ -165,7 +159,7 @@ def check_hardware(h: schema.Hardware) -> None:
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def check_training(block: schema.Training) -> None:
+def check_training(block) -> None:
     where = _key(block)
     check_choice(f"{where}.lr_schedule", block.lr_schedule, SCHEDULES)
     check(
@@ -180,33 +174,33 @@ def check_training(block: schema.Training) -> None:
     check_least(block, 0, "eval_every", "lr_end")
 
 
-def check_supervised(block: schema.Supervised) -> None:
+def check_supervised(block) -> None:
     check_training(block)
     check_positive(block, "lr")
     check_least(block, 0, "weight_decay")
     check_least(block, 1, "global_batch", "eval_examples")
 
 
-def check_sft(sft: schema.Sft) -> None:
+def check_sft(sft) -> None:
     check_supervised(sft)
     check_share(sft, "dropout")
     check(0 <= sft.prompt_loss <= 1, f"sft.prompt_loss={sft.prompt_loss} must be in [0, 1]")
 
 
-def check_reward(reward: schema.Reward) -> None:
+def check_reward(reward) -> None:
     check_supervised(reward)
     check_share(reward, "dropout")
     check_least(reward, 0, "center_coef")
 
 
-def check_dpo(dpo: schema.Dpo) -> None:
+def check_dpo(dpo) -> None:
     check_supervised(dpo)
     check_positive(dpo, "beta")
     smoothing = dpo.label_smoothing
     check(0 <= smoothing < 0.5, f"dpo.label_smoothing={smoothing} must be 0 (off) or more, and below 0.5, where pairs carry no information")
 
 
-def check_ppo(ppo: schema.Ppo) -> None:
+def check_ppo(ppo) -> None:
     check_training(ppo)
     check_choice("ppo.kl_estimator", ppo.kl_estimator, ("k1", "k2", "k3"))
     check_least(ppo, 1, "rollout_batch", "minibatches", "ppo_epochs", "kl_horizon", "calibration_prompts", "eval_prompts")
@@ -236,23 +230,23 @@ def check_ppo(ppo: schema.Ppo) -> None:
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
-def check_rollout(rollout: schema.Rollout) -> None:
+def check_rollout(rollout) -> None:
     check_choice("rollout.engine", rollout.engine, ("auto", "graph", "hf"))
     check_least(rollout, 0, "max_mismatch")
 
 
-def check_checkpoint(checkpoint: schema.Checkpoint) -> None:
+def check_checkpoint(checkpoint) -> None:
     check(checkpoint.every >= 0, f"checkpoint.every={checkpoint.every} must be 0 (only at the end) or more")
     check_least(checkpoint, 1, "keep_last")
     check_least(checkpoint, 0, "keep_best", "minutes")
 
 
-def check_wandb(wandb: schema.Wandb) -> None:
+def check_wandb(wandb) -> None:
     check_choice("wandb.mode", wandb.mode, ("auto", "online", "offline", "disabled"))
     check(bool(wandb.project.strip()), "wandb.project is empty: type a name, or wandb.mode=disabled for no W&B")
 
 
-def check_config(cfg: schema.Config) -> None:
+def check_config(cfg) -> None:
     """The keys outside blocks, and what blocks ask of each other."""
     check_choice("resume", cfg.resume, ("auto", "force", "new"))
     check_choice("invariants", cfg.invariants, ("stop", "warn"))
