@@ -349,7 +349,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path):
         "debug=false",
         "stage=sft",
         "dataset.toy_rows=3000",
-        "sft.max_steps=60",
+        "sft.max_steps=30",
         "sft.epochs=9",
         "sft.eval_every=0",
     ]
@@ -357,7 +357,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path):
     command = [sys.executable, str(ROOT / "run.py"), *words]
     options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
-    assert _until(run, "step 1/60")
+    assert _until(run, "step 1/30")
     with next(tmp_path.glob("sft-*/logs/workers.lock")).open("w") as held, pytest.raises(BlockingIOError):
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the worker's own: torchrun would not pass the launcher's on
     run.send_signal(signal.SIGTERM)
@@ -365,10 +365,10 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path):
     assert run.returncode == 75, printed
     (folder,) = tmp_path.glob("sft-*")
     stopped = json.loads((folder / stop.NOTE).read_text())
-    assert f"stopped by SIGTERM at step {stopped['step']} of 60" in printed and 1 <= stopped["step"] < 60
+    assert f"stopped by SIGTERM at step {stopped['step']} of 30" in printed and 1 <= stopped["step"] < 30
     assert (folder / "checkpoints" / f"step_{stopped['step']}").exists()
     again = subprocess.run(command, capture_output=True, timeout=100, **options)
     assert again.returncode == 0, again.stderr
-    assert f"resumed at step {stopped['step']} of 60" in again.stdout
+    assert f"resumed at step {stopped['step']} of 30" in again.stdout
     steps = [row["step"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "train/loss" in row]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 31))
