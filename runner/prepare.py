@@ -180,7 +180,7 @@ def _note_template(path: str) -> None:
 
 def _own_tokenizer(cfg: Config, store: Path) -> str:
     """A tokenizer for models with random weights, trained on the demonstrations."""
-    from runner.data.cache import training_texts
+    from runner.data.encoder import training_texts
     from runner.tokenizer import check_template, train_tokenizer
 
     if cfg.model.chat_template is None:

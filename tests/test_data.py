@@ -22,7 +22,8 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from runner.config import PhaseSplit
 from runner.data import cache, sources, toy
 from runner.data.batches import EMPTY, Batches, micro_sizes, pad, pair_batch, pick, preference_batch, sft_batch, shard, subset
-from runner.data.cache import Counts, copies_of, examples
+from runner.data.cache import copies_of
+from runner.data.examples import Counts, adapted, examples
 from runner.data.split import held_out, phase_of, prompt_hash
 from runner.errors import UserError
 from runner.tokenizer import (
@@ -621,7 +622,7 @@ def test_rows_that_no_tokenizer_could_read_are_broken_rows(line, data):
     path = Path(dataset.sources["mine"].path)
     path.write_text(path.read_text() + "\n" + line)
     with pytest.raises(UserError, match=rf"{path.name}:\d+: .*on_bad_row=skip"):
-        list(cache.adapted(dataset, dataset.sources["mine"], Counts()))
+        list(adapted(dataset, dataset.sources["mine"], Counts()))
 
 
 def test_a_file_without_permission_is_named(tmp_path, monkeypatch):

@@ -4,8 +4,6 @@ A cache folder holds train.arrow, eval.arrow and counts.json. Rows by stage:
     sft     input_ids, prompt_length, length, source
     reward  chosen_ids, rejected_ids, prompt_length, length (the longer one), source
     ppo     input_ids (the prompt), turns (JSON), length, source
-Prompts longer than the limit lose their beginning. Responses are never cut, because their end and EOS carry the meaning:
-longer ones are dropped. Everything that is cut or dropped is counted.
 """
 
 import hashlib
@@ -13,188 +11,24 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from runner.config import SHARES, Dataset, Model, Source
-from runner.data.adapters import BadRow, Dropped, Example, Unmapped, adapt, check_text
-from runner.data.sources import VERSION, BrokenRow, content_key, data_key, plain_source, rows, sources_of
-from runner.data.split import held_out, phase_of, prompt_hash
+from runner.config import SHARES, Dataset, Model
+from runner.data.adapters import BadRow, check_text
+from runner.data.encoder import Encoder
+from runner.data.examples import Counts, adapted, examples, is_demonstration
+from runner.data.sources import VERSION, content_key, data_key, plain_source, rows, sources_of
+from runner.data.split import held_out, prompt_hash
 from runner.durable.lock import lock
 from runner.errors import UserError
 from runner.files import whole_folder
-from runner.tokenizer import encode_responses, fingerprint, gap, plain, render_prompt
+from runner.tokenizer import fingerprint, plain
 
 BATCH = 1000
-
-
-@dataclass
-class Counts:
-    """What became of the rows of a stage."""
-
-    train: int = 0
-    eval: int = 0
-    truncated: int = 0
-    dropped: Counter = field(default_factory=Counter)
-    owned: Counter = field(default_factory=Counter)  # examples per stage, before any is dropped
-
-
-# --- from rows to examples --------------------------------------------------------------------------------------------
-
-
-def examples(dataset: Dataset, stage: str, counts: Counts) -> Iterator[tuple[str, Example, int]]:
-    """Yield (source name, example, prompt hash) of the rows that belong to a stage, counting what is dropped.
-
-    The hash of the prompt decides. Demonstrations, which only SFT can use, go there whatever their hash.
-    """
-    taken = None
-    for name, source in sources_of(dataset).items():
-        if source.sft_only and stage != "sft":
-            continue
-        for example in adapted(dataset, source, counts):
-            number = prompt_hash(example.prompt)
-            owner = phase_of(number, dataset.split)
-            if owner != "sft" and is_demonstration(source, example):
-                owner = "sft"
-                if stage == "sft":
-                    taken = _prompts_of_other_stages(dataset) if taken is None else taken
-                    if number in taken:
-                        counts.dropped["prompt belongs to another stage"] += 1
-                        continue
-            counts.owned[owner] += 1
-            if owner == stage:
-                yield name, example, number
-
-
-def is_demonstration(source: Source, example: Example) -> bool:
-    """Whether only SFT can use a row."""
-    return source.sft_only or example.rejected is None
-
-
-def adapted(dataset: Dataset, source: Source, counts: Counts) -> Iterator[Example]:
-    """Examples of one source; broken rows end the run or are counted, as dataset.on_bad_row says."""
-    index = None
-    for index, (where, row) in enumerate(rows(source, dataset.toy_rows)):
-        if dataset.max_rows is not None and index >= dataset.max_rows:
-            return
-        try:
-            if isinstance(row, BrokenRow):
-                raise row
-            yield adapt(source.adapter, row, source.fields)
-        except Dropped as reason:
-            counts.dropped[str(reason)] += 1
-        except (BrokenRow, BadRow) as error:
-            if dataset.on_bad_row == "error":
-                raise UserError(f"{where}: {error}. {_cure(dataset, source, error)}") from error
-            counts.dropped["broken row"] += 1
-    if index is None:
-        raise UserError(f"{source.path} holds no rows")
-
-
-def _cure(dataset: Dataset, source: Source, error: Exception) -> str:
-    skip = "Mend the row, or type dataset.on_bad_row=skip to count such rows and go on"
-    if not isinstance(error, Unmapped):
-        return skip
-    if source.path != dataset.path:
-        return f"Name its fields prompt and response, or give its source a map in a conf/dataset/ file. {skip}"
-    return f"If all rows are like this one, type dataset.fields='{error.map}' (leave out what is not there). {skip}"
-
-
-def _prompts_of_other_stages(dataset: Dataset) -> set[int]:
-    """Hashes of comparisons' prompts that belong to reward model or PPO: SFT must not see them in a demonstration."""
-    shared = ((s, e) for s in sources_of(dataset).values() if not s.sft_only for e in adapted(dataset, s, Counts()))
-    numbers = {prompt_hash(e.prompt) for s, e in shared if not is_demonstration(s, e)}
-    return {n for n in numbers if phase_of(n, dataset.split) != "sft"}
-
-
-# --- from examples to tokens ------------------------------------------------------------------------------------------
-
-
-class Encoder:
-    """Turns batches of examples into rows of one stage."""
-
-    def __init__(self, stage: str, tokenizer, model: Model, counts: Counts):
-        self.stage, self.tokenizer, self.counts = stage, tokenizer, counts
-        self.max_prompt, self.max_response = model.max_prompt_tokens, model.max_response_tokens
-        self.seen: set[tuple[int, ...]] = set()
-
-    def __call__(self, batch: list[tuple[str, Example, int]]) -> list[tuple[dict, int]]:
-        """(row, prompt hash) for every example that is kept."""
-        batch = [item for item in batch if not self._is_useless(item[1])]
-        rendered = [self._rendered(example) for _, example, _ in batch]
-        batch = [item for item, text in zip(batch, rendered, strict=True) if text is not None]
-        if not batch:
-            return []
-        texts = [text for text in rendered if text is not None]
-        prompts = [self._cut(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
-        encode = {"sft": self._sft, "reward": self._reward, "ppo": self._ppo}[self.stage]
-        made = encode([e for _, e, _ in batch], prompts)
-        return [(row | {"source": name}, number) for row, (name, _, number) in zip(made, batch, strict=True) if row is not None]
-
-    def _is_useless(self, example: Example) -> bool:
-        """Drop and count what says nothing, or twice the same, without the special tokens that are taken out of every text."""
-        texts = (example.prompt[-1]["content"], example.chosen, example.rejected)
-        prompt, chosen, rejected = (text and plain(self.tokenizer, text).strip() for text in texts)
-        reasons = {"empty prompt": not prompt, "empty response": not chosen or rejected == "", "identical pair": chosen == rejected}
-        reason = next((name for name, true in reasons.items() if true), None)
-        self.counts.dropped.update([reason] if reason else [])
-        return bool(reason)
-
-    def _rendered(self, example: Example) -> str | None:
-        """The prompt as text; None, and counted, if the chat template refuses the dialogue."""
-        try:
-            return render_prompt(self.tokenizer, example.prompt)
-        except UserError as refused:
-            self.counts.dropped[str(refused)] += 1
-            return None
-
-    def _cut(self, ids: list[int]) -> list[int]:
-        if len(ids) <= self.max_prompt:
-            return ids
-        self.counts.truncated += 1
-        start = [ids[0]] if ids[0] == self.tokenizer.bos_token_id else []
-        return start + ids[len(ids) - self.max_prompt + len(start) :]
-
-    def _responses(self, texts: list[str]) -> list[list[int] | None]:
-        made = encode_responses(self.tokenizer, texts)
-        return [ids if len(ids) <= self.max_response else None for ids in made]
-
-    def _too_long(self) -> None:
-        self.counts.dropped[f"response longer than {self.max_response} tokens"] += 1
-
-    def _sft(self, batch: list[Example], prompts: list[list[int]]):
-        for prompt, response in zip(prompts, self._responses([e.chosen for e in batch]), strict=True):
-            if response is None:
-                self._too_long()
-                yield None
-            else:
-                yield {"input_ids": prompt + response, "prompt_length": len(prompt), "length": len(prompt) + len(response)}
-
-    def _reward(self, batch: list[Example], prompts: list[list[int]]):
-        chosen, rejected = self._responses([e.chosen for e in batch]), self._responses([e.rejected for e in batch])
-        for prompt, good, bad in zip(prompts, chosen, rejected, strict=True):
-            if good is None or bad is None:
-                self._too_long()
-                yield None
-            else:
-                length = len(prompt) + max(len(good), len(bad))
-                yield {"chosen_ids": prompt + good, "rejected_ids": prompt + bad, "prompt_length": len(prompt), "length": length}
-
-    def _ppo(self, batch: list[Example], prompts: list[list[int]]):
-        for example, prompt in zip(batch, prompts, strict=True):
-            if tuple(prompt) in self.seen:
-                self.counts.dropped["same prompt again"] += 1
-                yield None
-            else:
-                self.seen.add(tuple(prompt))
-                yield {"input_ids": prompt, "turns": json.dumps(example.prompt, ensure_ascii=False), "length": len(prompt)}
-
-
-# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 def build(store: Path, dataset: Dataset, stage: str, tokenizer, model: Model) -> Path:
@@ -239,14 +73,6 @@ def build_pretrain(store: Path, dataset: Dataset, tokenizer, model: Model) -> Pa
         _finish(folder, counts)
 
     return _cached(store, f"pretrain-{_short_hash(facts)}", fill)
-
-
-def training_texts(dataset: Dataset, tokenizer, limit: int = 20_000) -> Iterator[str]:
-    """Rendered demonstrations, to train a tokenizer on."""
-    for index, (_, example, _) in enumerate(examples(dataset, "sft", Counts())):
-        if index >= limit:
-            return
-        yield render_prompt(tokenizer, example.prompt) + gap(tokenizer) + example.chosen
 
 
 def load(folder: Path):

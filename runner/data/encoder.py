@@ -1,0 +1,102 @@
+"""From the examples of a stage to token ids.
+
+Prompts longer than the limit lose their beginning. Responses are never cut, because their end and EOS carry the meaning: longer ones are
+dropped. Everything that is cut or dropped is counted.
+"""
+
+import json
+from collections.abc import Iterator
+
+from runner.config import Dataset, Model
+from runner.data.adapters import Example
+from runner.data.examples import Counts, examples
+from runner.errors import UserError
+from runner.tokenizer import encode_responses, gap, plain, render_prompt
+
+
+class Encoder:
+    """Turns batches of examples into rows of one stage."""
+
+    def __init__(self, stage: str, tokenizer, model: Model, counts: Counts):
+        self.stage, self.tokenizer, self.counts = stage, tokenizer, counts
+        self.max_prompt, self.max_response = model.max_prompt_tokens, model.max_response_tokens
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __call__(self, batch: list[tuple[str, Example, int]]) -> list[tuple[dict, int]]:
+        """(row, prompt hash) for every example that is kept."""
+        batch = [item for item in batch if not self._is_useless(item[1])]
+        rendered = [self._rendered(example) for _, example, _ in batch]
+        batch = [item for item, text in zip(batch, rendered, strict=True) if text is not None]
+        if not batch:
+            return []
+        texts = [text for text in rendered if text is not None]
+        prompts = [self._cut(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
+        encode = {"sft": self._sft, "reward": self._reward, "ppo": self._ppo}[self.stage]
+        made = encode([e for _, e, _ in batch], prompts)
+        return [(row | {"source": name}, number) for row, (name, _, number) in zip(made, batch, strict=True) if row is not None]
+
+    def _is_useless(self, example: Example) -> bool:
+        """Drop and count what says nothing, or twice the same, without the special tokens that are taken out of every text."""
+        texts = (example.prompt[-1]["content"], example.chosen, example.rejected)
+        prompt, chosen, rejected = (text and plain(self.tokenizer, text).strip() for text in texts)
+        reasons = {"empty prompt": not prompt, "empty response": not chosen or rejected == "", "identical pair": chosen == rejected}
+        reason = next((name for name, true in reasons.items() if true), None)
+        self.counts.dropped.update([reason] if reason else [])
+        return bool(reason)
+
+    def _rendered(self, example: Example) -> str | None:
+        """The prompt as text; None, and counted, if the chat template refuses the dialogue."""
+        try:
+            return render_prompt(self.tokenizer, example.prompt)
+        except UserError as refused:
+            self.counts.dropped[str(refused)] += 1
+            return None
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        if len(ids) <= self.max_prompt:
+            return ids
+        self.counts.truncated += 1
+        start = [ids[0]] if ids[0] == self.tokenizer.bos_token_id else []
+        return start + ids[len(ids) - self.max_prompt + len(start) :]
+
+    def _responses(self, texts: list[str]) -> list[list[int] | None]:
+        made = encode_responses(self.tokenizer, texts)
+        return [ids if len(ids) <= self.max_response else None for ids in made]
+
+    def _too_long(self) -> None:
+        self.counts.dropped[f"response longer than {self.max_response} tokens"] += 1
+
+    def _sft(self, batch: list[Example], prompts: list[list[int]]):
+        for prompt, response in zip(prompts, self._responses([e.chosen for e in batch]), strict=True):
+            if response is None:
+                self._too_long()
+                yield None
+            else:
+                yield {"input_ids": prompt + response, "prompt_length": len(prompt), "length": len(prompt) + len(response)}
+
+    def _reward(self, batch: list[Example], prompts: list[list[int]]):
+        chosen, rejected = self._responses([e.chosen for e in batch]), self._responses([e.rejected for e in batch])
+        for prompt, good, bad in zip(prompts, chosen, rejected, strict=True):
+            if good is None or bad is None:
+                self._too_long()
+                yield None
+            else:
+                length = len(prompt) + max(len(good), len(bad))
+                yield {"chosen_ids": prompt + good, "rejected_ids": prompt + bad, "prompt_length": len(prompt), "length": length}
+
+    def _ppo(self, batch: list[Example], prompts: list[list[int]]):
+        for example, prompt in zip(batch, prompts, strict=True):
+            if tuple(prompt) in self.seen:
+                self.counts.dropped["same prompt again"] += 1
+                yield None
+            else:
+                self.seen.add(tuple(prompt))
+                yield {"input_ids": prompt, "turns": json.dumps(example.prompt, ensure_ascii=False), "length": len(prompt)}
+
+
+def training_texts(dataset: Dataset, tokenizer, limit: int = 20_000) -> Iterator[str]:
+    """Rendered demonstrations, to train a tokenizer on."""
+    for index, (_, example, _) in enumerate(examples(dataset, "sft", Counts())):
+        if index >= limit:
+            return
+        yield render_prompt(tokenizer, example.prompt) + gap(tokenizer) + example.chosen
