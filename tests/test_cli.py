@@ -143,11 +143,12 @@ def engines(plan: str) -> dict[str, dict]:
     return found
 
 
-def test_what_other_settings_switch_off_is_noted(capsys):
-    """And not refused: a sweep over them may well have it."""
+def test_what_other_settings_switch_off_is_noted(tmp_path, capsys):
+    """And not refused: a sweep over them may well have it. Not of steps that are done, as `make run` leaves them in runs/store."""
     from runner.plan import plan, show, unread
 
-    cfg = configured("model.actor.lora.train_rest=true", "dataset.pretrain=[x/y]", "checkpoint.keep_best=1", "reward.eval_every=0")
+    words = ["model.actor.lora.train_rest=true", "dataset.pretrain=[x/y]", "checkpoint.keep_best=1", "reward.eval_every=0"]
+    cfg = configured(*words, f"store={tmp_path}")
     show(cfg, plan(cfg))
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     for note, key in zip(notes, ("model.actor.lora.train_rest=true", "dataset.pretrain", "checkpoint.keep_best=1"), strict=True):
