@@ -16,6 +16,13 @@ PARENTS = {"sft": (), "reward": (), "dpo": ("sft",), "ppo": ("sft", "reward")}
 SHARES = {"sft": "sft", "reward": "reward", "dpo": "reward", "ppo": "ppo"}
 # Engines that a stage trains, by their names in the hardware block: the reward model trains under the critic's settings
 ENGINES = {"sft": ("actor",), "reward": ("critic",), "dpo": ("actor",), "ppo": ("actor", "critic")}
+# The part of the model block that an engine trains
+PARTS = {"actor": "actor", "critic": "reward"}
+
+
+def rate_key(stage: str, engine: str) -> str:
+    """The key of an engine's learning rate."""
+    return f"{stage}.{engine}_lr" if stage == "ppo" else f"{stage}.lr"
 
 
 # --- model ------------------------------------------------------------------------------------------------------------

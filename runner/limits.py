@@ -36,11 +36,11 @@ def check_least(block: object, least: float, *names: str, where: str = "") -> No
         check(value is None or value >= least, f"{where or _key(block)}.{name}={value} must be {least:g} or more")
 
 
-def check_positive(block: object, *names: str) -> None:
+def check_positive(block: object, *names: str, where: str = "") -> None:
     """Fields that must be above 0."""
     for name in names:
         value = getattr(block, name)
-        check(value is None or value > 0, f"{_key(block)}.{name}={value} must be above 0")
+        check(value is None or value > 0, f"{where or _key(block)}.{name}={value} must be above 0")
 
 
 def check_share(block: object, *names: str, where: str = "") -> None:
@@ -91,7 +91,7 @@ def check_model(model) -> None:
 
 def _check_lora(lora, where: str) -> None:
     check_least(lora, 0, "dim", "alpha", where=where)
-    check(lora.lr > 0, f"{where}.lr={lora.lr} must be above 0")
+    check_positive(lora, "lr", where=where)
     check_share(lora, "dropout", where=where)
     scaled = not lora.dim or lora.alpha > 0
     check(scaled, f"{where}.alpha=0 gives its adapters (dim={lora.dim}) no weight: type {where}.alpha=16, or {where}.dim=0")

@@ -16,7 +16,7 @@ from pathlib import Path
 from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.checks.paths import is_local, no_folder
 from runner.checks.trust import check_vocabulary, check_weights, read_settings
-from runner.config import ENGINES, PARENTS, SHARES, Config, Hardware
+from runner.config import ENGINES, PARENTS, PARTS, SHARES, Config, Hardware, rate_key
 from runner.data.adapters import check_adapter
 from runner.data.sources import content_key, data_key, plain_source, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
@@ -270,11 +270,11 @@ def show(cfg: Config, steps: list[Step]) -> None:
 
 def unread(cfg: Config, stages: list[str]) -> Iterator[str]:
     """Settings that other settings switch off. Noted and not refused: a sweep over those others may well include them."""
-    for name, readers in (("actor", {"sft", "dpo", "ppo"}), ("reward", {"reward", "ppo"})):
+    for engine, name in PARTS.items():
         lora = getattr(cfg.model, name).lora
-        if readers & set(stages) and lora.train_rest and not lora.dim:
+        if any(engine in ENGINES[stage] for stage in stages) and lora.train_rest and not lora.dim:
             yield f"model.{name}.lora.train_rest=true has no effect: there are no adapters (model.{name}.lora.dim=0)"
-    rates = [f"{stage}.{'actor_lr' if stage == 'ppo' else 'lr'}" for stage in stages if "actor" in ENGINES[stage]]
+    rates = [rate_key(stage, "actor") for stage in stages if "actor" in ENGINES[stage]]
     if rates and cfg.model.actor.adapters_only:
         yield f"{', '.join(rates)} has no effect: only adapters train, at model.actor.lora.lr={cfg.model.actor.lora.lr:g}"
     if "ppo" in stages and cfg.dataset.pretrain and not cfg.ppo.ptx_coef:

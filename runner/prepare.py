@@ -154,13 +154,15 @@ def _one_tokenizer(cfg: Config, steps: dict[str, Step]) -> str:
 
 
 def _tokenizer(cfg: Config, store: Path, part: ModelPart, key: str) -> tuple[str, object]:
-    from runner.tokenizer import check_template, load_tokenizer
+    from runner.tokenizer import check_template, load_tokenizer, set_template
 
     path = _own_tokenizer(cfg, store) if part.init == "random" else part.path
     options = {"revision": part.revision, "trust_remote_code": cfg.model.trust_remote_code}
     with _loading(key if part.init == "pretrained" else "the tokenizer of this data, in the store", path):
-        own = load_tokenizer(path, end_token=cfg.model.end_token, **options).chat_template
-        tokenizer = load_tokenizer(path, end_token=cfg.model.end_token, chat_template=cfg.model.chat_template, **options)
+        tokenizer = load_tokenizer(path, end_token=cfg.model.end_token, **options)
+        own = tokenizer.chat_template
+        if cfg.model.chat_template is not None:
+            set_template(tokenizer, cfg.model.chat_template)
     if tokenizer.chat_template is None:
         raise UserError(f"{path} brings no chat template, and model.chat_template=null asks for it. {NO_TEMPLATE}")
     check_template(tokenizer, "model.chat_template")

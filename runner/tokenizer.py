@@ -1,12 +1,13 @@
 """Tokenizers: loading them so that PAD is never EOS, training one for the random models, and turning dialogues into tokens.
 
-A dialogue is a list of turns {"role": ..., "content": ...}. The chat template of the config alone decides how it becomes text: training,
-rollouts, `runner.chat` and the exported checkpoint all use it. No torch in here.
+A dialogue is a list of turns {"role": ..., "content": ...}. One chat template (model.chat_template, or the checkpoint's own) decides how it
+becomes text: training, rollouts, `runner.chat` and the exported checkpoint all use it. No torch in here.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,12 +54,16 @@ def load_tokenizer(
         )
         tokenizer.add_special_tokens({"pad_token": spare})
     if chat_template is not None:
-        # Encoding never adds special tokens, so a family that starts with BOS says so in its template
-        first = tokenizer("a").input_ids[0]
-        begins = tokenizer.bos_token is not None and first == tokenizer.bos_token_id
-        tokenizer.chat_template = ("{{- bos_token -}}" if begins else "") + chat_template
+        set_template(tokenizer, chat_template)
     tokenizer.padding_side = tokenizer.truncation_side = "left"
     return tokenizer
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:
+    """Encoding never adds special tokens, so a family that starts with BOS gets it in its template."""
+    first = tokenizer("a").input_ids[0]
+    begins = tokenizer.bos_token is not None and first == tokenizer.bos_token_id
+    tokenizer.chat_template = ("{{- bos_token -}}" if begins else "") + chat_template
 
 
 def _no_end(tokenizer: PreTrainedTokenizerBase, path: str) -> str:
@@ -88,8 +93,8 @@ def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
     Also one that only appears when another is removed from its middle: "<</s>/s>".
     """
-    special = _special_tokens(tokenizer)
-    if not any(token in text for token in special):
+    special, found = _special_tokens(tokenizer)
+    if not found(text):
         return text
     kept = ""
     for character in text:
@@ -100,10 +105,14 @@ def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 @lru_cache(maxsize=4)
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Named special tokens, such as EOS, and unnamed ones: LLaMA 3 has 250 in reserve."""
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], Callable]:
+    """Named special tokens, such as EOS, and unnamed ones; and a search for any of them in a text.
+
+    LLaMA 3 has 250 in reserve: looking for each in turn takes 80 times as long as one expression.
+    """
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(sorted({*tokenizer.all_special_tokens, *added}))
+    special = tuple(sorted({*tokenizer.all_special_tokens, *added}))
+    return special, re.compile("|".join(map(re.escape, special))).search
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> str:
@@ -146,8 +155,13 @@ def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         )
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids, without special tokens but those in the texts. Not verbose: a text beyond the context is cut or dropped later."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+
+
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Sequence[Turn]]) -> list[list[int]]:
-    return tokenizer([render_prompt(tokenizer, turns) for turns in dialogues], add_special_tokens=False).input_ids
+    return encode(tokenizer, [render_prompt(tokenizer, turns) for turns in dialogues])
 
 
 def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> list[list[int]]:
@@ -159,7 +173,7 @@ def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str
     before = "a" if between else "\n"
     anchor = len(tokenizer(before, add_special_tokens=False).input_ids)
     texts = [before + between + plain(tokenizer, response).strip() for response in responses]
-    return [[*ids[anchor:], tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
+    return [[*ids[anchor:], tokenizer.eos_token_id] for ids in encode(tokenizer, texts)]
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ from runner.config import Dataset, Model
 from runner.data.adapters import Example
 from runner.data.examples import Counts, examples
 from runner.errors import UserError
-from runner.tokenizer import encode_responses, gap, plain, render_prompt
+from runner.tokenizer import encode, encode_responses, gap, plain, render_prompt
 
 
 class Encoder:
@@ -30,9 +30,9 @@ class Encoder:
         if not batch:
             return []
         texts = [text for text in rendered if text is not None]
-        prompts = [self._cut(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
-        encode = {"sft": self._sft, "reward": self._reward, "ppo": self._ppo}[self.stage]
-        made = encode([e for _, e, _ in batch], prompts)
+        prompts = [self._cut(ids) for ids in encode(self.tokenizer, texts)]
+        rows_of = {"sft": self._sft, "reward": self._reward, "ppo": self._ppo}[self.stage]
+        made = rows_of([e for _, e, _ in batch], prompts)
         return [(row | {"source": name}, number) for row, (name, _, number) in zip(made, batch, strict=True) if row is not None]
 
     def _is_useless(self, example: Example) -> bool:

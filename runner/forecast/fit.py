@@ -4,7 +4,7 @@ from dataclasses import replace
 from operator import attrgetter
 
 from runner.batch_sizes import micro_batch, step_batch
-from runner.config import ENGINES, Config
+from runner.config import ENGINES, PARTS, Config
 from runner.errors import UserError
 from runner.forecast.memory import host_bytes, peaks
 from runner.forecast.network import networks
@@ -160,7 +160,7 @@ def frozen_models_in_cpu_memory(cfg: Config, stage: str) -> Overrides:
 
 
 def adapters(cfg: Config, stage: str) -> Overrides:
-    parts = ["reward" if name == "critic" else "actor" for name in ENGINES[stage]]
+    parts = [PARTS[name] for name in ENGINES[stage]]
     return {f"model.{part}.lora.dim": 16 for part in parts if not getattr(cfg.model, part).lora.dim}
 
 

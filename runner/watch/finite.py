@@ -3,9 +3,10 @@
 import json
 import math
 from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 
-from runner.config import ENGINES, Config
+from runner.config import ENGINES, PARTS, Config, rate_key
 from runner.errors import UserError
 
 
@@ -45,13 +46,10 @@ def _save_batch(path: Path, rows: Iterable[dict], tokenizer) -> None:
 
 def lower_rate(cfg: Config, stage: str) -> str:
     """Overrides that halve the learning rate; the adapters' where only they train."""
-    rates = {}
+    keys = []
     for engine in ENGINES[stage]:
-        part = "actor" if engine == "actor" else "reward"
-        lora = getattr(cfg.model, part).lora
-        name = f"{engine}_lr" if stage == "ppo" else "lr"
-        if lora.dim:
-            rates[f"model.{part}.lora.lr"] = lora.lr
-        if part == "reward" or not cfg.model.actor.adapters_only:  # a scalar head always trains in full
-            rates[f"{stage}.{name}"] = getattr(getattr(cfg, stage), name)
-    return " ".join(f"{key}={rate / 2:g}" for key, rate in rates.items())
+        if getattr(cfg.model, PARTS[engine]).lora.dim:
+            keys.append(f"model.{PARTS[engine]}.lora.lr")
+        if engine == "critic" or not cfg.model.actor.adapters_only:  # a scalar head always trains in full
+            keys.append(rate_key(stage, engine))
+    return " ".join(f"{key}={attrgetter(key)(cfg) / 2:g}" for key in keys)
