@@ -19,6 +19,7 @@ from runner.engine import DTYPES
 from runner.rollout import graph
 from runner.rollout.families import network_of, side_by_side
 from runner.rollout.sampling import uniforms
+from runner.rollout.stats import Stats
 from runner.stages import build
 
 BATCHES = (64, 1, 16, 128, 256, 512)
@@ -50,7 +51,7 @@ def measure(family: str, model, batch: int, length: int, cfg, out) -> None:
     prompts = tokens([length] * batch, 0, cfg.model.actor.shape["vocab_size"])
     make = partial(graph.Decoder, network, (1.0, 0, 1.0), prompts, slots=batch, pad=Tokenizer.pad_token_id, eos=NEVER)
 
-    def run(tokens_each: int) -> graph.Stats:
+    def run(tokens_each: int) -> Stats:
         decoder = make(uniforms(0, list(range(batch)), tokens_each))
         decoder.run()
         return decoder.stats

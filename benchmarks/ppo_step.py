@@ -1,10 +1,10 @@
 """One PPO iteration of OPT-1.3B with OPT-350M reward model and critic, phase by phase, against its floor and against HF generate.
 
-    python benchmarks/ppo_step.py --out rows.jsonl        # 16 to 512 prompts x (256 + 256), fixed and varied lengths
+    python benchmarks/ppo_step.py --out rows.jsonl        # 16 to 1,024 prompts x (256 + 256), fixed and varied lengths
     python benchmarks/ppo_step.py --tiny                  # seconds on a CPU
     python benchmarks/ppo_step.py --model opt13b model.actor.lora.dim=64 hardware.gradient_checkpointing.actor=true
 
-Random weights, EOS disabled, one optimizer step of actor and critic. 512 prompts go through 64 slots, refilled as rows end. Varied:
+Random weights, EOS disabled, one optimizer step of actor and critic. 1,024 prompts go through 64 slots, refilled as rows end. Varied:
 each response is cut at a length drawn from 16 to 256, mean 100. The floor is the least time for the same tokens on this card, from its
 copy and matmul rates as measured in this run: weights and cache read once per decode step, and every forward and backward at the
 matmul rate.
@@ -24,6 +24,7 @@ from runner.rollout.collect import Models, Reader, sample, score
 from runner.rollout.families import network_of
 from runner.rollout.record import CPU, Rollout
 from runner.rollout.sampling import uniforms
+from runner.rollout.stats import Stats
 from runner.stages import ppo
 from runner.stages.ppo_update import Progress, update
 
@@ -36,7 +37,7 @@ def main() -> None:
         lambda p: p.add_argument("--rounds", type=int, default=3, help="measured after one to warm up"),
         lambda p: p.add_argument("--model", help="another preset of conf/model: one row, of 64 prompts"),
     )
-    sizes, length = (((4, 4), (6, 4)), 12) if args.tiny else (((64, 64), (16, 16), (128, 128), (256, 256), (512, 64)), 256)
+    sizes, length = (((4, 4), (6, 4)), 12) if args.tiny else (((64, 64), (16, 16), (128, 128), (256, 256), (1024, 64)), 256)
     print(f"copy {rates()['copy'] / 1e12:.3g} TB/s, matmul {rates()['matmul'] / 1e12:.4g} TFLOP/s, measured", flush=True)
     for size, slots in sizes[:1] if args.model else sizes:
         measure(size, slots, length, "graph", args)
@@ -61,7 +62,7 @@ def measure(size: int, slots: int, length: int, engine: str, args) -> None:
             continue
         row = {"benchmark": "ppo_step", "model": cfg.model.name, "prompts": size, "slots": slots}
         row |= {"tokens": f"{length}+{most}", "lengths": kind, "engine": engine}
-        clock, stats = Clock(), graph.Stats()
+        clock, stats = Clock(), Stats()
         for number in range(args.rounds + 1):
             clock.rounds.append({})
             rollout, stats = iterate(cfg, models, reader, prompts, limits, number, clock)
@@ -77,7 +78,7 @@ def varied(size: int, most: int) -> list[int]:
     return np.clip(drawn, least, most).astype(int).tolist()
 
 
-def iterate(cfg: Config, models: Models, reader: Reader, prompts, limits, number: int, clock: Clock) -> tuple[Rollout, graph.Stats]:
+def iterate(cfg: Config, models: Models, reader: Reader, prompts, limits, number: int, clock: Clock) -> tuple[Rollout, Stats]:
     """One iteration as runner/stages/ppo.py does it."""
     with clock.phase("rollout"), torch.no_grad():
         rollout, stats = respond(models, reader, prompts, limits, number)
@@ -90,7 +91,7 @@ def iterate(cfg: Config, models: Models, reader: Reader, prompts, limits, number
     return rollout, stats
 
 
-def respond(models: Models, reader: Reader, prompts, limits: list[int], number: int) -> tuple[Rollout, graph.Stats]:
+def respond(models: Models, reader: Reader, prompts, limits: list[int], number: int) -> tuple[Rollout, Stats]:
     """`sample`, with a length for each response."""
     episodes = [number * len(prompts) + n for n in range(len(prompts))]
     if reader.engine == "hf" or min(limits) == reader.max_response:
@@ -102,7 +103,7 @@ def respond(models: Models, reader: Reader, prompts, limits: list[int], number: 
     return decoder.run().to(CPU), decoder.stats
 
 
-def figures(clock: Clock, stats: graph.Stats, rollout: Rollout, work: dict, cfg: Config) -> dict[str, float]:
+def figures(clock: Clock, stats: Stats, rollout: Rollout, work: dict, cfg: Config) -> dict[str, float]:
     """Phases and utilisation of the median round, beside the floor."""
     phases = clock.median()
     seconds, least = sum(phases.values()), floor(rollout, work, DTYPES[cfg.hardware.precision].itemsize, cfg.hardware.micro_batch.rollout)

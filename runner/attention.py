@@ -1,6 +1,6 @@
 """Attention over packed rows, and the forward pass of a model's body on them, for the four families.
 
-Attention runs on the packed row (`varlen_attn`) where that kernel exists, otherwise on rows padded on the right, where causality alone
+Attention runs on the packed row (flash attention) where that kernel exists, otherwise on rows padded on the right, where causality alone
 hides the padding: neither needs a mask. It is registered in transformers as the implementation "packed"; a forward pass without a
 Layout, as in generation, falls back to "sdpa" ("eager" for BLOOM).
 """
@@ -10,9 +10,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.bloom import modeling_bloom
 
@@ -23,19 +22,28 @@ PACKED = "packed"
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, at: Layout, dropout: float, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Causal attention of each row to itself. (N, heads, D) each -> (N, heads, D).
+    """Causal attention of each row to itself. (N, heads, D) -> (N, heads, D); key and value may have fewer heads, each for a group.
 
     bias: (1, heads, longest, longest), added to the scores; minus infinity above the diagonal.
     """
-    if bias is None and not dropout and _has_varlen(query.device, query.dtype) and query.size(-1) % 8 == 0:
-        return varlen_attn(query, key, value, at.bounds, at.bounds, at.longest, at.longest, scale=scale, window_size=(-1, 0))
+    if bias is None and not dropout and _has_flash(query.device, query.dtype) and query.size(-1) % 8 == 0:
+        return _flash(query, key, value, at, scale)
+    groups = query.size(1) // key.size(1)
+    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     query, key, value = (at.unpack(x) for x in (query, key, value))
     causal = bias is None
     return at.pack(F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=scale))
 
 
+def _flash(query: Tensor, key: Tensor, value: Tensor, at: Layout, scale: float) -> Tensor:
+    """What torch.nn.attention.varlen calls, without its operator around it, which is Python: launching a layer took a third longer."""
+    where = at.bounds, at.bounds, at.longest, at.longest
+    no_dropout, causal, no_debug_mask = 0.0, True, False
+    return torch.ops.aten._flash_attention_forward(query, key, value, *where, no_dropout, causal, no_debug_mask, scale=scale)[0]
+
+
 @cache
-def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether flash attention over packed rows is available: in half precision, from Ampere on. It takes neither dropout nor a bias."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -44,9 +52,8 @@ def _attention(module, query, key, value, attention_mask, scaling, dropout=0.0, 
     """The attention function for transformers. query (1, heads, N, D), key and value the same or with fewer heads -> (1, N, heads, D)."""
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    groups = query.size(1) // key.size(1)
     # squeeze, not x[0]: the gradient of an index is copied into zeros
-    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     return attend(query, key, value, layout, dropout, scaling).unsqueeze(0), None
 
 

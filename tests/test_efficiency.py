@@ -14,7 +14,7 @@ from runner import flops, metrics
 from runner.config import Lora
 from runner.flops import Work
 from runner.metrics import RunLog
-from runner.rollout.graph import Stats
+from runner.rollout.stats import Stats
 from runner.schedules import lr_share
 from runner.stages import dpo, ppo, reward, sft
 

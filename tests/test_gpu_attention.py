@@ -32,10 +32,10 @@ def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 @every_family
 def test_packed_rows_in_bf16_are_as_near_to_fp32_as_padded_ones(name, monkeypatch):
-    """Forward and backward, through varlen_attn; BLOOM through the kernel that takes a bias and keeps no matrix of scores."""
+    """Forward and backward, through flash attention; BLOOM through the kernel that takes a bias and keeps no matrix of scores."""
     calls = []
-    varlen = attention.varlen_attn
-    monkeypatch.setattr(attention, "varlen_attn", lambda *a, **k: calls.append(1) or varlen(*a, **k))
+    flash = attention._flash
+    monkeypatch.setattr(attention, "_flash", lambda *a: calls.append(1) or flash(*a))
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         packed = results(name, "packed", torch.bfloat16)
     assert len(calls) == (0 if name == "bloom" else 2)

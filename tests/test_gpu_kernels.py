@@ -150,3 +150,26 @@ def test_decoding_in_graphs_is_transformers_generate(name, monkeypatch):
     found = graph.Decoder(network_of(model.hf), model.sampling, prompts, uniform, slots=4, pad=PAD, eos=EOS).run()
     assert torch.equal(found.responses, expected.responses)
     torch.testing.assert_close(found.sampled_logprobs, expected.sampled_logprobs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_new_prompts_take_over_lanes_without_a_wait_for_the_gpu(name, monkeypatch):
+    """Only a look is waited for, a stride later, and the end."""
+    model, prompts = actor(name).eval().to("cuda", torch.bfloat16), rows([5, 1, 9, 3, 7, 12, 2] * 3, seed=1)
+    limits = [1 + 5 * n % 20 for n in range(21)]
+
+    def decoder() -> graph.Decoder:
+        uniform = uniforms(7, list(range(21)), 20)
+        return graph.Decoder(network_of(model.hf), model.sampling, prompts, uniform, slots=4, pad=PAD, eos=-1, limits=limits)
+
+    monkeypatch.setattr(graph.Decoder, "_replay", lambda self, batch: self._step(self.lanes.first(batch)))
+    expected, work = decoder().run(), decoder()
+    finish = work._finish
+    monkeypatch.setattr(work, "_finish", lambda: None)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert expected.lengths.tolist() == limits
+    assert torch.equal(finish().responses, expected.responses)

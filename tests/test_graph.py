@@ -253,14 +253,37 @@ def test_stats_count_rows_and_cached_tokens():
 
 @pytest.mark.parametrize("slots", [1, 3, 25])
 def test_steps_in_which_all_rows_rest_are_not_counted(slots, monkeypatch):
-    """On a GPU the engine looks at every eighth step only, so that some follow the end of all rows; here the CPU is made to."""
+    """On a GPU the engine does not look at every step, so that some follow the end of all rows; here the CPU is made to."""
     monkeypatch.setitem(graph.STRIDE, "cpu", 8)
     prompts, limits = rows([4] * 25, seed=3), [1 + n % 11 for n in range(25)]
-    work, awake = decoder(actor("opt").eval(), prompts, tokens=11, slots=slots, eos=-1, limits=limits), []
+    work, awake = decoder(actor("opt").eval(), prompts, tokens=17, slots=slots, eos=-1, limits=limits), []
     step = work._step
     monkeypatch.setattr(work, "_step", lambda lanes: (awake.append(bool((lanes.positions >= 0).any())), step(lanes)))
     assert work.run().lengths.tolist() == limits
     assert work.stats.steps == sum(awake) < len(awake)
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_looking_a_stride_late_as_on_a_gpu_changes_no_response(slots, stride, monkeypatch):
+    """A lane that took a new prompt since the look must not take another one."""
+    prompts, limits = rows([5, 1, 9, 3, 7, 12, 2] * 3, seed=1), [1 + 5 * n % 16 for n in range(21)]
+    model = actor("opt").eval()
+    expected = decoder(model, prompts, tokens=16, slots=slots, eos=-1, limits=limits).run()
+    monkeypatch.setitem(graph.AHEAD, "cpu", 1)
+    monkeypatch.setitem(graph.STRIDE, "cpu", stride)
+    found = decoder(model, prompts, tokens=16, slots=slots, eos=-1, limits=limits).run()
+    assert_same(found, expected)
+    assert found.lengths.tolist() == limits
+
+
+def test_no_step_follows_the_end_of_the_longest_responses(monkeypatch):
+    """Neither the rest of a stride nor a late look, where all responses are as long as they may be: two batches of 16 tokens."""
+    monkeypatch.setitem(graph.AHEAD, "cpu", 1)
+    monkeypatch.setitem(graph.STRIDE, "cpu", 6)
+    work = decoder(actor("opt").eval(), rows([4] * 6), tokens=16, slots=3, eos=-1)
+    assert work.run().lengths.tolist() == [16] * 6
+    assert work.taken == work.stats.steps == 32
 
 
 def test_a_row_that_ends_is_replaced_and_the_batch_shrinks(monkeypatch):

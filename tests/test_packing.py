@@ -1,11 +1,13 @@
 """The layout of batches without padding, and attention on it, in fp32 on the CPU. Whole models are in test_models.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from runner.attention import alibi_bias, attend
+from runner.attention import _flash, alibi_bias, attend
 from runner.packing import among_real, lay_out, spread
 
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 1, 1]])
@@ -42,14 +44,27 @@ def test_places_among_real_tokens_and_back():
     assert gradient.tolist() == [2, 3, 4, 5, 6, 11, 12, 13, 14]
 
 
-def test_each_row_attends_to_itself():
+@pytest.mark.parametrize("heads", [4, 2])
+def test_each_row_attends_to_itself(heads):
+    """With a head of keys for each of the four of queries, and for two of them."""
     at = lay_out(IDS, MASK)
-    query, key, value = torch.randn(3, 9, 2, 8).unbind()
+    query, key, value = (torch.randn(9, n, 8) for n in (4, heads, heads))
     found = attend(query, key, value, at, dropout=0.0, scale=0.3)
     for begin, end in ((0, 3), (3, 5), (5, 9)):
-        alone = (x[begin:end].transpose(0, 1) for x in (query, key, value))
+        alone = (x[begin:end].repeat_interleave(4 // x.size(1), dim=1).transpose(0, 1) for x in (query, key, value))
         expected = F.scaled_dot_product_attention(*alone, is_causal=True, scale=0.3).transpose(0, 1)
         torch.testing.assert_close(found[begin:end], expected)
+
+
+def test_the_operator_for_flash_attention_takes_what_it_is_given():
+    """Shapes alone, forward and backward: torch calls it private, so that another version may have changed it."""
+    at = lay_out(IDS, MASK)
+    at = replace(at, bounds=at.bounds.to("meta"))
+    query, key, value = (torch.empty(9, n, 8, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (4, 2, 2))
+    out = _flash(query, key, value, at, scale=0.3)
+    out.sum().backward()
+    assert (out.shape, out.dtype) == (query.shape, query.dtype)
+    assert all(x.grad.shape == x.shape for x in (query, key, value))
 
 
 @pytest.mark.parametrize("heads", [4, 6])  # 6 is no power of 2: two more slopes of another row

@@ -14,11 +14,12 @@ from runner.rollout import graph, hf
 from runner.rollout.families import network_of
 from runner.rollout.record import CPU, Rollout, widen
 from runner.rollout.sampling import uniforms
+from runner.rollout.stats import Stats
 from runner.sampling_sizes import PROBE
 from runner.watch import stop
 
-# Batches that the decode engine samples in one go; a run can only stop between two goes
-WAVE = 8
+# Batches that the decode engine samples in one go, at the end of which lanes rest. A run can only stop between two goes
+WAVE = 16
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Reader:
     engine: str = "auto"
     max_mismatch: float = 0.0  # nats per token; see `read_actor`
     cut: Callable[[Rollout], None] = lambda rollout: None  # ends responses at stop strings
-    stats: graph.Stats = field(default_factory=graph.Stats)  # of the newest rollout, on this rank
+    stats: Stats = field(default_factory=Stats)  # of the newest rollout, on this rank
 
 
 @torch.no_grad()
@@ -83,7 +84,7 @@ def collect(
 def sample(models: Models, reader: Reader, prompts: list[list[int]], seed: int, episodes: list[int], stoppable: bool = False) -> Rollout:
     """Sample responses to this rank's prompts."""
     models.actor.eval()
-    parts, reader.stats = [], graph.Stats()
+    parts, reader.stats = [], Stats()
     with engine.whole_weights(models.actor) as (actor, whole):
         network = network_of(actor.hf) if whole and reader.engine != "hf" else None
         if network is not None:

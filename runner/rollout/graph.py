@@ -5,8 +5,8 @@ at no cost in attention, until it takes the next prompt of the queue; once the q
 padding. On a CPU the same code runs without graphs.
 """
 
-import time
-from dataclasses import dataclass, fields
+from collections import deque
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from runner import attention
 from runner.data.batches import pad as padded
+from runner.data.batches import send
 from runner.engine import free_memory
 from runner.losses import warp_logits, without_token
 from runner.packing import lay_out
@@ -23,32 +24,20 @@ from runner.rollout.families import network_of
 from runner.rollout.lanes import Lanes, Responses
 from runner.rollout.network import Network
 from runner.rollout.record import Rollout
+from runner.rollout.stats import Stats, Stopwatch
 from runner.sampling_sizes import PREFILL_TOKENS
 from runner.triton_support import why_no_triton
 
-# Decode steps between two checks of which rows have ended: a check waits for the GPU; on a CPU it is free
-STRIDE = {"cuda": 8, "cpu": 1}
+# Decode steps between two looks at which rows have ended
+STRIDE = {"cuda": 6, "cpu": 1}
+# Strides that are queued before a look is read. With one, the GPU never waits for the host: it decodes while the host learns which rows
+# have ended and launches the prefill of the next prompts, which takes as long as 4 to 12 decode steps of a small model
+AHEAD = {"cuda": 1, "cpu": 0}
 # Read new prompts once this share of the batch rests: one at a time would not fill the GPU
 REFILL = 1 / 8
 # Sizes to which a batch shrinks. Only a few: capturing a graph takes 20 ms, and a resting lane costs only its share of the products.
 # Without graphs a batch shrinks to any size
 GRAPHS = (16, 64, 128, 256, 512)
-
-
-@dataclass
-class Stats:
-    """What sampling cost. steps: decode steps with a row awake (the idle rest of a stride counts as seconds). rows, cached: awake rows, and
-    cached tokens that they read, summed over the steps."""
-
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    steps: int = 0
-    rows: int = 0
-    cached: int = 0
-
-    def add(self, other: "Stats") -> None:
-        for f in fields(self):
-            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
 
 def why_not(hf, device: torch.device) -> str | None:
@@ -92,6 +81,7 @@ class Decoder:
         self.network, self.sampling, self.prompts = network, sampling, prompts
         self.pad, self.eos, self.least = pad, eos, least
         self.device, self.stats, self.graphs = network.device, Stats(), {}
+        self.watch = Stopwatch(self.device)
         (count, most), self.size = uniform.shape, min(slots, len(prompts))
         new = partial(torch.zeros, device=self.device)
         length = max(map(len, prompts)) + most
@@ -102,44 +92,68 @@ class Decoder:
         self.uniform = F.pad(uniform, (0, 0, 0, 1)).to(self.device)
         self.lanes = Lanes.resting(self.size, count, self.device)
         self.taken, self.begun = 0, torch.zeros(count, dtype=torch.long)  # decode steps so far; and at the start of each response
+        self.most, self.latest_end = most, 0  # the number of decode steps after which all responses that have begun must have ended
 
     @torch.no_grad()
     def run(self) -> Rollout:
         """Sample all responses."""
         queue, batch = list(enumerate(self.prompts))[::-1], self.size
-        resting, stride = list(range(batch)), STRIDE[self.device.type]
+        stride, ahead = STRIDE[self.device.type], AHEAD[self.device.type]
+        resting, looks = list(range(batch)), deque()
         while True:
-            if queue and len(resting) >= max(1, REFILL * batch):
-                self._admit(queue, resting)
-            start = time.monotonic()
-            for _ in range(stride):
+            admitted = self._admit(queue, resting) if queue and len(resting) >= max(1, REFILL * batch) else []
+            steps = min(stride, self.latest_end - self.taken)
+            for _ in range(steps):
                 self._replay(batch)
-            awake = (self.lanes.positions[:batch] >= 0).tolist()
-            self.taken += stride
-            self.stats.decode_seconds += time.monotonic() - start
-            resting = [lane for lane in range(batch) if not awake[lane]]
+            self.taken += steps
+            if not queue and self.taken == self.latest_end:
+                return self._finish()
+            looks.append(self._look(batch))
+            if len(looks) <= ahead:
+                resting = []
+                continue
+            awake = looks.popleft()()
+            if ahead:  # the look is older than the prompts of this round
+                awake |= set(admitted)
+            resting = [lane for lane in range(batch) if lane not in awake]
             if queue:
                 continue
-            if not any(awake):
+            if not awake:
                 return self._finish()
-            smaller = next((size for size in GRAPHS if size >= sum(awake)), batch) if self.device.type == "cuda" else sum(awake)
+            smaller = next((size for size in GRAPHS if size >= len(awake)), batch) if self.device.type == "cuda" else len(awake)
             if smaller < batch:
                 self.lanes.awake_first()
                 batch = smaller
 
+    def _look(self, batch: int) -> Callable[[], set[int]]:
+        """Ask which of the first `batch` lanes are awake after all that is queued. Only a call of what it returns waits for the answer."""
+        awake = self.lanes.positions[:batch] >= 0
+        if self.device.type == "cuda":
+            awake = torch.empty(batch, dtype=torch.bool, pin_memory=True).copy_(awake, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+
+        def answer() -> set[int]:
+            if self.device.type == "cuda":
+                done.synchronize()
+            return {lane for lane, is_awake in enumerate(awake.tolist()) if is_awake}
+
+        return answer
+
     # --- prompts ------------------------------------------------------------------------------------------------------
 
-    def _admit(self, queue: list[tuple[int, list[int]]], resting: list[int]) -> None:
-        """Prefill the next prompts of the queue into resting lanes."""
-        start = time.monotonic()
-        slots = self.lanes.slots.tolist()
+    def _admit(self, queue: list[tuple[int, list[int]]], resting: list[int]) -> list[int]:
+        """Prefill the next prompts of the queue into resting lanes. Returns the lanes."""
+        admitted = []
+        self.watch.lap("prefill")
         while queue and resting:
             group, lanes, tokens = [], [], 0
             while queue and resting and (not group or tokens + len(queue[-1][1]) <= PREFILL_TOKENS):
                 group.append(queue.pop())
                 lanes.append(resting.pop(0))
                 tokens += len(group[-1][1])
-            self._read([prompt[:-1] for _, prompt in group], [slots[lane] for lane in lanes])
+            # While there is a queue no lane has moved: each has the slot of its own number
+            self._read([prompt[:-1] for _, prompt in group], lanes)
             # The last token of a prompt is decoded, not prefilled, so that all sampling happens in `_step`
             state = {
                 "tokens": [prompt[-1] for _, prompt in group],
@@ -149,9 +163,10 @@ class Decoder:
             }
             self.lanes.put(lanes, **state)
             self.begun[state["rows"]] = self.taken
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.stats.prefill_seconds += time.monotonic() - start
+            admitted += lanes
+        self.watch.lap("decode")
+        self.latest_end = self.taken + self.most
+        return admitted
 
     def _read(self, prompts: list[list[int]], slots: list[int]) -> None:
         """Write keys and values of prompts into the cache."""
@@ -159,9 +174,9 @@ class Decoder:
         if not some:
             return
         ids, mask = padded([prompts[n] for n in some], self.pad)
-        slot = torch.tensor([slots[n] for n in some]).repeat_interleave(mask.sum(1)).to(self.device)
+        slot = send(torch.tensor([slots[n] for n in some]).repeat_interleave(mask.sum(1)), self.device)
         at, network = lay_out(ids, mask).to(self.device), self.network
-        position, group = at.positions[0], network.heads // network.kv_heads
+        position = at.positions[0]
         bias = attention.alibi_bias(network.heads, at.longest, network.dtype, self.device) if network.alibi is not None else None
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -170,7 +185,6 @@ class Decoder:
                 q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
             self.keys[layer][slot, :, position] = k
             self.values[layer][slot, :, position] = v
-            k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
             return attention.attend(q, k, v, at, 0.0, network.head_dim**-0.5, bias).flatten(1)
 
         network.hidden(at.ids[0], position, attend, last_layer=False)
@@ -218,6 +232,7 @@ class Decoder:
         kernels.advance(lanes, self.responses, token, logprob, self.eos)
 
     def _finish(self) -> Rollout:
+        self.watch.lap("end")
         ids, mask = padded(self.prompts, self.pad, left=True)
         made, lengths = self.responses, self.responses.lengths[:-1]
         width = int(lengths.max())
@@ -226,6 +241,7 @@ class Decoder:
         rollout.responses = rollout.responses.masked_fill(~real, self.pad)
         rollout.sampled_logprobs = made.logprobs[:-1, :width].masked_fill(~real, 0.0)
         begun, ended = (torch.bincount(at, minlength=self.taken + 1) for at in (self.begun, self.begun + lengths.to("cpu")))
+        self.stats.prefill_seconds, self.stats.decode_seconds = map(self.watch.seconds, ("prefill", "decode"))
         self.stats.steps = int(((begun - ended).cumsum(0) > 0).sum())
         self.stats.rows = int(lengths.sum())
         self.stats.cached = int((lengths * rollout.prompt_lengths + lengths * (lengths - 1) // 2).sum())

@@ -6,6 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from runner.data.batches import send
+
 
 @dataclass
 class Lanes:
@@ -27,9 +29,10 @@ class Lanes:
         return Lanes(*(getattr(self, f.name)[:size] for f in fields(self)))
 
     def put(self, lanes: list[int], **values: list[int]) -> None:
-        where = torch.tensor(lanes, device=self.tokens.device)
-        for name, value in values.items():
-            getattr(self, name)[where] = torch.tensor(value, device=where.device)
+        """Set fields of some lanes, without waiting for the GPU."""
+        where, *columns = send(torch.tensor([lanes, *values.values()]), self.tokens.device)
+        for name, column in zip(values, columns, strict=True):
+            getattr(self, name)[where] = column
 
     def awake_first(self) -> None:
         """Move resting lanes to the end. In place: graphs hold these addresses."""
