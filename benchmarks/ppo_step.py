@@ -34,7 +34,7 @@ SHORTEST, MEAN = 16, 100  # of the varied responses, at most 256
 def main() -> None:
     args = options(
         __doc__,
-        lambda p: p.add_argument("--rounds", type=int, default=3, help="measured after one to warm up"),
+        lambda p: p.add_argument("--rounds", type=int, default=2, help="measured after one to warm up"),
         lambda p: p.add_argument("--model", help="another preset of conf/model: one row, of 64 prompts"),
     )
     sizes, length = (((4, 4), (6, 4)), 12) if args.tiny else (((64, 64), (16, 16), (128, 128), (256, 256), (1024, 64)), 256)

@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(BENCHMARKS), choices=BENCHMARKS, help="which to run; none: draw only")
     parser.add_argument("--folder", type=Path, default=HERE, help="where rows.jsonl, RESULTS.md and speed.svg lie")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for each benchmark")
+    parser.add_argument("--limit", type=float, default=400, help="seconds for each benchmark")
     parser.add_argument("--tiny", action="store_true", help="see ppo_step.py")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,7 @@
-"""The pipeline on one CUDA device: precisions, ZeRO stages, offload, adapters. Skipped where there is none."""
+"""The pipeline on one CUDA device: precisions, ZeRO stages, offload, adapters. Skipped where there is none.
+
+Most of the time processes start: make test ARGS="tests/test_gpu.py -n 6 --dist load"
+"""
 
 import json
 import signal
