@@ -10,6 +10,7 @@ from runner.rollout import graph, hf, kernels
 from runner.rollout.families import network_of
 from runner.rollout.kernels import Norm
 from runner.rollout.sampling import uniforms
+from runner.rollout.stops import Stops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -154,16 +155,18 @@ def test_decoding_in_graphs_is_transformers_generate(name, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_new_prompts_take_over_lanes_without_a_wait_for_the_gpu(name, monkeypatch):
-    """Only a look is waited for, a stride later, and the end."""
+    """Only a look is waited for, a stride later, and the end. With stop strings, of which none is reached, too."""
     model, prompts = actor(name).eval().to("cuda", torch.bfloat16), rows([5, 1, 9, 3, 7, 12, 2] * 3, seed=1)
     limits = [1 + 5 * n % 20 for n in range(21)]
+    stops = Stops(None, ["x"], PAD)
+    monkeypatch.setattr(stops, "reached", lambda ids: False)
 
-    def decoder() -> graph.Decoder:
+    def decoder(**more) -> graph.Decoder:
         uniform = uniforms(7, list(range(21)), 20)
-        return graph.Decoder(network_of(model.hf), model.sampling, prompts, uniform, slots=4, pad=PAD, eos=-1, limits=limits)
+        return graph.Decoder(network_of(model.hf), model.sampling, prompts, uniform, slots=4, pad=PAD, eos=-1, limits=limits, **more)
 
     monkeypatch.setattr(graph.Decoder, "_replay", lambda self, batch: self._step(self.lanes.first(batch)))
-    expected, work = decoder().run(), decoder()
+    expected, work = decoder().run(), decoder(stops=stops)
     finish = work._finish
     monkeypatch.setattr(work, "_finish", lambda: None)
     torch.cuda.set_sync_debug_mode("error")

@@ -14,7 +14,7 @@ from runner.data.batches import pad
 from runner.rollout.collect import Models, Reader, final_scores, join, response_logprobs, response_values, sample, score
 from runner.rollout.record import Rollout
 from runner.rollout.sampling import invert, uniforms
-from runner.rollout.stops import stop_at_strings
+from runner.rollout.stops import Stops
 from runner.stages.heldout import paired
 from runner.stages.invariants import eos_and_pad
 from runner.stages.ppo import State, fill_rewards
@@ -389,7 +389,7 @@ def test_stop_strings_end_a_response_with_the_token_that_completes_them(tokenize
     answers = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     answers[2].append(EOS)
     rollout = record([[5, 6]] * 4, answers)
-    stop_at_strings(rollout, tokenizer, ["\n\n", "STOP"], PAD)
+    Stops(tokenizer, ["\n\n", "STOP"], PAD).cut(rollout)
     kept = [tokenizer.decode(ids[:n]) for ids, n in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)]
     assert kept[:2] == ["one two\n\n", "one STOP"] and kept[3] == "one two\n\n"
     assert rollout.stopped.tolist() == [True, True, False, True] and rollout.ended.tolist() == [False, False, True, False]
@@ -398,6 +398,19 @@ def test_stop_strings_end_a_response_with_the_token_that_completes_them(tokenize
     behind = rollout.mask == 0
     assert (rollout.responses[behind] == PAD).all() and (rollout.sampled_logprobs[behind] == 0).all()
     assert eos_and_pad(rollout, PAD, EOS, max(map(len, answers))) is None
+
+
+def test_a_stop_string_is_reached_with_the_token_that_completes_it(tokenizer):
+    """Also in a text far longer than what is searched; not where only the end of a text, read alone, holds one."""
+    stops = Stops(tokenizer, ["STOP", "\n\n"], PAD)
+    for text in ("one STOP", "one two " * 50 + "\n\n"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert stops.reached(ids)
+        assert not any(stops.reached(ids[:n]) for n in range(len(ids) - 1))
+    assert not stops.reached(tokenizer.encode("one two " * 50, add_special_tokens=False))
+    monotonous = Stops(tokenizer, ["one"], PAD)
+    ids = tokenizer.encode("one" + " two" * 100, add_special_tokens=False)
+    assert not monotonous.reached(ids) and monotonous._end(ids) is not None  # a look overlooked it: it is cut all the same
 
 
 def test_the_reward_model_reads_eos_behind_a_stop_string():

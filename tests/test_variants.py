@@ -19,7 +19,7 @@ ZERO3 = ["hardware=cpu2", "hardware.zero={actor: 3, critic: 3, ref: 3, reward: 3
 PRESETS = {"opt": "", "bloom": "_bloom", "gpt_neox": "_neox"}
 LORA = ["model.actor.lora.dim=4", "model.reward.lora.dim=4"]
 VARIANTS = {
-    "bloom-2-ranks-zero2": ["hardware=cpu2", "hardware.zero.actor=2", "hardware.zero.critic=2"],
+    "bloom-2-ranks-zero2": ["hardware=cpu2", "hardware.zero.actor=2", "hardware.zero.critic=2", "ppo.stop=[a, b]"],
     "gpt_neox-2-ranks-zero3-lora-bf16": ["hardware.precision=bf16", *ZERO3, *LORA],
     "opt-bf16-offload-checkpointing": [
         "hardware.precision=bf16",
@@ -39,6 +39,9 @@ def test_ppo_of_families_ranks_zero_stages_and_adapters(name, tmp_path, tokenize
     words = [f"model=tiny{PRESETS[family]}", "model.max_prompt_tokens=96", *(f"{stage}.use={tmp_path / stage}" for stage in given)]
     succeed(tmp_path, *SMALL_PPO, *words, *VARIANTS[name])
     folder = check_ppo(tmp_path, 0.1 if "bf16" in name else 1e-3)
+    if "bloom" in name:
+        rates = [row["rollout/truncated_rate"] for row in metrics(folder) if "rollout/truncated_rate" in row]
+        assert max(rates) < 0.5  # nearly every random response has an a or a b in it
     if "lora" in name:
         adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
         assert adapter and all(t.numel() for t in adapter.values())

@@ -1,6 +1,6 @@
 """From prompts to a scored rollout: sample responses, then score them with actor, reference, critic and reward model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from runner.rollout.families import network_of
 from runner.rollout.record import CPU, Rollout, widen
 from runner.rollout.sampling import uniforms
 from runner.rollout.stats import Stats
+from runner.rollout.stops import Stops
 from runner.sampling_sizes import PROBE
 from runner.watch import stop
 
@@ -48,7 +49,7 @@ class Reader:
     device: torch.device
     engine: str = "auto"
     max_mismatch: float = 0.0  # nats per token; see `read_actor`
-    cut: Callable[[Rollout], None] = lambda rollout: None  # ends responses at stop strings
+    stops: Stops | None = None
     stats: Stats = field(default_factory=Stats)  # of the newest rollout, on this rank
 
 
@@ -75,7 +76,8 @@ def collect(
     mine = slice(ranks.rank(), None, ranks.world())
     with phase("rollout"):
         rollout = sample(models, reader, prompts[mine], seed, episodes[mine], stoppable).to(CPU)
-        reader.cut(rollout)
+        if reader.stops:
+            reader.stops.cut(rollout)
     with phase("scoring"):
         score(models, reader, rollout, with_values)
     return rollout.gather(reader.pad, reader.device)
@@ -99,7 +101,7 @@ def sample(models: Models, reader: Reader, prompts: list[list[int]], seed: int, 
                 ids, mask = (x.to(reader.device) for x in pad(rows, reader.pad, left=True))
                 parts.append(hf.generate(actor, ids, mask.sum(dim=1), uniform, pad=reader.pad, eos=reader.eos, together=not whole))
                 continue
-            options = {"slots": reader.rollout_micro, "least": actor.least, "pad": reader.pad, "eos": reader.eos}
+            options = {"slots": reader.rollout_micro, "least": actor.least, "pad": reader.pad, "eos": reader.eos, "stops": reader.stops}
             decoder = graph.Decoder(network, actor.sampling, rows, uniform, **options)
             parts.append(decoder.run())
             reader.stats.add(decoder.stats)

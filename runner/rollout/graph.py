@@ -25,6 +25,7 @@ from runner.rollout.lanes import Lanes, Responses
 from runner.rollout.network import Network
 from runner.rollout.record import Rollout
 from runner.rollout.stats import Stats, Stopwatch
+from runner.rollout.stops import Stops
 from runner.sampling_sizes import PREFILL_TOKENS
 from runner.triton_support import why_no_triton
 
@@ -69,6 +70,7 @@ class Decoder:
         eos: int,
         least: int = 0,
         limits: list[int] | None = None,
+        stops: Stops | None = None,
     ):
         """
         Args:
@@ -77,9 +79,10 @@ class Decoder:
             slots: responses sampled at a time.
             least: tokens before which EOS is impossible.
             limits: a lower limit of tokens for each response.
+            stops: a response that reaches one is sampled no further than to the next look. Cutting it there is left to the caller.
         """
         self.network, self.sampling, self.prompts = network, sampling, prompts
-        self.pad, self.eos, self.least = pad, eos, least
+        self.pad, self.eos, self.least, self.stops = pad, eos, least, stops
         self.device, self.stats, self.graphs = network.device, Stats(), {}
         self.watch = Stopwatch(self.device)
         (count, most), self.size = uniform.shape, min(slots, len(prompts))
@@ -98,7 +101,8 @@ class Decoder:
     def run(self) -> Rollout:
         """Sample all responses."""
         queue, batch = list(enumerate(self.prompts))[::-1], self.size
-        stride, ahead = STRIDE[self.device.type], AHEAD[self.device.type]
+        # Texts are not made after each step
+        stride, ahead = STRIDE["cuda" if self.stops else self.device.type], AHEAD[self.device.type]
         resting, looks = list(range(batch)), deque()
         while True:
             admitted = self._admit(queue, resting) if queue and len(resting) >= max(1, REFILL * batch) else []
@@ -126,17 +130,31 @@ class Decoder:
                 batch = smaller
 
     def _look(self, batch: int) -> Callable[[], set[int]]:
-        """Ask which of the first `batch` lanes are awake after all that is queued. Only a call of what it returns waits for the answer."""
-        awake = self.lanes.positions[:batch] >= 0
+        """Ask which of the first `batch` lanes are awake after all that is queued. Only a call of what it returns waits for the answer.
+
+        That call lets lanes rest whose response has reached a stop string.
+        """
+        lanes = self.lanes.first(batch)
+        seen = [lanes.positions >= 0]
+        if self.stops:
+            seen += [lanes.rows.clone(), lanes.steps.clone(), self.responses.tokens[lanes.rows]]
         if self.device.type == "cuda":
-            awake = torch.empty(batch, dtype=torch.bool, pin_memory=True).copy_(awake, non_blocking=True)
+            seen = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in seen]
             done = torch.cuda.Event()
             done.record()
 
         def answer() -> set[int]:
             if self.device.type == "cuda":
                 done.synchronize()
-            return {lane for lane, is_awake in enumerate(awake.tolist()) if is_awake}
+            awake, *texts = (x.tolist() for x in seen)
+            lanes = {lane for lane, is_awake in enumerate(awake) if is_awake}
+            if not self.stops:
+                return lanes
+            rows, steps, tokens = texts
+            stopped = {lane for lane in lanes if self.stops.reached(tokens[lane][: steps[lane]])}
+            if stopped:
+                self.lanes.rest([rows[lane] for lane in stopped], nobody=len(self.prompts))
+            return lanes - stopped
 
         return answer
 

@@ -26,7 +26,7 @@ from runner.rollout import graph
 from runner.rollout.collect import Models, Reader, collect
 from runner.rollout.families import side_by_side
 from runner.rollout.record import CPU, Rollout
-from runner.rollout.stops import stop_at_strings
+from runner.rollout.stops import Stops
 from runner.schedules import lr_share, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reference, load_reward, tokenizer_for
@@ -210,7 +210,7 @@ def build_reader(cfg: Config, models: Models, tokenizer, log: RunLog) -> Reader:
     sizes = (cfg.model.max_response_tokens, micro.rollout, micro.score)
     reader = Reader(tokenizer.pad_token_id, tokenizer.eos_token_id, *sizes, log.device, rollout.engine, rollout.max_mismatch)
     if ppo.stop:
-        reader.cut = partial(stop_at_strings, tokenizer=tokenizer, strings=ppo.stop, pad=tokenizer.pad_token_id)
+        reader.stops = Stops(tokenizer, ppo.stop, tokenizer.pad_token_id)
     if rollout.engine != "hf" and (reason := graph.why_not(models.actor.module.hf, log.device)):
         if rollout.engine == "graph":
             raise UserError(f"rollout.engine=graph cannot sample here ({reason}): type rollout.engine=auto")
