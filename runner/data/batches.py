@@ -6,6 +6,7 @@ continues exactly where it stopped. The rows of a global batch do not depend on 
 
 import math
 from bisect import bisect_left
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -170,3 +171,19 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not x.is_cuda:
         x = x.pin_memory()
     return x.to(device, non_blocking=device.type == "cuda")
+
+
+def fetch(*tensors: Tensor) -> Callable[[], list[list]]:
+    """What tensors hold at this point of the queue, as lists. Only a call of what this returns waits for it."""
+    if not tensors[0].is_cuda:
+        values = [x.tolist() for x in tensors]
+        return lambda: values
+    copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in tensors]
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> list[list]:
+        done.synchronize()
+        return [x.tolist() for x in copies]
+
+    return wait

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runner import attention
+from runner.data.batches import fetch, send
 from runner.data.batches import pad as padded
-from runner.data.batches import send
 from runner.engine import free_memory
 from runner.losses import warp_logits, without_token
 from runner.packing import lay_out
@@ -116,7 +116,7 @@ class Decoder:
             if len(looks) <= ahead:
                 resting = []
                 continue
-            awake = looks.popleft()()
+            awake = self._awake(looks.popleft())
             if ahead:  # the look is older than the prompts of this round
                 awake |= set(admitted)
             resting = [lane for lane in range(batch) if lane not in awake]
@@ -129,34 +129,23 @@ class Decoder:
                 self.lanes.awake_first()
                 batch = smaller
 
-    def _look(self, batch: int) -> Callable[[], set[int]]:
-        """Ask which of the first `batch` lanes are awake after all that is queued. Only a call of what it returns waits for the answer.
-
-        That call lets lanes rest whose response has reached a stop string.
-        """
+    def _look(self, batch: int) -> Callable[[], list[list]]:
+        """Fetch what `_awake` must know of the first `batch` lanes, as they are after all that is queued."""
         lanes = self.lanes.first(batch)
-        seen = [lanes.positions >= 0]
-        if self.stops:
-            seen += [lanes.rows.clone(), lanes.steps.clone(), self.responses.tokens[lanes.rows]]
-        if self.device.type == "cuda":
-            seen = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in seen]
-            done = torch.cuda.Event()
-            done.record()
+        texts = (lanes.rows, lanes.steps, self.responses.tokens[lanes.rows]) if self.stops else ()
+        return fetch(lanes.positions, *texts)
 
-        def answer() -> set[int]:
-            if self.device.type == "cuda":
-                done.synchronize()
-            awake, *texts = (x.tolist() for x in seen)
-            lanes = {lane for lane, is_awake in enumerate(awake) if is_awake}
-            if not self.stops:
-                return lanes
-            rows, steps, tokens = texts
-            stopped = {lane for lane in lanes if self.stops.reached(tokens[lane][: steps[lane]])}
-            if stopped:
-                self.lanes.rest([rows[lane] for lane in stopped], nobody=len(self.prompts))
-            return lanes - stopped
-
-        return answer
+    def _awake(self, look: Callable[[], list[list]]) -> set[int]:
+        """Wait for a look, and return the lanes that were awake. Those whose response has reached a stop string are put to rest."""
+        positions, *texts = look()
+        awake = {lane for lane, position in enumerate(positions) if position >= 0}
+        if not self.stops:
+            return awake
+        rows, steps, tokens = texts
+        stopped = {lane for lane in awake if self.stops.reached(tokens[lane][: steps[lane]])}
+        if stopped:
+            self.lanes.rest([rows[lane] for lane in stopped], nobody=len(self.prompts))
+        return awake - stopped
 
     # --- prompts ------------------------------------------------------------------------------------------------------
 
