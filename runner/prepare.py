@@ -127,6 +127,8 @@ def _tokenizers(cfg: Config, store: Path, steps: dict[str, Step]) -> dict[str, t
             if pinned:
                 source, key = ModelPart(pinned, None, "pretrained", {}, source.lora), f"{stage}.use"
             found[part] = _tokenizer(cfg, store, source, key)
+    if "ppo" in steps and "actor" in found:
+        _check_stops(cfg.ppo.stop, *found["actor"])
     if len(found) == 2:
         from runner.tokenizer import same_tokens
 
@@ -137,6 +139,17 @@ def _tokenizers(cfg: Config, store: Path, steps: dict[str, Step]) -> dict[str, t
                 f"writes. {_one_tokenizer(cfg, steps)}"
             )
     return found
+
+
+def _check_stops(strings: list[str], path: str, tokenizer) -> None:
+    from runner.tokenizer import special_in
+
+    for string in strings:
+        if (token := special_in(tokenizer, string)) is not None:
+            instead = (
+                "responses end there anyway" if token == tokenizer.eos_token else f"to end responses there, type model.end_token='{token}'"
+            )
+            raise UserError(f"ppo.stop: {string!r} holds {token}, a special token of {path}, which no text shows: leave it out; {instead}")
 
 
 def _one_tokenizer(cfg: Config, steps: dict[str, Step]) -> str:

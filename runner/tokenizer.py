@@ -115,6 +115,12 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...]
     return special, re.compile("|".join(map(re.escape, special))).search
 
 
+def special_in(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
+    """A special token that a text holds, if it holds one."""
+    found = _special_tokens(tokenizer)[1](text)
+    return found.group() if found else None
+
+
 def render_prompt(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> str:
     """The text that the model gets: the dialogue so far and the opening of its reply."""
     return _render(tokenizer, turns, add_generation_prompt=True)
@@ -184,7 +190,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits that change with anything that changes how a dialogue is tokenised."""
     facts = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "special": [tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token],
+        "special": [tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token, *_special_tokens(tokenizer)[0]],
         "template": tokenizer.chat_template,
         # Two tokenizers may share a vocabulary and still split differently
         "probe": tokenizer("Hello, wörld!  123 \n\nHuman: 你好 a_b", add_special_tokens=False).input_ids,

@@ -593,6 +593,12 @@ def test_a_finished_step_is_reused_without_a_lock(tmp_path):
     assert (tmp_path / "run" / "sft").resolve() == step.folder and not (tmp_path / "store" / "locks").exists()
 
 
+@pytest.mark.parametrize(("string", "instead"), [("</s>", "responses end there anyway"), ("a<pad>", "type model.end_token='<pad>'")])
+def test_special_tokens_are_no_stop_strings(string, instead, refused):
+    message = refused(f'ppo.stop=["a", "{string}"]')
+    assert "a special token of" in message and instead in message
+
+
 def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer):
     import torch
     from safetensors.torch import save_file

@@ -476,6 +476,11 @@ def test_fingerprints_differ_where_tokenisation_does(cfg, tmp_path):
     before = fingerprint(made[0])
     made[0].chat_template = "{{ messages[0]['content'] }}"
     assert fingerprint(made[0]) != before and not same_tokens(made[0], made[1])
+    # A word that is special is taken out of texts
+    named = [PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "<x>": 1}, "a"))) for _ in range(2)]
+    for tokenizer, special in zip(named, (True, False), strict=True):
+        tokenizer.add_tokens([AddedToken("<x>", special=special)])
+    assert not same_tokens(*named)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

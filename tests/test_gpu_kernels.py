@@ -158,7 +158,7 @@ def test_new_prompts_take_over_lanes_without_a_wait_for_the_gpu(name, monkeypatc
     """Only a look is waited for, a stride later, and the end. With stop strings, of which none is reached, too."""
     model, prompts = actor(name).eval().to("cuda", torch.bfloat16), rows([5, 1, 9, 3, 7, 12, 2] * 3, seed=1)
     limits = [1 + 5 * n % 20 for n in range(21)]
-    stops = Stops(None, ["x"], PAD)
+    stops = Stops(None, ["x"])
     monkeypatch.setattr(stops, "reached", lambda ids: False)
 
     def decoder(**more) -> graph.Decoder:

@@ -271,7 +271,7 @@ def test_looking_a_stride_late_as_on_a_gpu_changes_no_response(slots, stride, mo
     prompts, limits = rows([5, 1, 9, 3, 7, 12, 2] * 3, seed=1), [1 + 5 * n % 16 for n in range(21)]
     model = actor("opt").eval()
     expected = decoder(model, prompts, tokens=16, slots=slots, eos=-1, limits=limits).run()
-    monkeypatch.setitem(graph.AHEAD, "cpu", 1)
+    monkeypatch.setitem(graph.LATE, "cpu", True)
     monkeypatch.setitem(graph.STRIDE, "cpu", stride)
     found = decoder(model, prompts, tokens=16, slots=slots, eos=-1, limits=limits).run()
     assert_same(found, expected)
@@ -280,7 +280,7 @@ def test_looking_a_stride_late_as_on_a_gpu_changes_no_response(slots, stride, mo
 
 def test_no_step_follows_the_end_of_the_longest_responses(monkeypatch):
     """Neither the rest of a stride nor a late look, where all responses are as long as they may be: two batches of 16 tokens."""
-    monkeypatch.setitem(graph.AHEAD, "cpu", 1)
+    monkeypatch.setitem(graph.LATE, "cpu", True)
     monkeypatch.setitem(graph.STRIDE, "cpu", 6)
     work = decoder(actor("opt").eval(), rows([4] * 6), tokens=16, slots=3, eos=-1)
     assert work.run().lengths.tolist() == [16] * 6
@@ -290,24 +290,24 @@ def test_no_step_follows_the_end_of_the_longest_responses(monkeypatch):
 class Reached(Stops):
     """A response is to end at one of two tokens."""
 
-    def reached(self, ids: list[int]) -> bool:
-        return any(token in ids for token in (7, 8))
+    def reached(self, ids: torch.Tensor) -> bool:
+        return any(token in ids.tolist() for token in (7, 8))
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("slots", [1, 3, 8, 21])
-def test_a_response_that_reaches_a_stop_string_is_sampled_no_further(slots, ahead, monkeypatch):
+def test_a_response_that_reaches_a_stop_string_is_sampled_no_further(slots, late, monkeypatch):
     """To the next look it is; the others do not change."""
     model, prompts = actor("opt").eval(), rows([5, 1, 9, 3, 7, 12, 2] * 3, seed=1)
     expected = decoder(model, prompts, tokens=40, slots=slots).run()
-    monkeypatch.setitem(graph.AHEAD, "cpu", ahead)
-    work = decoder(model, prompts, tokens=40, slots=slots, stops=Reached(None, [], PAD))
+    monkeypatch.setitem(graph.LATE, "cpu", late)
+    work = decoder(model, prompts, tokens=40, slots=slots, stops=Reached(None, []))
     found = work.run()
     stopped = 0
     for n, whole in enumerate(ids[:length] for ids, length in zip(expected.responses.tolist(), expected.lengths.tolist(), strict=True)):
         end = next((t + 1 for t, token in enumerate(whole) if token in (7, 8)), len(whole))
         length = int(found.lengths[n])
-        assert end <= length <= min(end + (1 + ahead) * graph.STRIDE["cuda"], len(whole))
+        assert end <= length <= min(end + (1 + late) * graph.STRIDE["cuda"], len(whole))
         assert found.responses[n, :length].tolist() == whole[:length]
         torch.testing.assert_close(found.sampled_logprobs[n, :length], expected.sampled_logprobs[n, :length], rtol=1e-4, atol=1e-5)
         stopped += length < len(whole)

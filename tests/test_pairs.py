@@ -1,10 +1,11 @@
 """What is said of held-out pairs."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.stages.pairs import wilson_interval
+from runner.stages.pairs import calibration, wilson_interval
 
 
 def test_wilson_interval():
@@ -20,3 +21,10 @@ def test_wilson_interval():
 def test_wilson_interval_holds_the_share_and_stays_inside(n, share):
     low, high = wilson_interval(share * n, n)
     assert -1e-12 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1 + 1e-12
+
+
+def test_a_tie_is_half_right():
+    """Margins of 0, 0 and ln 9: confidences of 0.5, 0.5 and 0.9, in the first and the fourth of five bins."""
+    first, last = calibration(np.array([0.0, 0.0, np.log(9)]))
+    assert first == {"confidence": 0.5, "accuracy": 0.5, "n": 2}
+    assert last == {"confidence": pytest.approx(0.9), "accuracy": 1.0, "n": 1}

@@ -173,17 +173,17 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=device.type == "cuda")
 
 
-def fetch(*tensors: Tensor) -> Callable[[], list[list]]:
-    """What tensors hold at this point of the queue, as lists. Only a call of what this returns waits for it."""
+def fetch(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    """Copies, on the CPU, of what tensors hold at this point of the queue. Only a call of what this returns waits for them."""
     if not tensors[0].is_cuda:
-        values = [x.tolist() for x in tensors]
+        values = [x.clone() for x in tensors]
         return lambda: values
     copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in tensors]
     done = torch.cuda.Event()
     done.record()
 
-    def wait() -> list[list]:
+    def wait() -> list[Tensor]:
         done.synchronize()
-        return [x.tolist() for x in copies]
+        return copies
 
     return wait

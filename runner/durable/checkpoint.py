@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from runner import ranks
@@ -190,7 +190,7 @@ class Checkpoints:
         # As rank 0 sees it, so that all ranks decide alike
         self.best = ranks.first(lambda: max((score for score, _ in scored(complete(self.folder))), default=-np.inf))
         shared = path / SHARED
-        tensors = safe_tensors(shared, self.log.device) if shared.exists() else {}
+        tensors = load_file(shared) if shared.exists() else {}
         return manifest["step"], manifest["state"], tensors
 
     def load_best(self, score: float) -> bool:
@@ -318,11 +318,6 @@ def fill(path: Path, manifest: dict, name: str, wanted: list[Shard], kinds: tupl
                     copied += high - low
             if copied != len(target):
                 raise UserError(f"{path} has {copied} of {len(target)} elements of {name}'s {shard.name} ({kind}): it is another model's")
-
-
-def safe_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118  a safe_open is not a mapping
 
 
 def random_state() -> dict:

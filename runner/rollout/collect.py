@@ -70,14 +70,14 @@ def collect(
     Args:
         prompts: token lists of the whole batch, the same on every rank; the number of ranks must divide their number.
         episodes: number of each response in the run; together with the seed it determines what is sampled.
-        stoppable: raise Stopped between two micro batches when someone asks for it.
+        stoppable: raise Stopped, when someone asks for it, between two goes of sampling (see WAVE).
         phase: RunLog.phase, which books the time on a phase by name.
     """
     mine = slice(ranks.rank(), None, ranks.world())
     with phase("rollout"):
         rollout = sample(models, reader, prompts[mine], seed, episodes[mine], stoppable).to(CPU)
         if reader.stops:
-            reader.stops.cut(rollout)
+            reader.stops.cut(rollout, reader.pad)
     with phase("scoring"):
         score(models, reader, rollout, with_values)
     return rollout.gather(reader.pad, reader.device)

@@ -5,7 +5,6 @@ at no cost in attention, until it takes the next prompt of the queue; once the q
 padding. On a CPU the same code runs without graphs.
 """
 
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -31,9 +30,9 @@ from runner.triton_support import why_no_triton
 
 # Decode steps between two looks at which rows have ended
 STRIDE = {"cuda": 6, "cpu": 1}
-# Strides that are queued before a look is read. With one, the GPU never waits for the host: it decodes while the host learns which rows
-# have ended and launches the prefill of the next prompts, which takes as long as 4 to 12 decode steps of a small model
-AHEAD = {"cuda": 1, "cpu": 0}
+# Whether a look is read after the next stride was queued. Then the GPU never waits for the host: it decodes while the host learns which
+# rows have ended and launches the prefill of the next prompts, which takes as long as 4 to 12 decode steps of a small model
+LATE = {"cuda": True, "cpu": False}
 # Read new prompts once this share of the batch rests: one at a time would not fill the GPU
 REFILL = 1 / 8
 # Sizes to which a batch shrinks. Only a few: capturing a graph takes 20 ms, and a resting lane costs only its share of the products.
@@ -78,7 +77,7 @@ class Decoder:
             uniform (N, R): a random number for each response and token (see sampling.py); R tokens at most, EOS included.
             slots: responses sampled at a time.
             least: tokens before which EOS is impossible.
-            limits: a lower limit of tokens for each response.
+            limits: tokens of each response at most, where that is fewer than R.
             stops: a response that reaches one is sampled no further than to the next look. Cutting it there is left to the caller.
         """
         self.network, self.sampling, self.prompts = network, sampling, prompts
@@ -101,9 +100,9 @@ class Decoder:
     def run(self) -> Rollout:
         """Sample all responses."""
         queue, batch = list(enumerate(self.prompts))[::-1], self.size
-        # Texts are not made after each step
-        stride, ahead = STRIDE["cuda" if self.stops else self.device.type], AHEAD[self.device.type]
-        resting, looks = list(range(batch)), deque()
+        # Looking for stop strings means decoding texts: too slow after every step, on a CPU too
+        stride, late = STRIDE["cuda" if self.stops else self.device.type], LATE[self.device.type]
+        resting, unread = list(range(batch)), None
         while True:
             admitted = self._admit(queue, resting) if queue and len(resting) >= max(1, REFILL * batch) else []
             steps = min(stride, self.latest_end - self.taken)
@@ -112,13 +111,12 @@ class Decoder:
             self.taken += steps
             if not queue and self.taken == self.latest_end:
                 return self._finish()
-            looks.append(self._look(batch))
-            if len(looks) <= ahead:
+            newest = self._look(batch)
+            look, unread = (unread, newest) if late else (newest, None)
+            if look is None:  # after the first stride there is no older one
                 resting = []
                 continue
-            awake = self._awake(looks.popleft())
-            if ahead:  # the look is older than the prompts of this round
-                awake |= set(admitted)
+            awake = self._awake(look) | (set(admitted) if late else set())  # a late look is older than these prompts
             resting = [lane for lane in range(batch) if lane not in awake]
             if queue:
                 continue
@@ -129,22 +127,22 @@ class Decoder:
                 self.lanes.awake_first()
                 batch = smaller
 
-    def _look(self, batch: int) -> Callable[[], list[list]]:
+    def _look(self, batch: int) -> Callable[[], list[Tensor]]:
         """Fetch what `_awake` must know of the first `batch` lanes, as they are after all that is queued."""
         lanes = self.lanes.first(batch)
         texts = (lanes.rows, lanes.steps, self.responses.tokens[lanes.rows]) if self.stops else ()
         return fetch(lanes.positions, *texts)
 
-    def _awake(self, look: Callable[[], list[list]]) -> set[int]:
+    def _awake(self, look: Callable[[], list[Tensor]]) -> set[int]:
         """Wait for a look, and return the lanes that were awake. Those whose response has reached a stop string are put to rest."""
         positions, *texts = look()
-        awake = {lane for lane, position in enumerate(positions) if position >= 0}
+        awake = {lane for lane, position in enumerate(positions.tolist()) if position >= 0}
         if not self.stops:
             return awake
         rows, steps, tokens = texts
         stopped = {lane for lane in awake if self.stops.reached(tokens[lane][: steps[lane]])}
         if stopped:
-            self.lanes.rest([rows[lane] for lane in stopped], nobody=len(self.prompts))
+            self.lanes.rest(rows[list(stopped)], nobody=len(self.prompts))
         return awake - stopped
 
     # --- prompts ------------------------------------------------------------------------------------------------------

@@ -34,9 +34,9 @@ class Lanes:
         for name, column in zip(values, columns, strict=True):
             getattr(self, name)[where] = column
 
-    def rest(self, rows: list[int], nobody: int) -> None:
-        """Let the lanes of some responses rest, wherever they are by now, without waiting for the GPU."""
-        theirs = (self.rows.unsqueeze(1) == send(torch.tensor(rows), self.rows.device)).any(1)
+    def rest(self, rows: Tensor, nobody: int) -> None:
+        """Let the lanes of some responses (N,) rest, wherever they are by now, without waiting for the GPU."""
+        theirs = (self.rows.unsqueeze(1) == send(rows, self.rows.device)).any(1)
         for state, value in ((self.positions, -1), (self.steps, 0), (self.rows, nobody)):
             state.masked_fill_(theirs, value)
 

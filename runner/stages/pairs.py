@@ -115,7 +115,8 @@ def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, f
 
 def calibration(margins: np.ndarray, bins: int = 5) -> list[dict]:
     """How often the model is right, by how sure it is: confidence is sigmoid(|margin|), in equal bins from 0.5 to 1."""
-    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
+    # A tie is half right, as in the accuracy
+    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), (margins > 0) + 0.5 * (margins == 0)
     bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     return [
         {"confidence": float(confidence[bin_of == b].mean()), "accuracy": float(right[bin_of == b].mean()), "n": int((bin_of == b).sum())}

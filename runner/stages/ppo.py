@@ -25,7 +25,7 @@ from runner.plan import engine_configs
 from runner.rollout import graph
 from runner.rollout.collect import Models, Reader, collect
 from runner.rollout.families import side_by_side
-from runner.rollout.record import CPU, Rollout
+from runner.rollout.record import Rollout
 from runner.rollout.stops import Stops
 from runner.schedules import lr_share, warmup_steps
 from runner.stages import invariants
@@ -98,7 +98,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     state = State(**saved | {"progress": Progress(**saved["progress"])}) if saved else State(kl_coef=ppo.kl_coef)
     if ppo.kl_target is None:  # without a controller it is no state: resume=force may have changed it
         state.kl_coef = ppo.kl_coef
-    unfinished = Rollout(**tensors).to(CPU) if tensors else None  # of a run that stopped in the middle of an update
+    unfinished = Rollout(**tensors) if tensors else None  # of a run that stopped in the middle of an update
     log.begin(first, total)
     if state.before is None:
         responses = held_out.sample(0, max(ppo.calibration_prompts, ppo.eval_prompts), with_values=True)
@@ -210,7 +210,7 @@ def build_reader(cfg: Config, models: Models, tokenizer, log: RunLog) -> Reader:
     sizes = (cfg.model.max_response_tokens, micro.rollout, micro.score)
     reader = Reader(tokenizer.pad_token_id, tokenizer.eos_token_id, *sizes, log.device, rollout.engine, rollout.max_mismatch)
     if ppo.stop:
-        reader.stops = Stops(tokenizer, ppo.stop, tokenizer.pad_token_id)
+        reader.stops = Stops(tokenizer, ppo.stop)
     if rollout.engine != "hf" and (reason := graph.why_not(models.actor.module.hf, log.device)):
         if rollout.engine == "graph":
             raise UserError(f"rollout.engine=graph cannot sample here ({reason}): type rollout.engine=auto")
@@ -271,7 +271,7 @@ def pass_flops(work: dict[str, flops.Work], rollout: Rollout, actor_trains: bool
 
 
 def decoding(cfg: Config, models: Models, actor: flops.Work, stats) -> dict[str, float]:
-    """Metrics of this rank's decoding; {} if the engine did not count. stats: see runner/rollout/graph.py."""
+    """Metrics of this rank's decoding; {} if the engine did not count. stats: see runner/rollout/stats.py."""
     if not stats.steps:
         return {}
     found = {"rollout/decode_ms_per_token": 1e3 * stats.decode_seconds / stats.steps}

@@ -68,9 +68,8 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             model.train()
             for batch in micros:
                 chosen, rejected = last_scores(model, batch)
-                # A micro batch of empty slots still takes part in the collective backward
                 real = send(batch["real"], device)
-                loss = pairwise_loss(chosen[real], rejected[real], rm.center_coef) + 0.0 * chosen.sum()
+                loss = pairwise_loss(chosen[real], rejected[real], rm.center_coef)
                 engine.backward(model, loss, pairs, last=batch is micros[-1])
                 tally(sums, loss, chosen[real], rejected[real])
             norm = engine.step(model)
