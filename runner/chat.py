@@ -8,6 +8,7 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from runner.checks.secrets import redact
@@ -82,10 +83,12 @@ def fit(turns: list[dict[str, str]], tokenizer, room: float) -> tuple[list[dict[
     return kept, ids
 
 
-def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | None) -> str:
-    """Generate an answer and print it as it comes. temperature: None decodes greedily."""
+def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | None, stops: Sequence[str] = ()) -> str:
+    """Generate an answer and print it as it comes. temperature: None decodes greedily; stops: strings that end it."""
     import torch
     from transformers import GenerationConfig, TextStreamer
+
+    from runner.rollout.stops import Stops
 
     class Screen(TextStreamer):
         begun = False
@@ -102,20 +105,33 @@ def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | 
     how |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "max_new_tokens": longest}
     screen = Screen(tokenizer, skip_prompt=True, skip_special_tokens=True)
     print("Assistant: ", end="", flush=True)
-    rows = model.generate(prompt, attention_mask=prompt * 0 + 1, generation_config=GenerationConfig(**how), streamer=screen)
+
+    def ends(rows, *_, **__) -> torch.Tensor:
+        """As in PPO, with the token that completes a stop string."""
+        stopped = bool(stops) and Stops(tokenizer, list(stops)).end_of(rows[0, len(ids) :].tolist()) is not None
+        return torch.tensor([stopped], device=rows.device)
+
+    given = {"attention_mask": prompt * 0 + 1, "generation_config": GenerationConfig(**how), "stopping_criteria": [ends]}
+    rows = model.generate(prompt, streamer=screen, **given)
     print()
     said = rows[0, len(ids) :].tolist()
-    if len(said) == longest and said[-1] != tokenizer.eos_token_id:
+    if len(said) == longest and said[-1] != tokenizer.eos_token_id and not ends(rows):
         print(f"(cut off at {longest} tokens; --max-new-tokens allows more)")
     return tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
-def longest_trained(path: str) -> float:
-    """Tokens of the longest prompt in training, from the config.yaml of the model's step; infinite if there is none."""
+def as_trained(path: str) -> tuple[float, list[str]]:
+    """Tokens of the longest prompt in training, and PPO's stop strings, from the config.yaml of the model's step.
+
+    Infinite and none for a model that was not trained here.
+    """
     import yaml
 
-    config = Path(path).parent / "config.yaml"
-    return yaml.safe_load(config.read_text())["model"]["max_prompt_tokens"] if config.exists() else math.inf
+    file = Path(path).parent / "config.yaml"
+    if not file.exists():
+        return math.inf, []
+    config = yaml.safe_load(file.read_text())
+    return config["model"]["max_prompt_tokens"], (config.get("ppo") or {}).get("stop") or []
 
 
 def hear() -> str:
@@ -126,8 +142,8 @@ def hear() -> str:
     return message
 
 
-def talk(tokenizer, model, longest: int | None, temperature: float | None, familiar: float = math.inf) -> None:
-    """Read messages and answer them until the end of the input. familiar: the longest prompt of its training, in tokens."""
+def talk(tokenizer, model, longest: int | None, temperature: float | None, familiar: float = math.inf, stops: Sequence[str] = ()) -> None:
+    """Read messages and answer them until the end of the input. familiar, stops: see as_trained."""
     longest = longest or model.generation_config.max_new_tokens or 256
     context = getattr(model.config, "max_position_embeddings", None) or math.inf  # ALiBi has no limit
     if longest >= context:
@@ -145,7 +161,7 @@ def talk(tokenizer, model, longest: int | None, temperature: float | None, famil
                 kept, ids = fit([*turns, {"role": "user", "content": message}], tokenizer, context - longest)
                 if len(ids) > familiar:
                     print(f"(the dialogue has {len(ids)} tokens; in training the model saw at most {familiar})")
-                turns = [*kept, {"role": "assistant", "content": answer(ids, tokenizer, model, longest, temperature)}]
+                turns = [*kept, {"role": "assistant", "content": answer(ids, tokenizer, model, longest, temperature, stops)}]
         except UserError as error:
             print(f"({error})")
         except KeyboardInterrupt:
@@ -165,7 +181,7 @@ def main() -> None:
         import readline  # noqa: F401  arrow keys and history in input()
     try:
         path = find(args.path)
-        talk(*load(path), args.max_new_tokens, None if args.greedy else args.temperature, longest_trained(path))
+        talk(*load(path), args.max_new_tokens, None if args.greedy else args.temperature, *as_trained(path))
     except UserError as error:
         sys.exit(f"error: {error}")
     except (EOFError, KeyboardInterrupt):

@@ -28,7 +28,7 @@ def load(composed: DictConfig | str | Path) -> Config:
     try:
         if missing := next(open_keys(OmegaConf.to_container(composed)), None):
             raise UserError(f"{missing} has no value: type {missing}=...")
-        values = expand_home(OmegaConf.to_container(composed, resolve=True))
+        values = unescape_stops(expand_home(OmegaConf.to_container(composed, resolve=True)))
         secrets.refuse_in_config(values)
         chosen = values.get("stage")
         for stage in STAGES:  # an experiment may fill blocks that the chosen stage does not use
@@ -62,6 +62,14 @@ def expand_home(node: Any, key: str = "") -> Any:
     if isinstance(node, list):
         return [expand_home(value, key) for value in node]
     return os.path.expanduser(node) if key in PATHS and isinstance(node, str) else node
+
+
+def unescape_stops(values: dict) -> dict:
+    """Make line breaks and tabs of \\n and \\t in ppo.stop: neither the shell nor Hydra does, and most stop strings hold one."""
+    ppo = values.get("ppo")
+    if isinstance(ppo, dict) and isinstance(ppo.get("stop"), list):
+        ppo["stop"] = [s.replace("\\n", "\n").replace("\\t", "\t") if isinstance(s, str) else s for s in ppo["stop"]]
+    return values
 
 
 def check_kinds(values: dict, node: type = Config, prefix: str = "") -> None:

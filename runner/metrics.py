@@ -196,7 +196,7 @@ class RunLog:
         if mode == "disabled":
             return None
         if mode == "auto":
-            mode = "online" if has_wandb_key() else "offline"
+            mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
         import wandb
 
         id_file = self.folder / "wandb_id"

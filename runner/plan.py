@@ -149,6 +149,7 @@ def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dic
         shapes |= _first_weights(cfg, part)
     block = {k: v for k, v in asdict(getattr(cfg, stage)).items() if k not in NOT_HASHED}
     facts = {"version": VERSION, "seed": cfg.seed, "model": shapes, "dataset": data, stage: block}
+    facts["hardware"] = {"precision": cfg.hardware.precision}  # nothing else of it: the rest rounds differently at most
     if stage == "ppo":
         facts["rollout"] = asdict(cfg.rollout)
         if cfg.ppo.ptx_coef:
@@ -276,7 +277,15 @@ def unread(cfg: Config, stages: list[str]) -> Iterator[str]:
             yield f"model.{name}.lora.train_rest=true has no effect: there are no adapters (model.{name}.lora.dim=0)"
     rates = [rate_key(stage, "actor") for stage in stages if "actor" in ENGINES[stage]]
     if rates and cfg.model.actor.adapters_only:
-        yield f"{', '.join(rates)} has no effect: only adapters train, at model.actor.lora.lr={cfg.model.actor.lora.lr:g}"
+        no_effect = f"{' and '.join(rates)} ha{'s' if len(rates) == 1 else 've'} no effect"
+        yield f"{no_effect}: only adapters train, at model.actor.lora.lr={cfg.model.actor.lora.lr:g}"
+    heads = [rate_key(stage, "critic") for stage in stages if "critic" in ENGINES[stage]]
+    if heads and cfg.model.reward.adapters_only:
+        head = f"{' and '.join(heads)} move{'s' * (len(heads) == 1)} the head alone"
+        yield f"{head}: the adapters train at model.reward.lora.lr={cfg.model.reward.lora.lr:g}"
+    if "dpo" in stages and cfg.dataset.split.ppo:
+        share = f"dataset.split.ppo={cfg.dataset.split.ppo:g}"
+        yield f"stage=dpo leaves PPO's share of the prompts ({share}) unused; with 0 the other stages get it"
     if "ppo" in stages and cfg.dataset.pretrain and not cfg.ppo.ptx_coef:
         yield "dataset.pretrain has no effect: ppo.ptx_coef=0 mixes in no text. InstructGPT uses ppo.ptx_coef=27.8"
     for stage in stages if cfg.checkpoint.keep_best else ():

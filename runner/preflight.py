@@ -19,6 +19,8 @@ from runner.data.sources import sources_of
 from runner.errors import UserError
 from runner.plan import Step, engine_configs, missing_hostfile, over_ssh
 
+WANDB = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
 
 def preflight(cfg: Config, steps: list[Step]) -> None:
     """Raise UserError for the first thing that is missing. Without network, go offline."""
@@ -73,11 +75,16 @@ def _check_deepspeed(cfg: Config, steps: list[Step]) -> None:
 
 
 def _check_wandb(cfg: Config) -> None:
-    """wandb.mode=online needs a key. The worker would only find out after everything is tokenised."""
-    if cfg.wandb.mode != "online":
+    """wandb.mode=online needs a key and a network. The worker would only find out after everything is tokenised, and after 90 s."""
+    if cfg.wandb.mode not in ("online", "auto"):
         return
     from runner.metrics import has_wandb_key
 
+    if cfg.wandb.mode == "auto":
+        if has_wandb_key() and "WANDB_MODE" not in os.environ and not answers(WANDB):
+            print(f"{WANDB} cannot be reached: W&B runs are kept offline (upload later with `wandb sync`)", file=sys.stderr)
+            os.environ["WANDB_MODE"] = "offline"  # for the workers
+        return
     if over_ssh(cfg.hardware) and not has_wandb_key(in_file=True):
         raise UserError(
             "wandb.mode=online, but there is no API key in ~/.netrc, and WANDB_API_KEY does not reach workers that "
@@ -88,6 +95,8 @@ def _check_wandb(cfg: Config) -> None:
             "wandb.mode=online, but there is no API key: set WANDB_API_KEY, or type `wandb login` once. "
             "Without one: wandb.mode=offline (upload later with `wandb sync`) or wandb.mode=disabled"
         )
+    if not answers(WANDB):
+        raise UserError(f"wandb.mode=online, but {WANDB} cannot be reached: type wandb.mode=offline (upload later with `wandb sync`)")
 
 
 def _check_hub_token(cfg: Config) -> None:
@@ -119,9 +128,13 @@ def _go_offline_without_network(cfg: Config, steps: list[Step]) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def hub_answers(seconds: float = 3.0) -> bool:
-    """Whether a connection to the hub, or to the proxy that leads there, can be opened."""
-    target = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+def hub_answers() -> bool:
+    return answers(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+
+
+def answers(address: str, seconds: float = 3.0) -> bool:
+    """Whether a connection to a server, or to the proxy that leads there, can be opened."""
+    target = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or address
     url = urlsplit(target if "://" in target else f"http://{target}")
     answered = threading.Event()
 

@@ -91,6 +91,8 @@ def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
         )
     if ppo:
         _warn_of_few(ppo, train, per_epoch)
+    elif train < block.global_batch:
+        print(f"note: {stage} has {train} rows, fewer than {stage}.global_batch={block.global_batch}: every step takes all of them")
     total = steps_of(per_epoch, block.epochs, block.max_steps)
     if ppo and ppo.critic_warmup >= total:
         raise UserError(

@@ -1,6 +1,7 @@
 """Talking to an exported model: what it is given, what is shown, what is refused."""
 
 import io
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,26 @@ def test_answers_stream_and_are_what_the_model_says(step, capsys, monkeypatch):
     shown = "".join(pieces)
     assert shown.endswith("(cut off at 5 tokens; --max-new-tokens allows more)")
     assert all(c.isprintable() or c in "\n\t" for c in shown)
+
+
+def test_an_answer_ends_at_a_stop_string_of_ppo(step, capsys):
+    """With the token that completes it, as in training."""
+    tokenizer, model = chat.load(str(step / "model"))
+    ids = encode_prompts(tokenizer, [[{"role": "user", "content": "Please describe the river."}]])[0]
+    whole = chat.answer(ids, tokenizer, model, 8, None)
+    stop = whole[len(whole) // 2]
+    capsys.readouterr()
+    found = chat.answer(ids, tokenizer, model, 8, None, stops=[stop])
+    assert stop in found and whole.startswith(found) and len(found) < len(whole)
+    assert "cut off" not in capsys.readouterr().out
+
+
+def test_what_a_step_says_of_its_training(tmp_path):
+    assert chat.as_trained(str(tmp_path / "model")) == (math.inf, [])
+    (tmp_path / "config.yaml").write_text("model: {max_prompt_tokens: 7}\nppo: null\n")
+    assert chat.as_trained(str(tmp_path / "model")) == (7, [])
+    (tmp_path / "config.yaml").write_text('model: {max_prompt_tokens: 7}\nppo: {stop: ["a\\n"]}\n')
+    assert chat.as_trained(str(tmp_path / "model")) == (7, ["a\n"])
 
 
 def test_an_answer_that_ends_is_not_said_to_be_cut_off(step, capsys, monkeypatch):

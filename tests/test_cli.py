@@ -157,6 +157,12 @@ def test_what_other_settings_switch_off_is_noted(tmp_path, capsys):
     assert not list(unread(cfg, []))
     cfg = configured("model.actor.lora.train_rest=true", "model.actor.lora.dim=8", "dataset.pretrain=[x/y]", "ppo.ptx_coef=1")
     assert not list(unread(cfg, ["sft", "reward", "ppo"]))
+    (note,) = unread(configured("model.reward.lora.dim=8", "reward.lr=1e-4"), ["sft", "reward", "ppo"])
+    assert note == "reward.lr and ppo.critic_lr move the head alone: the adapters train at model.reward.lora.lr=0.0002"
+    dpo = configured("stage=dpo", "dataset.split.ppo=3")
+    (note,) = unread(dpo, ["sft", "dpo"])
+    assert "PPO's share of the prompts (dataset.split.ppo=3) unused" in note
+    assert not list(unread(configured("stage=dpo", "dataset.split.ppo=0"), ["sft", "dpo"]))
     (note,) = unread(configured("model.actor.lora.dim=8"), ["sft", "reward", "ppo"])
     assert note == "sft.lr, ppo.actor_lr has no effect: only adapters train, at model.actor.lora.lr=0.0002"
 
@@ -366,6 +372,7 @@ def test_a_tilde_is_the_home_folder_in_every_path_and_nowhere_else(monkeypatch):
     assert [attrgetter(key)(cfg) for key in lists] == [["/home/ann/x.jsonl"]] * len(lists)
     assert {source.path for source in cfg.dataset.sources.values()} == {"/home/ann/x.jsonl"}
     assert cfg.ppo.stop == ["~/"]
+    assert configured(r'ppo.stop=["\n\nHuman:", "a\tb"]').ppo.stop == ["\n\nHuman:", "a\tb"]
 
 
 def test_a_preset_with_weights_of_ones_own_takes_random_ones_too():
@@ -481,6 +488,16 @@ def test_a_warmup_longer_than_the_run_is_warned_of(stage, words, warned, tmp_pat
     assert (f"a warmup of 1000 steps ({stage}.warmup) only reaches " in said) == warned, said
 
 
+@pytest.mark.parametrize(("rows", "noted"), [(31, True), (32, False)])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_a_batch_larger_than_the_data_is_noted(stage, rows, noted, tmp_path, capsys):
+    from runner.prepare import _check_amounts
+
+    (tmp_path / "counts.json").write_text(f'{{"train": {rows}}}')
+    _check_amounts(configured(f"stage={stage}", f"{stage}.global_batch=32"), stage, tmp_path)
+    assert (f"{stage} has 31 rows, fewer than {stage}.global_batch=32" in capsys.readouterr().out) == noted
+
+
 def test_a_warmup_of_the_critic_that_leaves_the_actor_nothing_is_refused(tmp_path):
     from runner.prepare import _check_amounts
 
@@ -539,6 +556,22 @@ def test_wandb_online_without_a_key_is_said_before_data_is_read(here, refused, m
     monkeypatch.setenv("HOME", str(here))  # no ~/.netrc
     assert "there is no API key: set WANDB_API_KEY" in refused("wandb.mode=online")
     assert not (here / "runs" / "store").exists()
+
+
+def test_wandb_without_a_network_stays_offline_or_is_refused(monkeypatch, capsys):
+    """wandb itself would try for a minute and a half, in the worker."""
+    from runner import preflight
+
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_MODE", "online")  # so that it is put back
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setattr(preflight, "answers", lambda address: False)
+    with pytest.raises(UserError, match=r"cannot be reached: type wandb.mode=offline"):
+        preflight._check_wandb(configured("wandb.mode=online"))
+    preflight._check_wandb(configured("wandb.mode=offline"))
+    assert "WANDB_MODE" not in os.environ
+    preflight._check_wandb(configured("wandb.mode=auto"))
+    assert os.environ["WANDB_MODE"] == "offline" and "W&B runs are kept offline" in capsys.readouterr().err
 
 
 def test_over_ssh_secrets_must_lie_in_files(here, refused, monkeypatch):

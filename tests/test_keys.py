@@ -44,7 +44,7 @@ UNKEYED = {
     "dry_run": "trains nothing",
     "debug": "how errors are shown",
     "invariants": "what is said of a broken run, or whether it ends",
-    "hardware": "where and how fast: the global batch is split exactly (tests/test_engine.py), other digits are accepted",
+    "hardware": "where and how fast: the global batch is split exactly (tests/test_engine.py), other digits are accepted. Precision: below",
     "checkpoint": "what is kept; model_best/ is beside the model, and no step starts from it",
     "wandb": "who is told",
     "model.name": "a label",
@@ -154,6 +154,12 @@ def test_every_key_of_the_configuration_is_in_a_steps_key_or_excused(cfg):
         if found != expected:
             wrong[key] = f"is in the keys of {sorted(found)}, and not of {sorted(expected)}"
     assert not wrong
+
+
+def test_another_precision_is_another_result(cfg):
+    """bf16 keeps 8 bits: no rounding to overlook, and a sweep over precisions must not repeat the first."""
+    before, after = own_facts(cfg), own_facts(put(cfg, "hardware.precision", "bf16"))
+    assert cfg.hardware.precision == "fp32" and all(before[stage] != after[stage] for stage in ALL)
 
 
 def test_the_list_of_excuses_names_keys_that_there_are(cfg):

@@ -215,6 +215,10 @@ def test_the_scale_of_the_scores_cannot_be_forced(tmp_path):
 )
 def test_another_network_or_tokenizer_cannot_be_forced(words, why, tmp_path):
     interrupt(planned(tmp_path))
+    step = planned(tmp_path, *words.split())
+    with pytest.raises(UserError, match=rf"cannot be continued with the new ones: .*{why}.*resume=new") as refused:
+        refuse(configured(*words.split()), step.stage, step.earlier)
+    assert "resume=force" not in str(refused.value)  # it is not offered where it would be refused
     with pytest.raises(UserError, match=rf"resume=force cannot continue from .*: .* -> .*: .*{why}.*resume=new"):
         planned(tmp_path, words, "resume=force")
 

@@ -102,10 +102,12 @@ def refuse(cfg: Config, stage: str, earlier: Unfinished) -> None:
         return
     differ = in_settings(cfg, stage, earlier) or ["(none: that step had itself continued from another configuration)"]
     lines = "\n".join(f"  {line}" for line in differ)
+    onward = "To continue from its checkpoint with the new ones, add resume=force, which the result records"
+    if unfit := _unfit(cfg, stage, earlier):
+        onward = f"Its checkpoint cannot be continued with the new ones: {unfit[1]}"
     raise UserError(
         f"stage {stage} was interrupted at step {earlier.steps} in {earlier.folder}, and this command has another configuration:\n{lines}\n"
-        "To resume it, type the old values. To continue from its checkpoint with the new ones, add resume=force, which the result records. "
-        "To leave it where it is and start over, add resume=new"
+        f"To resume it, type the old values. {onward}. To leave it where it is and start over, add resume=new"
     )
 
 
@@ -149,14 +151,22 @@ def _unexplained(fact: str, old: object, new: object) -> str:
 
 
 def check_forced(cfg: Config, stage: str, earlier: Unfinished) -> None:
-    """Raise UserError if a setting has changed that no checkpoint can continue with: see FIXED."""
+    """Raise UserError if a setting has changed that no checkpoint can continue with."""
+    if unfit := _unfit(cfg, stage, earlier):
+        line, why = unfit
+        raise UserError(f"resume=force cannot continue from {earlier.folder} with {line}: {why}. Type the old value, or resume=new")
+
+
+def _unfit(cfg: Config, stage: str, earlier: Unfinished) -> tuple[str, str] | None:
+    """A setting that has changed and that no checkpoint can continue with, and why: see FIXED."""
     maker, part = ("reward", cfg.model.reward) if stage == "reward" else ("sft", cfg.model.actor)
     own = part.init == "random" and not getattr(cfg, maker).use
     fixed = FIXED | (dict.fromkeys(MAKES_TOKENIZER, TOKENIZER) if own else {})
     for key, line in zip(earlier.differences, earlier.describe(), strict=True):
         why = next((why for start, why in fixed.items() if key.startswith(start)), None)
         if why and key != "dataset.pretrain":
-            raise UserError(f"resume=force cannot continue from {earlier.folder} with {line}: {why}. Type the old value, or resume=new")
+            return line, why
+    return None
 
 
 def adopt(folder: Path, key: str, earlier: Unfinished) -> None:
