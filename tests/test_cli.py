@@ -164,7 +164,7 @@ def test_what_other_settings_switch_off_is_noted(tmp_path, capsys):
     assert "PPO's share of the prompts (dataset.split.ppo=3) unused" in note
     assert not list(unread(configured("stage=dpo", "dataset.split.ppo=0"), ["sft", "dpo"]))
     (note,) = unread(configured("model.actor.lora.dim=8"), ["sft", "reward", "ppo"])
-    assert note == "sft.lr, ppo.actor_lr has no effect: only adapters train, at model.actor.lora.lr=0.0002"
+    assert note == "sft.lr and ppo.actor_lr have no effect: only adapters train, at model.actor.lora.lr=0.0002"
 
 
 @pytest.mark.parametrize("words", ["dry_run=true", "--help", "--info config"])
