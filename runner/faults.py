@@ -185,7 +185,8 @@ def _host_full(end: End) -> tuple[str, str]:
 
 
 LESS_CPU_MEMORY = (
-    "Offload less (hardware.offload.optimizer=false, hardware.offload.params=false), lower hardware.micro_batch, or ask for more memory."
+    "Lower hardware.micro_batch, offload less where that is on (hardware.offload.optimizer=false, hardware.offload.params=false), take a "
+    "smaller model or adapters (model.actor.lora.dim=16), or ask for more memory."
 )
 
 

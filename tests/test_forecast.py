@@ -264,7 +264,17 @@ def test_the_impossible_is_refused_with_what_to_type():
     with pytest.raises(UserError, match=r"sft of model=opt66b does not fit hardware=a6000: .* take 1,\d+ GB of each GPU, which has 48 GB"):
         refuse_the_impossible(on("model=opt66b", "hardware=a6000"), ["sft", "ppo"])
     refuse_the_impossible(on("model=opt1.3b", "hardware=a6000"), ["sft", "reward", "ppo"])
-    refuse_the_impossible(on("model=opt66b", "hardware=cpu"), ["sft"])
+
+
+def test_what_this_machine_cannot_hold_is_refused_on_cpus(monkeypatch):
+    """In fp32: 4 bytes each for weight and gradient, 8 for Adam's moments, of 125 million parameters; twice for two processes."""
+    monkeypatch.setattr(fit, "memory_limit", lambda: 3e9)
+    refuse_the_impossible(on("model=opt125m", "hardware=cpu"), ["sft"])
+    with pytest.raises(
+        UserError, match=r"sft of model=opt125m does not fit this machine: .* take 4 GB, and it allows 3 GB\. Take a smaller"
+    ):
+        refuse_the_impossible(on("model=opt125m", "hardware=cpu2"), ["sft"])
+    refuse_the_impossible(on("model=opt125m", "hardware=cpu2", "model.actor.lora.dim=8"), ["sft"])
 
 
 @pytest.mark.parametrize("hardware", ["v100", "a6000", "a100_40g", "h100", "dgx8_40g", "dgx8"])

@@ -8,6 +8,7 @@ from runner.config import ENGINES, PARTS, Config
 from runner.errors import UserError
 from runner.forecast.memory import host_bytes, peaks
 from runner.forecast.network import networks
+from runner.watch.machine import memory_limit
 
 # The forecast may take this share of the memory
 ROOM = 0.95
@@ -15,12 +16,26 @@ ROOM = 0.95
 
 def refuse_the_impossible(cfg: Config, stages: list[str]) -> None:
     """Raise UserError if weights, gradients and optimizer alone do not fit: then no batch is small enough."""
+    if cfg.hardware.accelerator == "cpu":
+        return _refuse_for_this_machine(cfg, stages)
     for stage in stages if foreseeable(cfg) else ():
         states, memory = peaks(cfg, stage)["states"], cfg.hardware.memory_gb
         if states > memory * 2**30:  # GB on the box are GiB: an 80 GB card has 85e9 bytes
             raise UserError(
                 f"{stage} of model={cfg.model.name} does not fit hardware={cfg.hardware.name}: weights, gradients and optimizer alone take "
                 f"{gb(states)} of each GPU, which has {memory:g} GB (hardware.memory_gb). {cure(cfg, stages)}"
+            )
+
+
+def _refuse_for_this_machine(cfg: Config, stages: list[str]) -> None:
+    """On CPUs, whose processes share this machine's memory."""
+    for stage in stages if networks(cfg) else ():
+        needed = cfg.hardware.gpus * peaks(cfg, stage)["states"] + host_bytes(cfg, stage)
+        if needed > memory_limit():
+            takes = f"weights, gradients and optimizer alone take {gb(needed)}, and it allows {gb(memory_limit())}"
+            raise UserError(
+                f"{stage} of model={cfg.model.name} does not fit this machine: {takes}. "
+                "Take a smaller model, or adapters (model.actor.lora.dim=16 model.reward.lora.dim=16)"
             )
 
 
