@@ -143,7 +143,7 @@ def test_tells_what_was_trained_and_how_well(tmp_path, monkeypatch):
     assert row(text, "sft  ", "e").split() == ["sft", "reused", "-", "120", "1,920", "96", "14", "33"]
     assert row(text, "ppo  ", "trained").split()[1] == "trained"
     assert "demo: trained in 3 min 23 s" in text  # reward and ppo: the reused sft cost nothing
-    assert "The whole run took 4 min 05 s, including data preparation and start-up." in text
+    assert "This command took 4 min 05 s, including data preparation and start-up." in text
     assert "sft dropped: 2 empty response, 31 duplicate" in text
     assert row(text, "ppo  ", "rollout").endswith("59 %  1 min 35 s") and row(text, "train", "31 %").endswith("31 %  50 s")
     assert row(text, "start", "2 %").endswith("2 %  4.0 s")  # 161 s less the three phases
@@ -260,8 +260,8 @@ def test_pinned_and_missing_facts(tmp_path):
     bare = make_step(tmp_path / "s", "reward", {"stage": "reward"})
     ppo = make_step(tmp_path / "s", "ppo", {"before": None, "samples": None, "after": {"score": float("nan")}})
     text = summary([pinned, bare, ppo], tmp_path / "run")
-    assert row(text, "sft  ", "e").split() == ["sft", "pinned", "-", "-", "-", "-", "-", "-"]
-    assert "perplexity" not in text and "facebook/opt-125m" in row(text, "sft pinned ", "opt")
+    assert row(text, "sft  ", "e").split() == ["sft", "given", "-", "-", "-", "-", "-", "-"]
+    assert "perplexity" not in text and "facebook/opt-125m" in row(text, "sft given ", "opt")
     assert row(text, "reward  ").split()[1:] == ["trained", *"------"]
     assert row(text, "score").split() == ["score", "-", "nan", "-"]
     assert "judge" not in text and "Calibration" not in text
@@ -270,6 +270,18 @@ def test_pinned_and_missing_facts(tmp_path):
 def test_the_advice_of_a_stage_is_passed_on(tmp_path):
     text = summary([make_step(tmp_path, "reward", REWARD | {"advice": "sleep less"})], tmp_path / "run")
     assert "reward could be faster: sleep less" in text
+
+
+@pytest.mark.parametrize(("stage", "facts"), [("sft", SFT), ("reward", REWARD), ("dpo", DPO)])
+def test_adapters_and_the_best_model_are_listed_where_they_exist(tmp_path, stage, facts):
+    step = make_step(tmp_path, stage, facts)
+    assert f"{stage} adapter" not in summary([step], tmp_path / "run")
+    for part in ("adapter", "model_best"):
+        (step.folder / part).mkdir()
+    text = summary([step], tmp_path / "run")
+    assert row(text, f"{stage} model  ", "/model").endswith(f"{stage}-0123456789/model")
+    assert row(text, f"{stage} adapter").endswith(f"{stage}-0123456789/adapter")
+    assert row(text, f"{stage} model best").endswith(f"{stage}-0123456789/model_best")
 
 
 def test_a_step_without_result_is_missing(tmp_path):
