@@ -49,7 +49,7 @@ def main(composed: DictConfig) -> None:
         if WANTS_TRACEBACK or composed.get("debug"):
             raise
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise Reported from error
+            raise Reported(*error.args) from error
         sys.exit(1)
     except stop.Stopped as stopped:
         print_error(str(stopped))
@@ -102,7 +102,7 @@ def discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class Reported(Exception):
+class Reported(UserError):
     """A UserError whose message has already been printed."""
 
 

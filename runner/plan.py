@@ -129,7 +129,7 @@ def _check_share(cfg: Config, stage: str) -> None:
     demonstrations = stage == "sft" and any(source.sft_only for source in sources_of(dataset).values())
     if getattr(dataset.split, share) or demonstrations:
         return
-    others = f"give it a share, for example dataset.split.{share}=1, or pin a checkpoint with {stage}.use=..."
+    others = f"give it a share, for example dataset.split.{share}=1, or a checkpoint with {stage}.use=..."
     only = "type stage=sft, " if stage != "sft" and not (dataset.split.reward or dataset.split.ppo) else ""
     raise UserError(f"dataset={dataset.name} leaves stage {stage} no rows (dataset.split.{share}=0): {only}{others}")
 

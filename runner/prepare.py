@@ -163,7 +163,7 @@ def _one_tokenizer(cfg: Config, steps: dict[str, Step]) -> str:
         given, made = f"{pinned[0]}.use", own[0]
         return (
             f"{given} brings the tokenizer of its own run; the {made} model (init=random) gets one trained on the data of this command. "
-            f"Use the data and model of the run that {given} comes from, or pin both models of one run with {made}.use=..."
+            f"Use the data and model of the run that {given} comes from, or give both models of one run, with {made}.use=..."
         )
     return "Pick a reward model of the same family: model.reward.path=..."
 

@@ -727,8 +727,17 @@ def test_a_sweep_goes_on_after_a_job_that_cannot_run(here):
     done = process("stage=ppo", "-m", "ppo.kl_coef=-1,0.1", "dry_run=true")  # an option in the middle is one, too
     assert done.returncode == 1 and not any(here.iterdir())
     assert "error: ppo.kl_coef=-1.0 must be 0 or more" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and "error.txt" not in done.stderr
     assert done.stdout.count("ppo: launch command") == 1
+
+
+def test_a_failed_job_of_a_sweep_leaves_its_error(here):
+    done = process("-m", "ppo.kl_coef=-1,abc")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Warning" not in done.stderr
+    said = ["ppo.kl_coef=-1.0 must be 0 or more", "ppo.kl_coef=abc must be a number"]
+    files = sorted(here.glob("runs/demo/*_sweep/*/error.txt"))
+    for number, (error, file) in enumerate(zip(said, files, strict=True)):
+        assert file.read_text().startswith(error) and f"job {number}: {error}" in done.stdout
 
 
 def test_a_worker_with_a_broken_config_says_why(tmp_path):

@@ -51,7 +51,7 @@ def test_it_has_an_engine_for_its_reference_only_where_that_is_partitioned():
 def test_the_prompts_it_learns_from_are_the_reward_models():
     assert SHARES["dpo"] == "reward"
     with pytest.raises(
-        UserError, match=r"leaves stage dpo no rows \(dataset.split.reward=0\): .* dataset.split.reward=1, or pin .*dpo.use="
+        UserError, match=r"leaves stage dpo no rows \(dataset.split.reward=0\): .* dataset.split.reward=1, or a checkpoint with .*dpo.use="
     ):
         plan(configured("stage=dpo", "dataset.split.reward=0"))
 

@@ -143,7 +143,7 @@ def test_tells_what_was_trained_and_how_well(tmp_path, monkeypatch):
     assert row(text, "sft  ", "e").split() == ["sft", "reused", "-", "120", "1,920", "96", "14", "33"]
     assert row(text, "ppo  ", "trained").split()[1] == "trained"
     assert "demo: trained in 3 min 23 s" in text  # reward and ppo: the reused sft cost nothing
-    assert "The whole run took 4 min 05 s, including data preparation and start-up." in text
+    assert "This command took 4 min 05 s, including data preparation and start-up." in text
     assert "sft dropped: 2 empty response, 31 duplicate" in text
     assert row(text, "ppo  ", "rollout").endswith("59 %  1 min 35 s") and row(text, "train", "31 %").endswith("31 %  50 s")
     assert row(text, "start", "2 %").endswith("2 %  4.0 s")  # 161 s less the three phases
@@ -260,8 +260,8 @@ def test_pinned_and_missing_facts(tmp_path):
     bare = make_step(tmp_path / "s", "reward", {"stage": "reward"})
     ppo = make_step(tmp_path / "s", "ppo", {"before": None, "samples": None, "after": {"score": float("nan")}})
     text = summary([pinned, bare, ppo], tmp_path / "run")
-    assert row(text, "sft  ", "e").split() == ["sft", "pinned", "-", "-", "-", "-", "-", "-"]
-    assert "perplexity" not in text and "facebook/opt-125m" in row(text, "sft pinned ", "opt")
+    assert row(text, "sft  ", "e").split() == ["sft", "given", "-", "-", "-", "-", "-", "-"]
+    assert "perplexity" not in text and "facebook/opt-125m" in row(text, "sft given ", "opt")
     assert row(text, "reward  ").split()[1:] == ["trained", *"------"]
     assert row(text, "score").split() == ["score", "-", "nan", "-"]
     assert "judge" not in text and "Calibration" not in text
@@ -270,6 +270,18 @@ def test_pinned_and_missing_facts(tmp_path):
 def test_the_advice_of_a_stage_is_passed_on(tmp_path):
     text = summary([make_step(tmp_path, "reward", REWARD | {"advice": "sleep less"})], tmp_path / "run")
     assert "reward could be faster: sleep less" in text
+
+
+@pytest.mark.parametrize(("stage", "facts"), [("sft", SFT), ("reward", REWARD), ("dpo", DPO)])
+def test_adapters_and_the_best_model_are_listed_where_they_exist(tmp_path, stage, facts):
+    step = make_step(tmp_path, stage, facts)
+    assert f"{stage} adapter" not in summary([step], tmp_path / "run")
+    for part in ("adapter", "model_best"):
+        (step.folder / part).mkdir()
+    text = summary([step], tmp_path / "run")
+    assert row(text, f"{stage} model  ", "/model").endswith(f"{stage}-0123456789/model")
+    assert row(text, f"{stage} adapter").endswith(f"{stage}-0123456789/adapter")
+    assert row(text, f"{stage} model best").endswith(f"{stage}-0123456789/model_best")
 
 
 def test_a_step_without_result_is_missing(tmp_path):
@@ -423,6 +435,39 @@ def test_sweep_table(tmp_path):
     assert table[2]["ppo/after/score"] == "0.8" and table[1]["ppo/after/score"] == ""
 
 
+def test_errors_stand_under_the_table_of_a_sweep(tmp_path):
+    make_sweep(tmp_path)
+    (tmp_path / "0" / "error.txt").write_text("of an earlier command\n")
+    (tmp_path / "1" / "error.txt").write_text("sft: out of memory. " + "Try this. " * 100 + "\nIts last lines:\n  boom\n")
+    console, raw = words()
+    show_sweep(tmp_path, console)
+    text = raw.getvalue().decode()
+    assert "job 1: sft: out of memory. Try this." in text and "characters ...]" in text
+    assert "Its last lines" not in text and "earlier" not in text
+    assert row(text, "1 ").endswith("failed") and max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 80
+    assert "- job 1: sft: out of memory. Try this." in (tmp_path / "sweep.md").read_text()
+    errors = [line["error"] for line in csv.DictReader((tmp_path / "sweep.csv").open())]
+    assert errors[0] == errors[2] == "" and errors[1] == ("sft: out of memory. " + "Try this. " * 100)
+
+
+def test_a_sweep_of_dpo_says_how_far_the_chosen_answers_moved(tmp_path):
+    path = make_sweep(tmp_path) / "0" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dpo/accuracy": 0.969, "dpo/chosen_logratio": 3.21}))
+    console, raw = words(width=120)
+    show_sweep(tmp_path, console)
+    text = raw.getvalue().decode()
+    assert "DPO acc  chosen logp" in text and "96.9 %        +3.21" in row(text, "0 ")
+    assert "dpo/accuracy,dpo/chosen_logratio" in (tmp_path / "sweep.csv").read_text()
+
+
+def test_a_job_that_trained_nothing_took_no_time_in_a_sweep(tmp_path):
+    path = make_sweep(tmp_path) / "0" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 0}))
+    console, raw = words()
+    show_sweep(tmp_path, console)
+    assert row(raw.getvalue().decode(), "0 ").split()[-2:] == ["21.9", "-"]
+
+
 def test_sweep_jobs_stand_in_the_order_of_their_numbers(tmp_path):
     for number in (10, 9, 2):
         (tmp_path / str(number)).mkdir()
@@ -464,7 +509,7 @@ def test_callback_reads_the_sweep_folder(tmp_path, capsys):
 
 
 APP = """
-import json, pathlib, sys
+import json, os, pathlib, sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -472,7 +517,7 @@ from hydra.core.hydra_config import HydraConfig
 @hydra.main(version_base="1.3", config_path=None)
 def main(cfg):
     if cfg.x == 2:
-        raise ValueError("torch was imported" if "torch" in sys.modules else "boom")
+        raise ValueError("torch was imported" if "torch" in sys.modules else "boom " + os.environ["MY_TOKEN"])
     facts = {"overrides": list(HydraConfig.get().overrides.task), "seconds": 1.0}
     pathlib.Path(HydraConfig.get().runtime.output_dir, "summary.json").write_text(json.dumps(facts))
 
@@ -484,11 +529,14 @@ def test_hydra_shows_the_table_even_when_a_job_failed(tmp_path):
     (tmp_path / "app.py").write_text(APP)
     sweep = ["+hydra.callbacks.t._target_=runner.reporting.sweep_table.SweepTable", "hydra.sweep.dir=out/${now:%H-%M-%S-%f}"]
     command = [sys.executable, "app.py", "-m", "+x=1,2", *sweep]
-    run = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True)
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "MY_TOKEN": "not-for-files"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 1 and "boom" in run.stderr
     assert run.stdout.count("Sweep of 2 jobs, 1 failed") == 1
     assert row(run.stdout, "1  ").split() == ["1", "2", "failed"]
     assert len(list(tmp_path.glob("out/*/sweep.csv"))) == 1
+    assert [path.read_text() for path in tmp_path.glob("out/*/*/error.txt")] == ["ValueError: boom ***\n"]
+    assert "job 1: ValueError: boom ***" in run.stdout
 
 
 def test_a_sweep_over_what_names_its_folder_has_one_table(tmp_path):

@@ -21,7 +21,7 @@ from rich.text import Text
 SPARKS = "▁▂▃▄▅▆▇█"
 ASCII = str.maketrans(SPARKS + "·", "_.-:=+*#.")  # for consoles without Unicode
 NUMBER = re.compile(r"(([-+]?([\d.,]+|inf)|nan|-)( %| s)?( -> )?)*")
-STYLES = {"trained": "green", "reused": "cyan", "pinned": "magenta", "missing": "red", "failed": "bold red"}
+STYLES = {"trained": "green", "reused": "cyan", "given": "magenta", "missing": "red", "failed": "bold red"}
 CELL_LIMIT = 700  # characters of one cell or intro in a terminal; summary.md has the whole text
 DRAWING = 20  # columns of a bar or a curve
 UNBROKEN = 24  # columns: cells up to this width stay on one line

@@ -18,7 +18,7 @@ class Trained:
     """A step and what is in its folder."""
 
     step: Step
-    state: str  # trained | reused | pinned | missing
+    state: str  # trained | reused | given | missing
     result: dict
     curves: dict[str, list[float]] = field(default_factory=dict)
 
@@ -30,7 +30,7 @@ def trained_of(step: Step, reused: set[str]) -> Trained:
 
 def state(step: Step, reused: set[str]) -> str:
     if step.pinned:
-        return "pinned"
+        return "given"
     if step.stage in reused:
         return "reused"
     return "trained" if (step.folder / "result.json").exists() else "missing"

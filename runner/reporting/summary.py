@@ -48,7 +48,7 @@ def show_summary(
         steps: all steps of the plan, in order; a step that is pinned or lacks a result is shown with "-".
         reused: the stages that were done before and not trained in this run.
         overrides: what was typed after `run.py`; the suggested commands repeat it.
-        took: seconds of the whole run so far; each stage only counts its own.
+        took: seconds of this command so far; each stage counts its own, of a resumed one those of all commands.
     """
     run_dir = Path(run_dir)
     trained = [trained_of(step, reused) for step in steps]
@@ -81,7 +81,7 @@ def stages_section(name: str, trained: Sequence[Trained], took: float) -> Sectio
         time = "-" if t.state == "reused" else duration(t.result.get("seconds"))  # another command spent it
         rows.append([t.step.stage, t.state, time, num(t.result.get("steps")), *counts, lost])
         notes += stage_notes(t, dropped or {})
-    notes.append(f"The whole run took {duration(took)}, including data preparation and start-up.")
+    notes.append(f"This command took {duration(took)}, including data preparation and start-up.")
     seconds = spent(trained)
     happened = f"trained in {duration(seconds)}" if seconds else "nothing new was trained"
     return Section(f"{name}: {happened}", header=STAGE_HEADER, rows=rows, notes=notes)
@@ -265,7 +265,8 @@ def places_section(trained: Sequence[Trained], run_dir: Path) -> Section:
     for t in trained:
         # Where they are now: the store may have been moved since
         exports = {part: t.step.folder / Path(path).name for part, path in (t.result.get("exports") or {}).items() if path}
-        models = exports or {"pinned" if t.step.pinned else "model": t.step.model}
+        beside = {part: t.step.folder / part for part in ("model_best", "adapter") if (t.step.folder / part).exists()}
+        models = {"given": t.step.model} if t.step.pinned else exports or {"model": t.step.model} | beside
         places += [(f"{t.step.stage} {part.replace('_', ' ')}", short(path)) for part, path in models.items()]
     return Section("Where it is", notes=[note] if any(t.result for t in trained) else (), literal=places)
 

@@ -1,7 +1,8 @@
 """One table over the jobs of a multirun: what each one changed and what came of it. conf/config.yaml names it under hydra.callbacks.
 
 A Hydra callback, and not a list in run.py, because the jobs may run anywhere (joblib, submitit): each leaves a summary.json in its
-folder, and Hydra calls this on the machine that started them. A job folder without summary.json is a job that failed.
+folder, or error.txt if it fails, and Hydra calls this on the machine that started them. A job folder without summary.json is a job that
+failed.
 """
 
 import atexit
@@ -9,14 +10,18 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 from rich.console import Console
 
+from runner.checks.secrets import redact
+from runner.errors import UserError
 from runner.files import remove_unused
-from runner.reporting.report import Section, duration, markdown, num, pct, print_sections, short
+from runner.reporting.report import Section, clip, duration, markdown, num, pct, print_sections, short
 from runner.reporting.summary import override_key
 
 # header, keys in summary.json (before -> after), how a value is written
@@ -24,11 +29,15 @@ COLUMNS = (
     ("SFT ppl", ("sft/perplexity_after",), num),
     ("RM acc", ("reward/accuracy",), pct),
     ("DPO acc", ("dpo/accuracy",), pct),
+    ("chosen logp", ("dpo/chosen_logratio",), partial(num, sign="+")),
     ("score", ("ppo/before/score", "ppo/after/score"), num),
     ("KL", ("ppo/after/kl",), num),
     ("length", ("ppo/after/length",), num),
     ("judge", ("ppo/after/judge",), num),
 )
+# In the folder of a failed job
+ERROR = "error.txt"
+ERROR_LIMIT = 300  # characters of it under the table
 
 
 class SweepTable(Callback):
@@ -44,6 +53,15 @@ class SweepTable(Callback):
         else:
             show_sweep(Path(config.hydra.sweep.dir))
 
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs) -> None:
+        """Keep the error of a failed job: Hydra raises that of the first one alone, when all have ended."""
+        folder = Path(config.hydra.runtime.output_dir)
+        if job_return.status != JobStatus.FAILED or not folder.is_dir():  # a dry run has removed it
+            return
+        error = job_return._return_value  # the property would raise it
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        (folder / ERROR).write_text(redact(text) + "\n", encoding="utf-8")
+
 
 def keep_together(config: DictConfig) -> None:
     """One folder for all jobs, also of a sweep over `name`, or over experiments that set it: Hydra would ask each job for its own."""
@@ -58,6 +76,7 @@ class Job:
     folder: Path
     facts: dict | None  # None: failed
     overrides: dict[str, str]
+    error: str  # the first line
 
 
 def show_sweep(sweep_dir: Path, console: Console | None = None) -> None:
@@ -84,7 +103,8 @@ def read_job(folder: Path) -> Job:
     summary, saved = folder / "summary.json", folder / ".hydra" / "overrides.yaml"
     facts = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
     overrides = facts["overrides"] if facts else OmegaConf.to_container(OmegaConf.load(saved)) if saved.exists() else []
-    return Job(folder.name, folder, facts, {override_key(o): o.partition("=")[2] for o in overrides})
+    error = (folder / ERROR).read_text(encoding="utf-8") if not facts and (folder / ERROR).exists() else ""
+    return Job(folder.name, folder, facts, {override_key(o): o.partition("=")[2] for o in overrides}, error.partition("\n")[0])
 
 
 def swept(jobs: Sequence[Job]) -> list[str]:
@@ -106,13 +126,15 @@ def sweep_section(sweep_dir: Path, jobs: Sequence[Job]) -> Section:
     for job in jobs:
         facts = job.facts or {}
         values = [" -> ".join(show(facts.get(key)) for key in keys_of) if job.facts else "-" for _, keys_of, show in columns]
-        time = duration(facts.get("seconds")) if job.facts else "failed"
+        time = duration(facts.get("seconds") or None) if job.facts else "failed"  # "-": all was trained before
         rows.append([job.number, *(job.overrides.get(key, "-") for key in keys), *values, time])
     failed = [job for job in jobs if not job.facts]
     title = f"Sweep of {len(jobs)} jobs" + (f", {len(failed)} failed" if failed else "")
     places = [("table", short(sweep_dir / "sweep.md")), ("numbers", short(sweep_dir / "sweep.csv"))]
     places += [(f"job {job.number} failed", short(job.folder)) for job in failed]
-    return Section(title, header=("job", *map(leaf(keys), keys), *(name for name, _, _ in columns), "time"), rows=rows, literal=places)
+    header = ("job", *map(leaf(keys), keys), *(name for name, _, _ in columns), "time")
+    errors = [f"job {job.number}: {clip(job.error, ERROR_LIMIT)}" for job in failed if job.error]
+    return Section(title, header=header, rows=rows, notes=errors, literal=places)
 
 
 def leaf(keys: Sequence[str]):
@@ -124,11 +146,11 @@ def leaf(keys: Sequence[str]):
 def csv_rows(jobs: Sequence[Job]) -> list[list]:
     keys, columns = swept(jobs), told(jobs)
     metrics = [key for _, keys_of, _ in columns for key in keys_of]
-    rows = [["job", *keys, *metrics, "seconds", "state"]]
+    rows = [["job", *keys, *metrics, "seconds", "state", "error"]]
     for job in jobs:
         facts = job.facts or {}
         values = [rounded(facts.get(key, "")) for key in (*metrics, "seconds")]
-        rows.append([job.number, *(job.overrides.get(key, "") for key in keys), *values, "done" if job.facts else "failed"])
+        rows.append([job.number, *(job.overrides.get(key, "") for key in keys), *values, "done" if job.facts else "failed", job.error])
     return rows
 
 
