@@ -94,6 +94,8 @@ def _check_kind(key: str, value: object, kind: type) -> None:
         for name, text in value.items():
             _check_kind(f"{key}.{name}", text, str)
     if str(kind).startswith("typing.List"):
+        if not isinstance(value, list) and kind == List[float]:  # betas
+            raise UserError(f"{key}={shown} must be two numbers: type {key}=[0.9,0.95]")
         if not isinstance(value, list):
             raise UserError(f"{key}={shown} must be a list: type {key}=[{'...' if value is None else value}]")
         if any(part is None or isinstance(part, dict | list) for part in value):
