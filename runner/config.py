@@ -48,8 +48,6 @@ class ModelPart:
     shape: Dict[str, Any]
     lora: Lora
 
-    __post_init__ = limits.check_part
-
     @property
     def adapters_only(self) -> bool:
         """The other weights stay as they are, so that the reference of PPO and DPO is the actor with its adapters off."""

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from runner.aliases import instead_of
 from runner.checks import secrets
 from runner.config import PARENTS, STAGES, Config, Source
 from runner.errors import UserError, did_you_mean
@@ -41,7 +42,7 @@ def load(composed: DictConfig | str | Path) -> Config:
         return OmegaConf.to_object(whole)
     except ConfigKeyError as error:
         key = error.full_key or str(error.key)
-        raise UserError(unknown(key)) from error
+        raise UserError(unknown(key, chosen)) from error
     except OmegaConfBaseException as error:
         what = str(error).splitlines()[0]
         if wrong := re.fullmatch(r"Value '(.*)' (?:of type '.*' could not be converted to|is not a valid) (\w+).*", what):
@@ -101,6 +102,8 @@ def _check_kind(key: str, value: object, kind: type) -> None:
         for name, text in value.items():
             _check_kind(f"{key}.{name}", text, str)
     if str(kind).startswith("typing.List"):
+        if not isinstance(value, list) and kind == List[float]:  # betas
+            raise UserError(f"{key}={shown} must be two numbers: type {key}=[0.9,0.95]")
         if not isinstance(value, list):
             raise UserError(f"{key}={shown} must be a list: type {key}=[{'...' if value is None else value}]")
         if any(part is None or isinstance(part, dict | list) for part in value):
@@ -163,8 +166,10 @@ def known_keys(node: type = Config, prefix: str = "") -> List[str]:
     return keys
 
 
-def unknown(key: str) -> str:
-    """The message for a key that does not exist: the one it resembles, or the few that its block has."""
+def unknown(key: str, stage: str | None) -> str:
+    """The message for a key that does not exist: what other programs' names are here, the key it resembles, or the few of its block."""
+    if instead := instead_of(key, stage):
+        return f"unknown key {key}: {instead}"
     block, _, leaf = key.rpartition(".")
     beside = [name.removeprefix(f"{block}.") for name in known_keys() if name.startswith(f"{block}.")]
     beside = [name for name in beside if "." not in name and name != "*"]

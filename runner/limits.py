@@ -57,12 +57,13 @@ def _key(block: object) -> str:
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
-def check_part(part) -> None:
-    check_choice("init", part.init, ("pretrained", "random"))
-    check(part.init == "pretrained" or bool(part.shape), "init=random needs a shape: the sizes of the network")
+def _check_part(part, where: str) -> None:
+    check_choice(f"{where}.init", part.init, ("pretrained", "random"))
+    random = part.init == "random"
+    check(not random or bool(part.shape), f"{where}.init=random needs {where}.shape: the sizes of the network")
     check(
-        part.init == "pretrained" or not part.path.startswith(("/", "./", "../", "~")),
-        f"init=random makes up its weights and does not read {part.path}: also type model.actor.init=pretrained (or model.reward.init)",
+        not random or not part.path.startswith(("/", "./", "../", "~")),
+        f"{where}.init=random makes up its weights and does not read {where}.path={part.path}: also type {where}.init=pretrained",
     )
 
 
@@ -76,6 +77,7 @@ def check_model(model) -> None:
     check(model.max_prompt_tokens >= 1, f"model.max_prompt_tokens={model.max_prompt_tokens} must be at least 1")
     check(model.max_response_tokens >= 2, f"model.max_response_tokens={model.max_response_tokens} must be at least 2: a token and EOS")
     for name in ("actor", "reward"):
+        _check_part(getattr(model, name), f"model.{name}")
         _check_lora(getattr(model, name).lora, f"model.{name}.lora")
         for size, value in getattr(model, name).shape.items():
             whole = value is None or (type(value) is int and value > 0)
@@ -107,7 +109,7 @@ def check_split(split) -> None:
 
 def check_dataset(data) -> None:
     check_choice("dataset.on_bad_row", data.on_bad_row, ("error", "skip"))
-    check(0 < data.holdout < 1, f"dataset.holdout={data.holdout} must be between 0 and 1: it is the share kept for evaluation")
+    check(0 < data.holdout < 1, f"dataset.holdout={data.holdout} must be above 0, and below 1: it is the share kept for evaluation")
     check(bool(data.sources), "dataset.sources is empty: name at least one source of prompts")
     for name, source in data.sources.items():
         where = f"dataset.sources.{name}.weight={source.weight}"
@@ -168,7 +170,7 @@ def check_training(block) -> None:
     )
     check(block.warmup >= 0, f"{where}.warmup={block.warmup} must be 0 or more: steps, or below 1 a share of the run")
     check(block.grad_clip > 0, f"{where}.grad_clip={block.grad_clip} must be above 0 (1e9 for none)")
-    check(len(block.betas) == 2, f"{where}.betas={block.betas} must be two numbers")
+    check(len(block.betas) == 2, f"{where}.betas={block.betas} must be two numbers: type {where}.betas=[0.9,0.95]")
     check(all(0 <= beta < 1 for beta in block.betas), f"{where}.betas={block.betas} must be 0 or more, and below 1")
     check_positive(block, "epochs", "max_steps", "eps")
     check_least(block, 0, "eval_every", "lr_end")
@@ -282,7 +284,10 @@ def seconds_of(text: str) -> float:
         return 60 * float(text)
     except ValueError:
         found = DURATION.fullmatch(text)
-    check(found is not None, f"time_limit={text} is not a duration: type minutes (90), HH:MM:SS (01:30:00) or D-HH:MM:SS (1-12:00:00)")
+    check(
+        found is not None,
+        f"time_limit={text} is not a duration: type minutes (90), MM:SS (90:00), HH:MM:SS (01:30:00) or D-HH:MM:SS (1-12:00:00)",
+    )
     part = {name: int(value or 0) for name, value in found.groupdict().items()}
     least = [("seconds", part["s"] + part["seconds"], 60), ("hours", part["h"], 24)]
     least += [("minutes", part["m"] + part["minutes"], 60)] if found["hours"] or found["days"] else []

@@ -117,9 +117,12 @@ def _check_hub_token(cfg: Config) -> None:
 
 def _go_offline_without_network(cfg: Config, steps: list[Step]) -> None:
     """Probe the hub once, quickly: its client would retry each look-up for a minute. Must run before the client is imported."""
-    names = [s.path for s in sources_of(cfg.dataset).values() if s.adapter != "toy"] + list(cfg.dataset.pretrain)
-    names += [part.path for part in (cfg.model.actor, cfg.model.reward) if part.init == "pretrained"]
-    names += [step.pinned for step in steps if step.pinned]
+    by_stage = {step.stage: step for step in steps}
+    names = [s.path for s in sources_of(cfg.dataset).values() if s.adapter != "toy"]
+    names += cfg.dataset.pretrain if "ppo" in by_stage and cfg.ppo.ptx_coef else []
+    for stage, part in (("sft", cfg.model.actor), ("reward", cfg.model.reward)):
+        if stage in by_stage:  # also of a step that is done: later ones read the tokenizer of what it started from
+            names += [by_stage[stage].pinned or part.path] if by_stage[stage].pinned or part.init == "pretrained" else []
     needed = [name for name in names if not is_local(name)]
     if not needed:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

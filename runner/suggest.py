@@ -52,7 +52,7 @@ def check_overrides(argv: list[str], conf: Path) -> list[str]:
 def _no_override(argument: str, after: str, known: list[str]) -> str:
     """The message for a word without =. after: the next word, which may be its value."""
     if argument == "help":
-        return "'help' is not an override: python run.py --help explains, and --cfg job prints all keys"
+        return "'help' is not an override: python run.py --help explains, and --cfg job prints the keys of a stage"
     if argument in known:
         return f"{argument!r} has no value: type {argument}={'...' if '=' in after or not after else after}"
     return f"{argument!r} is not an override: type key=value{did_you_mean(argument.strip('='), known)}"
@@ -117,7 +117,7 @@ def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: st
     if key.startswith(("hydra.", "hydra/")):
         return argument
     if override.is_delete():
-        _check_deletion(argument, key, known)
+        _check_deletion(argument, key, known, chosen)
         return argument
     if key in groups:
         if argument.startswith("+"):
@@ -126,7 +126,7 @@ def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: st
         for option in _options(value):
             check_preset(key, option, conf)
         return argument
-    _refuse_unknown(key, override.value(), known)
+    _refuse_unknown(key, override.value(), known, chosen)
     if value.startswith("[") and any(name.startswith(f"{key}.") for name in known):
         raise UserError(f"{argument}: {key} is a mapping of names to values: type {key}='{{name: value}}'")
     block = key.split(".")[0]
@@ -136,22 +136,22 @@ def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: st
     return f"++{argument}" if adds and argument.startswith(key) else argument
 
 
-def _check_deletion(argument: str, key: str, known: list[str]) -> None:
+def _check_deletion(argument: str, key: str, known: list[str], chosen: str) -> None:
     """Only a source, or what is in a free-form mapping, can be deleted. Everything else needs a value."""
     if key != "hydra" and not _is_known(key, known):
-        raise UserError(f"{argument}: {unknown(key)}")
+        raise UserError(f"{argument}: {unknown(key, chosen)}")
     if not _is_free(key, known) and not _fits(["dataset", "sources", "*"], key.split(".")):
         most = "Only a source (~dataset.sources.shp) or a name of your own in a mapping can be"
         raise UserError(f"{key} cannot be deleted: leave out {argument}. {most}")
 
 
-def _refuse_unknown(key: str, value: object, known: list[str]) -> None:
+def _refuse_unknown(key: str, value: object, known: list[str], chosen: str) -> None:
     """Raise UserError for a key that does not exist, also one inside a mapping that is given as one value."""
     if not _is_known(key, known):
-        raise UserError(f"{unknown(key)}. `python run.py --cfg job` prints all keys")
+        raise UserError(f"{unknown(key, chosen)}. `python run.py stage={chosen} --cfg job` prints the keys of that stage")
     for name, inside in value.items() if isinstance(value, dict) else ():
         if any(_fits(other.split(".")[:-1], key.split(".")) for other in known):
-            _refuse_unknown(f"{key}.{name}", inside, known)
+            _refuse_unknown(f"{key}.{name}", inside, known, chosen)
 
 
 def _check_launcher(name: str) -> None:
@@ -181,7 +181,9 @@ def _no_preset(group: str, option: str, options: list[str]) -> str:
         return f"{group}={option} is not a preset: type dataset={'jsonl' if is_local(option) else 'hub'} dataset.path={option}"
     if group == "model" and "/" in option:
         return f"{group}={option} is not a preset: type model.actor.path={option} with the preset of its size, such as model=opt1.3b"
-    return f"{group}={option} does not exist{did_you_mean(option, options)}. There are: {', '.join(options)}"
+    larger = [name for name in options if option and name.startswith(option)]  # a100: the one with 40 GB, or the one with 80?
+    near = f" (did you mean {' or '.join(larger)}?)" if larger else did_you_mean(option, options)
+    return f"{group}={option} does not exist{near}. There are: {', '.join(options)}"
 
 
 def _is_known(key: str, known: list[str]) -> bool:

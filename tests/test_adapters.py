@@ -260,6 +260,7 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"question": "a", "answer": "b"}, {}, SINGLE),
         ({"query": "a", "completion": "b"}, {}, SINGLE),
         ({"prompt": "a", "label": "b", "response": None}, {}, SINGLE),
+        ({"prompt": "a", "completion": "b", "label": True}, {}, SINGLE),
         ({"instruction": "a", "input": "", "output": "b"}, {}, SINGLE),
         ({"instruction": "a", "input": "x", "output": "b"}, {}, Example(turns("a\n\nx"), "b")),
         ({"instruction": "a", "context": "x", "response": "b"}, {}, Example(turns("a\n\nx"), "b")),
@@ -328,6 +329,7 @@ def test_fields_of_broken_rows(row, fields, message):
         ({"prompt": "", "response": "b"}, "empty prompt"),
         ({"prompt": [], "response": messages("a", "b")[1:]}, "empty prompt"),
         ({"chosen": messages("a", "b"), "rejected": messages("x", "c")}, "prompts differ"),
+        ({"prompt": "a", "completion": "b", "label": False}, "marked as bad (label: false)"),
     ],
 )
 def test_fields_of_useless_rows(row, why):
@@ -335,18 +337,29 @@ def test_fields_of_useless_rows(row, why):
 
 
 @pytest.mark.parametrize(
-    "row, guess",
+    "row, guess, verdict",
     [
-        ({"question": "a", "good": "b", "bad": "c"}, "{prompt: question, chosen: good, rejected: bad}"),
-        ({"post": "a", "bad_reply": "c", "good_reply": "b"}, "{prompt: post, chosen: good_reply, rejected: bad_reply}"),
-        ({"q": "a", "text": "b"}, "{prompt: FIELD, chosen: FIELD, rejected: FIELD}"),
-        ({"Frage": "a", "chosen": "b", "rejected": "c"}, "{prompt: FIELD, chosen: chosen, rejected: rejected}"),
+        ({"question": "a", "good": "b", "bad": "c"}, "{prompt: question, chosen: good, rejected: bad}", None),
+        ({"post": "a", "bad_reply": "c", "good_reply": "b"}, "{prompt: post, chosen: good_reply, rejected: bad_reply}", None),
+        ({"q": "a", "text": "b"}, "{prompt: FIELD, chosen: FIELD, rejected: FIELD}", None),
+        ({"Frage": "a", "chosen": "b", "rejected": "c"}, "{prompt: FIELD, chosen: chosen, rejected: rejected}", None),
+        ({"question": "a", "winner": "b", "loser": "c"}, "{prompt: question, chosen: winner, rejected: loser}", None),
+        ({"question": "a", "best_text": "b c"}, "{prompt: question, chosen: best_text, rejected: FIELD}", None),
+        # Which answer is better stands in a field of its own: the map alone would turn every other pair round
+        (
+            {"query": "a", "response_a": "b", "response_b": "c", "preferred": "b"},
+            "{prompt: query, chosen: response_a, rejected: FIELD}",
+            "preferred",
+        ),
+        ({"query": "a", "text_0": "b", "text_1": "c", "better": 1}, "{prompt: query, chosen: FIELD, rejected: FIELD}", "better"),
+        ({"dialogue_a": "a", "dialogue_b": "b", "winner": "model_b"}, "{prompt: FIELD, chosen: FIELD, rejected: FIELD}", "winner"),
+        ({"Frage": "a", "completion": "b", "label": True}, "{prompt: FIELD, chosen: completion, rejected: FIELD}", None),
     ],
 )
-def test_a_row_with_unknown_names_comes_with_a_map_to_type(row, guess):
+def test_a_row_with_unknown_names_comes_with_a_map_to_type(row, guess, verdict):
     with pytest.raises(Unmapped) as caught:
         adapt("fields", row, {})
-    assert caught.value.map == guess
+    assert (caught.value.map, caught.value.verdict) == (guess, verdict)
 
 
 def test_fields_map_with_an_unknown_name():

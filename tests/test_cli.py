@@ -265,7 +265,13 @@ WRONG = {
     "no checkpoint": ("sft.use=/nowhere", "sft.use=/nowhere: this folder does not exist (looked from "),
     "mistyped DeepSpeed key": ("hardware.deepspeed={zero_optimisation:{}}", "did you mean zero_optimization?"),
     "our DeepSpeed key": ("hardware.deepspeed.optimizer.type=Adam", "is decided by the runner: set the stage's lr"),
-    "path beside random weights": ("model.actor.path=/models/opt", "type model.actor.init=pretrained"),
+    "path beside random weights": (
+        "model.reward.path=/models/opt",
+        "model.reward.init=random makes up its weights and does not read model.reward.path=/models/opt: also type model.reward.init=pre",
+    ),
+    "nothing held out": ("dataset.holdout=0", "dataset.holdout=0.0 must be above 0, and below 1"),
+    "one moment decay": ("ppo.betas=0.9", "ppo.betas=0.9 must be two numbers: type ppo.betas=[0.9,0.95]"),
+    "one moment decay in a list": ("ppo.betas=[0.9]", "must be two numbers: type ppo.betas=[0.9,0.95]"),
     "unknown interpolation": ("name=${nix}", "Interpolation key 'nix' not found"),
     "value for a block": ("wandb=disabled", "wandb is a block of keys (mode, project, entity): type wandb.mode=disabled"),
     "value for a list": ("dataset.sft_only=/x.jsonl", "must be a list: type dataset.sft_only=[/x.jsonl]"),
@@ -403,6 +409,10 @@ def test_broken_rows_are_named_or_counted(here, refused):
     Path("named.jsonl").write_text('{"question": "a", "good": "b", "bad": "c"}\n')
     message = refused("dataset=jsonl", "dataset.path=named.jsonl")
     assert "type dataset.fields='{prompt: question, chosen: good, rejected: bad}'" in message
+    Path("judged.jsonl").write_text('{"query": "a", "response_a": "b", "response_b": "c", "preferred": "b"}\n')
+    message = refused("dataset=jsonl", "dataset.path=judged.jsonl")
+    assert "Field preferred is not read" in message and "write the rows as prompt, chosen and rejected" in message
+    assert "dataset.fields" not in message
     Path("fine.jsonl").write_text("\n".join(rows))
     message = refused("dataset=jsonl", "dataset.path=fine.jsonl", "dataset.sft_only=[named.jsonl]")
     assert "Name its fields prompt and response" in message and "dataset.fields" not in message  # that map is another file's
@@ -422,7 +432,35 @@ def test_data_that_is_no_file_of_rows_is_said_before_it_is_read(here, refused):
     os.mkfifo(here / "pipe.jsonl")
     assert "folder ./data was not written by datasets' save_to_disk: name one of" in refused("dataset=jsonl", "dataset.path=./data")
     assert "no regular file" in refused("dataset=jsonl", "dataset.path=pipe.jsonl")
-    assert refused("dataset=jsonl", "dataset.path=data/gone.jsonl").endswith("in data there are: rows.jsonl")
+    assert refused("dataset=jsonl", "dataset.path=data/gone.jsonl").endswith("similar names there: rows.jsonl")
+
+
+def test_a_split_of_a_local_file_is_refused_before_anything_starts(here, refused):
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    message = refused("dataset=jsonl", "dataset.path=pairs.jsonl", "dataset.sources.jsonl.split=train_prefs", "dry_run=true")
+    assert message.startswith("split=train_prefs: pairs.jsonl has no splits. Leave split out to read it whole")
+
+
+@pytest.mark.parametrize(
+    "words, names",
+    [
+        ("stage=sft", "facebook/opt-1.3b"),
+        ("stage=reward", "facebook/opt-350m"),
+        ("stage=ppo", "facebook/opt-1.3b, facebook/opt-350m"),
+        ("stage=dpo sft.use=user/mine", "user/mine"),
+        ("stage=sft dataset.pretrain=[user/text]", "facebook/opt-1.3b"),
+        ("stage=ppo dataset.pretrain=[user/text] ppo.ptx_coef=1", "user/text, facebook/opt-1.3b, facebook/opt-350m"),
+    ],
+)
+def test_without_network_only_what_the_steps_read_is_looked_for(words, names, here, monkeypatch, capsys):
+    from runner.plan import plan
+    from runner.preflight import _go_offline_without_network
+
+    monkeypatch.setattr("runner.preflight.hub_answers", lambda: False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    cfg = configured("model=opt1.3b", *words.split())
+    _go_offline_without_network(cfg, plan(cfg))
+    assert f"looking for {names} in the local cache only" in capsys.readouterr().err
 
 
 def test_what_is_odd_about_a_row_is_said(here, refused):

@@ -542,12 +542,24 @@ def test_folder_with_splits(tmp_path):
         read(tmp_path / "d", split="validation")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "folder"])
+def test_what_has_no_splits_is_not_read_whole_in_place_of_one(name, tmp_path):
+    path = write(tmp_path / name, ROWS)
+    with pytest.raises(UserError, match=rf"split=train_prefs: {path} has no splits.* Leave split out"):
+        read(path, split="train_prefs")
+
+
 def test_a_missing_file_names_its_neighbours(tmp_path):
     write(tmp_path / "pairs.jsonl", ROWS)
-    with pytest.raises(UserError, match=r"data file .*/pears.jsonl does not exist .*there are: pairs.jsonl"):
+    with pytest.raises(UserError, match=r"data file .*/pears.jsonl does not exist .*similar names there: pairs.jsonl$"):
         read(tmp_path / "pears.jsonl")
-    with pytest.raises(UserError, match=r"does not exist \(looked from [^)]*\)$"):  # nothing there is like it
-        read(tmp_path / "other.parquet")
+    for i in range(9):
+        write(tmp_path / f"{i}.json", ROWS)
+    with pytest.raises(UserError, match=r"; in .* there are: 0.json, .*, 7.json and 2 more$"):  # nothing there is like it
+        read(tmp_path / "quux.parquet")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"does not exist \(looked from [^)]*\)$"):
+        read(tmp_path / "empty" / "pears.jsonl")
 
 
 def test_broken_lines_say_what_is_broken(tmp_path):

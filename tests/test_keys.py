@@ -55,6 +55,7 @@ UNKEYED = {
     "model.reward.revision": "random weights, likewise",
     "dataset.name": "a label",
     "dataset.path": "read by interpolation: it stands in the sources, and counts by its content",
+    "dataset.sources.mine.split": "a local file has no splits: any other is refused (tests/test_data.py)",
     "dataset.fields": "read by interpolation: they stand in the sources",
     **{f"{stage}.eval_every": "evaluations draw no random number of training, and change no weight" for stage in ALL},
     **{f"{stage}.eval_examples": "likewise" for stage in ("sft", "reward", "dpo")},
@@ -81,6 +82,7 @@ OTHER = {
     "model.actor.init": "random",
     "model.reward.init": "pretrained",
     "dataset.sources.mine.path": "a/b",
+    "dataset.sources.mine.split": "train",
 }
 
 

@@ -1,12 +1,18 @@
 """The command line before Hydra reads it: options wherever they stand, overrides, and presets of one's own."""
 
+import itertools
+import re
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
+from runner.aliases import ALIASES, instead_of
+from runner.config import STAGES
+from runner.door import known_keys, load
 from runner.errors import UserError
 from runner.suggest import check_overrides
 
@@ -83,6 +89,65 @@ def test_sources_and_free_names_are_deleted():
 )
 def test_a_path_in_place_of_a_preset_gets_the_key_that_takes_paths(words, says):
     assert says in refusal(words)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("learning_rate=1", "type ppo.actor_lr or ppo.critic_lr."),
+        ("ppo.learning_rate=1 stage=ppo", "type ppo.actor_lr or ppo.critic_lr."),
+        ("learning_rate=1 stage=sft", "type sft.lr."),
+        ("batch_size=1", "type ppo.rollout_batch;"),
+        ("reward.batch_size=1", "type reward.global_batch; it counts all GPUs; hardware.micro_batch.reward is what one holds"),
+        ("per_device_train_batch_size=1 stage=dpo", "type hardware.micro_batch.dpo."),
+        ("gradient_accumulation_steps=1 stage=sft", "it follows from sft.global_batch, hardware.micro_batch.sft and"),
+        ("ppo.vf_coef=1", "type ppo.critic_lr; the critic is a network of its own"),
+        ("ppo.entropy_coef=1", "this PPO has no entropy bonus"),
+        ("ppo.beta=1", "type ppo.kl_coef;"),
+        ("beta=1", "did you mean dpo.beta?"),
+        ("ppo.gae_lambda=1", "type ppo.lam."),
+        ("fp16=true", "type hardware.precision=fp16."),
+        ("hardware.bf16=true", "type hardware.precision=bf16."),
+        ("max_length=1", "type model.max_prompt_tokens and model.max_response_tokens;"),
+        ("zero_stage=3 stage=sft", "type hardware.zero.actor."),
+        ("critic_zero_stage=3 stage=sft", "type hardware.zero.critic."),
+        ("use_lora=true stage=sft", "type model.actor.lora.dim;"),
+        ("lora.dim=8", "type model.actor.lora.dim or model.reward.lora.dim."),
+        ("lora_r=8 stage=reward", "type model.reward.lora.dim."),
+        ("model.actor.lora.r=8", "type model.actor.lora.dim."),
+        ("model.reward.lora.rank=8", "type model.reward.lora.dim."),
+        ("sft='{learning_rate: 1}'", "unknown key sft.learning_rate: type sft.lr."),
+        ("~learning_rate", "type ppo.actor_lr or ppo.critic_lr"),
+    ],
+)
+def test_names_of_other_programs_are_translated(words, says):
+    """Similarity alone would propose ppo.betas for ppo.beta, and the rate of the adapters (lora.lr) for their rank (lora.r)."""
+    assert says in refusal(words)
+
+
+def test_an_unknown_key_comes_with_the_command_that_prints_those_of_its_stage():
+    """Without the stage it would print those of PPO, which lack dpo.*."""
+    assert "`python run.py stage=dpo --cfg job` prints the keys of that stage" in refusal("stage=dpo dpo.foo=1")
+
+
+def test_what_the_table_of_foreign_names_says_to_type_exists():
+    known = known_keys()
+    for names, *_ in ALIASES:
+        for name, stage in itertools.product(names.split(), STAGES):
+            said = instead_of(name, stage)
+            assert name not in known and said and "{" not in said
+            for key in re.findall(r"\b(?:model|hardware|checkpoint|sft|reward|dpo|ppo)\.[\w.]*\w", said):
+                assert key in known, said
+
+
+def test_a_foreign_name_in_a_preset_is_translated_too():
+    with pytest.raises(UserError, match=r"unknown key ppo.gae_lambda: type ppo.lam"):
+        load(OmegaConf.create({"stage": "ppo", "ppo": {"gae_lambda": 1}}))
+
+
+def test_presets_that_begin_like_an_unknown_one_are_named():
+    assert "hardware=a100 does not exist (did you mean a100_40g or a100_80g?). There are: " in refusal("hardware=a100")
+    assert "did you mean llama2_13b or llama2_70b or llama2_7b?" in refusal("model=llama2")
 
 
 def test_names_inside_a_mapping_are_looked_at():

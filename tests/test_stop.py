@@ -137,7 +137,7 @@ def test_time_limits_are_minutes_or_what_slurm_writes(text, seconds):
 
 
 OTHERS = [
-    ("soon", "is not a duration: type minutes"),
+    ("soon", r"is not a duration: type minutes \(90\), MM:SS \(90:00\), HH:MM:SS"),
     ("1:2:3:4", "is not a duration"),
     ("0", "must be above 0"),
     ("25:61:00", "has 61 minutes, which is 60 or more"),

@@ -26,11 +26,14 @@ class BadRow(ValueError):
 
 
 class Unmapped(BadRow):
-    """The row has none of the names that are looked for; `map` is the field map to type, as far as it can be guessed."""
+    """The row has none of the names that are looked for.
 
-    def __init__(self, message: str, map: str):
+    map: the field map to type, as far as it can be guessed. verdict: the field that says which answer is better, which no map reads.
+    """
+
+    def __init__(self, message: str, map: str, verdict: str | None):
         super().__init__(message)
-        self.map = map
+        self.map, self.verdict = map, verdict
 
 
 class Dropped(Exception):
@@ -148,7 +151,8 @@ def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ..
         raise null
     else:
         missing = no_field(row, "prompt", PROMPTS)
-        raise Unmapped(f"field {key} is no dialogue (it does not begin with 'Human:'), and there is {missing}", missing.map)
+        message = f"field {key} is no dialogue (it does not begin with 'Human:'), and there is {missing}"
+        raise Unmapped(message, missing.map, missing.verdict)
     if not turns or turns[-1]["role"] != "assistant":
         empty = not turns or PLACE.search(str(row[key]))
         raise Dropped("empty response" if empty else f"dialogue ends with a {turns[-1]['role']} turn")
@@ -296,6 +300,8 @@ def any_fields(row: dict, fields: dict) -> Example:
     prompt, answer = pick(named, PROMPTS), pick(named, tuple(n for n in RESPONSES if n in fields) or RESPONSES)
     if answer is None:
         raise null_field(named, RESPONSES) or no_field(row, "response", RESPONSES)
+    if row.get("label") is False:  # KTO: this is how not to answer
+        raise Dropped("marked as bad (label: false)")
     turns: tuple[Turn, ...] = ()
     if prompt and named[prompt] == []:
         raise Dropped("empty prompt")
@@ -321,7 +327,7 @@ def null_field(row: dict, names: tuple[str, ...]) -> BadRow | None:
 
 
 def no_field(row: dict, what: str, names: tuple[str, ...]) -> Unmapped:
-    return Unmapped(f"no {what} among the fields {', '.join(map(str, row))}; tried {', '.join(names)}", guessed_map(row))
+    return Unmapped(f"no {what} among the fields {', '.join(map(str, row))}; tried {', '.join(names)}", *guessed_map(row))
 
 
 # Words in the names of fields that other people choose
@@ -330,15 +336,32 @@ HINTS = {
     "rejected": {"rejected", "bad", "worse", "worst", "loser", "lose", "negative", "dispreferred"},
     "chosen": {*RESPONSES, "good", "better", "best", "winner", "win", "positive", "preferred", "accepted", "reply"},
 }
+# Words in the names of fields that say which of two answers is better: "b", 1, "response_b"
+VERDICTS = {"preferred", "preference", "prefer", "winner", "win", "label", "labels", "choice", "better", "best", "verdict", "judgment"}
 
 
-def guessed_map(row: dict) -> str:
-    """'{prompt: question, chosen: good, rejected: bad}' from a row's own names, with FIELD where none suggests itself."""
-    free, found = [str(name) for name in row], {}
+def guessed_map(row: dict) -> tuple[str, str | None]:
+    """'{prompt: question, chosen: good, rejected: bad}' from a row's own names, with FIELD where none suggests itself; and the verdict."""
+    free, found, verdict = [str(name) for name in row], {}, None
     for ours, hints in HINTS.items():
-        found[ours] = next((name for name in free if hints & set(re.findall("[a-z]+", name.lower()))), "FIELD")
+        if ours == "chosen" and found["rejected"] == "FIELD":
+            verdict = next((name for name in free if _has_word(name, VERDICTS) and _is_verdict(name, row)), None)
+            free = [name for name in free if name != verdict]
+        found[ours] = next((name for name in free if _has_word(name, hints)), "FIELD")
         free = [name for name in free if name != found[ours]]
-    return "{" + ", ".join(f"{ours}: {found[ours]}" for ours in ("prompt", "chosen", "rejected")) + "}"
+    return "{" + ", ".join(f"{ours}: {found[ours]}" for ours in ("prompt", "chosen", "rejected")) + "}", verdict
+
+
+def _has_word(name: str, words: set[str]) -> bool:
+    return bool(words & set(re.findall("[a-z]+", name.lower())))
+
+
+def _is_verdict(name: str, row: dict) -> bool:
+    """A number, or a word such as b or response_b; not an answer, and not KTO's label of the only answer, which is read."""
+    value = row.get(name)
+    if name == "label" and isinstance(value, bool) and len(row) < 4:
+        return False
+    return isinstance(value, NUMBER) or (isinstance(value, str) and len(value.split()) == 1)
 
 
 ADAPTERS: dict[str, Callable[[dict, dict], Example]] = {

@@ -75,6 +75,8 @@ def _cure(dataset: Dataset, source: Source, error: Exception) -> str:
     skip = "Mend the row, or type dataset.on_bad_row=skip to count such rows and go on"
     if not isinstance(error, Unmapped):
         return skip
+    if error.verdict:
+        return f"Field {error.verdict} is not read, so no map tells the better answer: write the rows as prompt, chosen and rejected first"
     if source.path != dataset.path:
         return f"Name its fields prompt and response, or give its source a map in a conf/dataset/ file. {skip}"
     return f"If all rows are like this one, type dataset.fields='{error.map}' (leave out what is not there). {skip}"

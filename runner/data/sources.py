@@ -18,7 +18,7 @@ from runner.data import toy
 from runner.errors import UserError
 
 # Increase it when an adapter, the encoder, the split or the order of the sources changes what becomes of a row
-VERSION = 6
+VERSION = 7
 
 
 class BrokenRow(Exception):
@@ -55,7 +55,7 @@ def rows(source: Source, toy_rows: int) -> Iterator[tuple[str, dict | BrokenRow]
     elif not is_local(source.path):
         yield from _hub_rows(source)
     else:
-        path = _existing(source.path)
+        path = _existing(source)
         if path.is_dir():
             yield from _saved_rows(path, source.split)
         elif path.suffix == ".parquet":
@@ -72,7 +72,7 @@ def content_key(source: Source, toy_rows: int) -> str:
         return f"toy-{toy.VERSION}-{toy_rows}"
     if not is_local(source.path):
         return f"{source.path}@{source.revision or 'main'}"
-    path = _existing(source.path)
+    path = _existing(source)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
     try:
@@ -85,24 +85,33 @@ def content_key(source: Source, toy_rows: int) -> str:
     return digest.hexdigest()
 
 
-def _existing(path: str) -> Path:
-    found = Path(path)
+def _existing(source: Source) -> Path:
+    path, found = source.path, Path(source.path)
     if not found.exists():
         there = sorted(p.name for p in found.parent.glob("*") if p.name.endswith(SUFFIXES) and p.exists()) if found.parent.is_dir() else []
-        near = difflib.get_close_matches(found.name, there, n=3) or [name for name in there if Path(name).suffixes == found.suffixes]
-        hint = f"; in {found.parent} there are: {', '.join(near[:8])}" if near else ""
+        near = difflib.get_close_matches(found.name, there, n=3)
+        more = f" and {len(there) - 8} more" if len(there) > 8 else ""
+        every = f"; in {found.parent} there are: {', '.join(there[:8])}{more}" if there else ""
+        hint = f"; similar names there: {', '.join(near)}" if near else every
         raise UserError(f"data file {path} does not exist (looked from {Path.cwd()}){hint}")
     if found.is_dir():  # checked before its files are hashed: it may be a whole disk
         if not any((found / name).is_file() for name in SAVED_BY_DATASETS):
             inside = sorted(p.name for p in found.iterdir() if p.name.endswith(SUFFIXES))
             hint = f": name one of {', '.join(inside[:8])}" if inside else f"; name a {', '.join(SUFFIXES)} file"
             raise UserError(f"folder {path} was not written by datasets' save_to_disk{hint}")
+        _check_split(source, has_splits=(found / "dataset_dict.json").is_file())
         return found
     if not found.is_file():
         raise UserError(f"data file {path} is no regular file, and it is read more than once: write its rows to a .jsonl file first")
     if not found.name.endswith(SUFFIXES):
         raise UserError(f"data file {path}: unknown format; use one of {', '.join(SUFFIXES)}")
+    _check_split(source, has_splits=False)
     return found
+
+
+def _check_split(source: Source, has_splits: bool) -> None:
+    if not has_splits and source.split != "train":  # which is what stands where nobody has typed a split
+        raise UserError(f"split={source.split}: {source.path} has no splits. Leave split out to read it whole, or name that split's file")
 
 
 SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")

@@ -1,0 +1,63 @@
+"""Names that people bring from TRL, Hugging Face's Trainer and DeepSpeed, and what to type here in their place."""
+
+import re
+
+from runner.config import ENGINES, PARTS, STAGES, rate_key
+
+# The end of a foreign key, what to type, and what should be known about it. {engine}, {part} and {rate} stand for each network that the
+# stage trains. Nothing to type: it does not exist here, and the last column says why
+ALIASES = (
+    ("learning_rate", "{rate}", ""),
+    ("lr_scheduler_type", "{stage}.lr_schedule", ""),
+    ("warmup_steps num_warmup_steps warmup_ratio", "{stage}.warmup", "1 or more is steps, less is a share of the run"),
+    ("num_train_epochs", "{stage}.epochs", ""),
+    ("max_grad_norm gradient_clipping", "{stage}.grad_clip", ""),
+    ("batch_size train_batch_size", "{batch}", "it counts all GPUs; hardware.micro_batch.{stage} is what one holds at a time"),
+    ("per_device_train_batch_size train_micro_batch_size_per_gpu", "hardware.micro_batch.{stage}", ""),
+    (
+        "gradient_accumulation_steps",
+        "",
+        "it follows from {batch}, hardware.micro_batch.{stage} and the number of GPUs",
+    ),
+    ("fp16", "hardware.precision=fp16", ""),
+    ("bf16", "hardware.precision=bf16", ""),
+    ("zero_stage", "hardware.zero.{engine}", ""),
+    ("max_length max_seq_length max_seq_len", "model.max_prompt_tokens and model.max_response_tokens", "they have a limit each"),
+    ("max_prompt_length max_prompt_seq_len", "model.max_prompt_tokens", ""),
+    ("max_new_tokens max_completion_length response_length max_answer_seq_len", "model.max_response_tokens", ""),
+    ("use_lora use_peft", "model.{part}.lora.dim", "adapters are used when their rank is above 0"),
+    ("lora.r lora.rank lora.dim lora_r lora_rank lora_dim", "model.{part}.lora.dim", ""),
+    ("lora_alpha", "model.{part}.lora.alpha", ""),
+    ("lora_dropout", "model.{part}.lora.dropout", ""),
+    ("lora.target_modules lora_target_modules", "model.{part}.lora.targets", ""),
+    ("output_dir", "name, or store", "results are in runs/NAME, trained steps in the store"),
+    ("save_steps", "checkpoint.every", ""),
+    ("model_name_or_path", "model.{part}.path", "model=... is the preset of its size"),
+    ("ppo.beta init_kl_coef", "ppo.kl_coef", "it weighs the KL penalty"),
+    ("gae_lambda", "ppo.lam", ""),
+    ("num_mini_batches", "ppo.minibatches", ""),
+    ("num_ppo_epochs", "ppo.ppo_epochs", ""),
+    ("cliprange_vf clip_range_vf", "ppo.cliprange_value", ""),
+    ("target_kl", "ppo.early_stop_kl, which ends an update, or ppo.kl_target, which steers ppo.kl_coef", ""),
+    ("vf_coef value_coef", "ppo.critic_lr", "the critic is a network of its own, and its loss is not added to the actor's with a weight"),
+    ("ent_coef entropy_coef entropy_coeff", "", "this PPO has no entropy bonus; ppo.kl_coef holds the actor near the SFT model"),
+)
+
+
+def instead_of(key: str, chosen: str | None) -> str | None:
+    """What to do in place of a foreign key, where the stage is `chosen`; None for a key that is not in the table."""
+    for names, typed, why in ALIASES:
+        # DeepSpeed-Chat's step 3 puts the network in front: critic_zero_stage
+        if re.search(rf"(?:^|\.)(?:actor_|critic_)?(?:{'|'.join(map(re.escape, names.split()))})$", key):
+            typed, why = (" or ".join(_filled(text, key, chosen)) for text in (typed, why))
+            return "; ".join(filter(None, (typed and f"type {typed}", why)))
+    return None
+
+
+def _filled(text: str, key: str, chosen: str | None) -> dict[str, None]:
+    """The text for each network that the key means, in order and once each."""
+    block, named = key.split(".")[0], re.search(r"\b(actor|critic)_", key)
+    stage = block if block in STAGES else "ppo" if named or chosen not in STAGES else chosen
+    engines = [e for e in PARTS if (named and named[1] == e) or key.startswith(f"model.{PARTS[e]}.")] or ENGINES[stage]
+    batch = "ppo.rollout_batch" if stage == "ppo" else f"{stage}.global_batch"
+    return dict.fromkeys(text.format(stage=stage, engine=e, part=PARTS[e], rate=rate_key(stage, e), batch=batch) for e in engines)
