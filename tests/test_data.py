@@ -542,6 +542,13 @@ def test_folder_with_splits(tmp_path):
         read(tmp_path / "d", split="validation")
 
 
+@pytest.mark.parametrize("key", ["subset", "revision"])
+def test_what_only_the_hub_has_is_refused_of_a_file(key, tmp_path):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(UserError, match=rf"{key}=main: {path} lies on this disk, .* leave {key} out"):
+        read(path, **{key: "main"})
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "folder"])
 def test_what_has_no_splits_is_not_read_whole_in_place_of_one(name, tmp_path):
     path = write(tmp_path / name, ROWS)

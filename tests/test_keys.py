@@ -55,7 +55,7 @@ UNKEYED = {
     "model.reward.revision": "random weights, likewise",
     "dataset.name": "a label",
     "dataset.path": "read by interpolation: it stands in the sources, and counts by its content",
-    "dataset.sources.mine.split": "a local file has no splits: any other is refused (tests/test_data.py)",
+    **{f"dataset.sources.mine.{key}": "refused of a local file (tests/test_data.py)" for key in ("split", "subset", "revision")},
     "dataset.fields": "read by interpolation: they stand in the sources",
     **{f"{stage}.eval_every": "evaluations draw no random number of training, and change no weight" for stage in ALL},
     **{f"{stage}.eval_examples": "likewise" for stage in ("sft", "reward", "dpo")},
@@ -83,6 +83,8 @@ OTHER = {
     "model.reward.init": "pretrained",
     "dataset.sources.mine.path": "a/b",
     "dataset.sources.mine.split": "train",
+    "dataset.sources.mine.subset": None,
+    "dataset.sources.mine.revision": None,
 }
 
 

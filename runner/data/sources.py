@@ -94,6 +94,9 @@ def _existing(source: Source) -> Path:
         every = f"; in {found.parent} there are: {', '.join(there[:8])}{more}" if there else ""
         hint = f"; similar names there: {', '.join(near)}" if near else every
         raise UserError(f"data file {path} does not exist (looked from {Path.cwd()}){hint}")
+    for name in ("subset", "revision"):
+        if (value := getattr(source, name)) is not None:
+            raise UserError(f"{name}={value}: {path} lies on this disk, and only data sets of the hub have one: leave {name} out")
     if found.is_dir():  # checked before its files are hashed: it may be a whole disk
         if not any((found / name).is_file() for name in SAVED_BY_DATASETS):
             inside = sorted(p.name for p in found.iterdir() if p.name.endswith(SUFFIXES))
