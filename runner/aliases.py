@@ -17,7 +17,7 @@ ALIASES = (
     (
         "gradient_accumulation_steps",
         "",
-        "it follows from {batch}, hardware.micro_batch.{stage} and the number of GPUs",
+        "it follows from {step}, hardware.micro_batch.{stage} and the number of GPUs",
     ),
     ("fp16", "hardware.precision=fp16", ""),
     ("bf16", "hardware.precision=bf16", ""),
@@ -49,15 +49,20 @@ def instead_of(key: str, chosen: str | None) -> str | None:
     for names, typed, why in ALIASES:
         # DeepSpeed-Chat's step 3 puts the network in front: critic_zero_stage
         if re.search(rf"(?:^|\.)(?:actor_|critic_)?(?:{'|'.join(map(re.escape, names.split()))})$", key):
-            typed, why = (" or ".join(_filled(text, key, chosen)) for text in (typed, why))
+            typed, why = (_filled(text, key, chosen) for text in (typed, why))
             return "; ".join(filter(None, (typed and f"type {typed}", why)))
     return None
 
 
-def _filled(text: str, key: str, chosen: str | None) -> dict[str, None]:
-    """The text for each network that the key means, in order and once each."""
-    block, named = key.split(".")[0], re.search(r"\b(actor|critic)_", key)
-    stage = block if block in STAGES else "ppo" if named or chosen not in STAGES else chosen
-    engines = [e for e in PARTS if (named and named[1] == e) or key.startswith(f"model.{PARTS[e]}.")] or ENGINES[stage]
+def _filled(text: str, key: str, chosen: str | None) -> str:
+    """The text for each network that the key means."""
+    block, network = key.split(".")[0], re.search(r"(?:^|\.)(actor|critic|reward)[._]", key)
+    named = {"reward": "critic"}.get(network[1], network[1]) if network and block not in STAGES else None
+    stage = block if block in STAGES else chosen if chosen in STAGES else "ppo"
+    if named and named not in ENGINES[stage]:
+        stage = "sft" if named == "actor" else "reward"
     batch = "ppo.rollout_batch" if stage == "ppo" else f"{stage}.global_batch"
-    return dict.fromkeys(text.format(stage=stage, engine=e, part=PARTS[e], rate=rate_key(stage, e), batch=batch) for e in engines)
+    step = "ppo.rollout_batch / ppo.minibatches" if stage == "ppo" else batch
+    engines = [named] if named else ENGINES[stage]
+    meant = [text.format(stage=stage, engine=e, part=PARTS[e], rate=rate_key(stage, e), batch=batch, step=step) for e in engines]
+    return " or ".join(dict.fromkeys(meant))

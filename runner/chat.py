@@ -106,9 +106,11 @@ def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | 
     screen = Screen(tokenizer, skip_prompt=True, skip_special_tokens=True)
     print("Assistant: ", end="", flush=True)
 
+    stopping = Stops(tokenizer, list(stops)) if stops else None
+
     def ends(rows, *_, **__) -> torch.Tensor:
         """As in PPO, with the token that completes a stop string."""
-        stopped = bool(stops) and Stops(tokenizer, list(stops)).end_of(rows[0, len(ids) :].tolist()) is not None
+        stopped = stopping is not None and stopping.end_of(rows[0, len(ids) :].tolist()) is not None
         return torch.tensor([stopped], device=rows.device)
 
     given = {"attention_mask": prompt * 0 + 1, "generation_config": GenerationConfig(**how), "stopping_criteria": [ends]}
@@ -117,7 +119,9 @@ def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | 
     said = rows[0, len(ids) :].tolist()
     if len(said) == longest and said[-1] != tokenizer.eos_token_id and not ends(rows):
         print(f"(cut off at {longest} tokens; --max-new-tokens allows more)")
-    return tokenizer.decode(said, skip_special_tokens=True).strip()
+    text = tokenizer.decode(said, skip_special_tokens=True)
+    # Shown, but no part of the dialogue: no prompt in training holds one
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))].strip()
 
 
 def as_trained(path: str) -> tuple[float, list[str]]:

@@ -24,12 +24,15 @@ def load(composed: DictConfig | str | Path) -> Config:
     Raises:
         UserError: a key that does not exist, a value of the wrong type or out of range, a mandatory value that is missing.
     """
-    if not isinstance(composed, DictConfig):
+    typed = isinstance(composed, DictConfig)
+    if not typed:
         composed = OmegaConf.create(read_yaml(Path(composed)))
     try:
         if missing := next(open_keys(OmegaConf.to_container(composed)), None):
             raise UserError(f"{missing} has no value: type {missing}=...")
-        values = unescape_stops(expand_home(OmegaConf.to_container(composed, resolve=True)))
+        values = expand_home(OmegaConf.to_container(composed, resolve=True))
+        if typed:
+            unescape_stops(values)
         secrets.refuse_in_config(values)
         chosen = values.get("stage")
         for stage in STAGES:  # an experiment may fill blocks that the chosen stage does not use
@@ -65,12 +68,12 @@ def expand_home(node: Any, key: str = "") -> Any:
     return os.path.expanduser(node) if key in PATHS and isinstance(node, str) else node
 
 
-def unescape_stops(values: dict) -> dict:
-    """Make line breaks and tabs of \\n and \\t in ppo.stop: neither the shell nor Hydra does, and most stop strings hold one."""
+def unescape_stops(values: dict) -> None:
+    """Make line breaks, tabs and backslashes of \\n, \\t and \\\\ in ppo.stop: neither the shell nor Hydra does. In place."""
     ppo = values.get("ppo")
     if isinstance(ppo, dict) and isinstance(ppo.get("stop"), list):
-        ppo["stop"] = [s.replace("\\n", "\n").replace("\\t", "\t") if isinstance(s, str) else s for s in ppo["stop"]]
-    return values
+        meant = {"n": "\n", "t": "\t", "\\": "\\"}
+        ppo["stop"] = [re.sub(r"\\([nt\\])", lambda m: meant[m[1]], s) if isinstance(s, str) else s for s in ppo["stop"]]
 
 
 def check_kinds(values: dict, node: type = Config, prefix: str = "") -> None:

@@ -8,6 +8,7 @@ Metric names are an API; README.md lists them.
 import json
 import math
 import os
+import re
 import secrets
 import time
 from collections import Counter, defaultdict
@@ -196,7 +197,8 @@ class RunLog:
         if mode == "disabled":
             return None
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+            off = os.environ.get("WANDB_MODE")  # the launcher sets it where there is no network
+            mode = off if off in ("offline", "disabled") else "online" if has_wandb_key() else "offline"
         import wandb
 
         id_file = self.folder / "wandb_id"
@@ -222,6 +224,13 @@ class RunLog:
         run.define_metric(axis)
         run.define_metric("*", step_metric=axis)
         return run
+
+
+def wandb_server() -> str:
+    """The address of the W&B server: from the environment, from `wandb login --host`, or W&B's own."""
+    settings = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings"
+    typed = re.search(r"^base_url\s*=\s*(\S+)", settings.read_text(errors="replace"), re.MULTILINE) if settings.exists() else None
+    return os.environ.get("WANDB_BASE_URL") or (typed[1] if typed else "https://api.wandb.ai")
 
 
 def has_wandb_key(in_file: bool = False) -> bool:

@@ -149,7 +149,7 @@ def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dic
         shapes |= _first_weights(cfg, part)
     block = {k: v for k, v in asdict(getattr(cfg, stage)).items() if k not in NOT_HASHED}
     facts = {"version": VERSION, "seed": cfg.seed, "model": shapes, "dataset": data, stage: block}
-    facts["hardware"] = {"precision": cfg.hardware.precision}  # nothing else of it: the rest rounds differently at most
+    facts["hardware"] = {"precision": cfg.hardware.precision}  # the rest is to change speed, not the result
     if stage == "ppo":
         facts["rollout"] = asdict(cfg.rollout)
         if cfg.ppo.ptx_coef:

@@ -12,14 +12,13 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from runner.checks.paths import is_local
 from runner.config import Config
 from runner.data.sources import sources_of
 from runner.errors import UserError
 from runner.plan import Step, engine_configs, missing_hostfile, over_ssh
-
-WANDB = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
 
 
 def preflight(cfg: Config, steps: list[Step]) -> None:
@@ -78,11 +77,12 @@ def _check_wandb(cfg: Config) -> None:
     """wandb.mode=online needs a key and a network. The worker would only find out after everything is tokenised, and after 90 s."""
     if cfg.wandb.mode not in ("online", "auto"):
         return
-    from runner.metrics import has_wandb_key
+    from runner.metrics import has_wandb_key, wandb_server
 
+    server = wandb_server()
     if cfg.wandb.mode == "auto":
-        if has_wandb_key() and "WANDB_MODE" not in os.environ and not answers(WANDB):
-            print(f"{WANDB} cannot be reached: W&B runs are kept offline (upload later with `wandb sync`)", file=sys.stderr)
+        if has_wandb_key() and os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not answers(server):
+            print(f"{server} cannot be reached: W&B runs are kept offline (upload later with `wandb sync`)", file=sys.stderr)
             os.environ["WANDB_MODE"] = "offline"  # for the workers
         return
     if over_ssh(cfg.hardware) and not has_wandb_key(in_file=True):
@@ -95,8 +95,8 @@ def _check_wandb(cfg: Config) -> None:
             "wandb.mode=online, but there is no API key: set WANDB_API_KEY, or type `wandb login` once. "
             "Without one: wandb.mode=offline (upload later with `wandb sync`) or wandb.mode=disabled"
         )
-    if not answers(WANDB):
-        raise UserError(f"wandb.mode=online, but {WANDB} cannot be reached: type wandb.mode=offline (upload later with `wandb sync`)")
+    if not answers(server):
+        raise UserError(f"wandb.mode=online, but {server} cannot be reached: type wandb.mode=offline (upload later with `wandb sync`)")
 
 
 def _check_hub_token(cfg: Config) -> None:
@@ -122,7 +122,8 @@ def _go_offline_without_network(cfg: Config, steps: list[Step]) -> None:
     names += cfg.dataset.pretrain if "ppo" in by_stage and cfg.ppo.ptx_coef else []
     for stage, part in (("sft", cfg.model.actor), ("reward", cfg.model.reward)):
         if stage in by_stage:  # also of a step that is done: later ones read the tokenizer of what it started from
-            names += [by_stage[stage].pinned or part.path] if by_stage[stage].pinned or part.init == "pretrained" else []
+            source = by_stage[stage].pinned or (part.path if part.init == "pretrained" else None)
+            names += [source] if source else []
     needed = [name for name in names if not is_local(name)]
     if not needed:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -137,8 +138,10 @@ def hub_answers() -> bool:
 
 def answers(address: str, seconds: float = 3.0) -> bool:
     """Whether a connection to a server, or to the proxy that leads there, can be opened."""
-    target = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or address
-    url = urlsplit(target if "://" in target else f"http://{target}")
+    url = urlsplit(address)
+    proxy = None if proxy_bypass(url.hostname) else getproxies().get(url.scheme)
+    if proxy:
+        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     answered = threading.Event()
 
     def probe() -> None:

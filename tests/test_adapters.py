@@ -344,7 +344,7 @@ def test_fields_of_useless_rows(row, why):
         ({"q": "a", "text": "b"}, "{prompt: FIELD, chosen: FIELD, rejected: FIELD}", None),
         ({"Frage": "a", "chosen": "b", "rejected": "c"}, "{prompt: FIELD, chosen: chosen, rejected: rejected}", None),
         ({"question": "a", "winner": "b", "loser": "c"}, "{prompt: question, chosen: winner, rejected: loser}", None),
-        ({"question": "a", "best_text": "b c"}, "{prompt: question, chosen: best_text, rejected: FIELD}", None),
+        ({"question": "a", "best_answer": "Paris"}, "{prompt: question, chosen: best_answer, rejected: FIELD}", None),
         # Which answer is better stands in a field of its own: the map alone would turn every other pair round
         (
             {"query": "a", "response_a": "b", "response_b": "c", "preferred": "b"},

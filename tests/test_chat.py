@@ -177,15 +177,16 @@ def test_answers_stream_and_are_what_the_model_says(step, capsys, monkeypatch):
 
 
 def test_an_answer_ends_at_a_stop_string_of_ppo(step, capsys):
-    """With the token that completes it, as in training."""
+    """It is shown, and no part of the dialogue."""
     tokenizer, model = chat.load(str(step / "model"))
     ids = encode_prompts(tokenizer, [[{"role": "user", "content": "Please describe the river."}]])[0]
     whole = chat.answer(ids, tokenizer, model, 8, None)
     stop = whole[len(whole) // 2]
     capsys.readouterr()
     found = chat.answer(ids, tokenizer, model, 8, None, stops=[stop])
-    assert stop in found and whole.startswith(found) and len(found) < len(whole)
-    assert "cut off" not in capsys.readouterr().out
+    assert found == whole[: whole.index(stop)].strip()
+    shown = capsys.readouterr().out
+    assert stop in shown and "cut off" not in shown
 
 
 def test_what_a_step_says_of_its_training(tmp_path):

@@ -17,8 +17,10 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from tiny import configured
 
+from runner.door import load
 from runner.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -378,7 +380,13 @@ def test_a_tilde_is_the_home_folder_in_every_path_and_nowhere_else(monkeypatch):
     assert [attrgetter(key)(cfg) for key in lists] == [["/home/ann/x.jsonl"]] * len(lists)
     assert {source.path for source in cfg.dataset.sources.values()} == {"/home/ann/x.jsonl"}
     assert cfg.ppo.stop == ["~/"]
-    assert configured(r'ppo.stop=["\n\nHuman:", "a\tb"]').ppo.stop == ["\n\nHuman:", "a\tb"]
+
+
+def test_stop_strings_are_typed_with_escapes(tmp_path):
+    cfg = configured(r'ppo.stop=["\n\nHuman:", "a\tb", "\\text"]')
+    assert cfg.ppo.stop == ["\n\nHuman:", "a\tb", r"\text"]
+    OmegaConf.save(OmegaConf.structured(cfg), tmp_path / "saved.yaml")
+    assert load(tmp_path / "saved.yaml").ppo.stop == cfg.ppo.stop  # as the worker reads it
 
 
 def test_a_preset_with_weights_of_ones_own_takes_random_ones_too():
@@ -411,7 +419,7 @@ def test_broken_rows_are_named_or_counted(here, refused):
     assert "type dataset.fields='{prompt: question, chosen: good, rejected: bad}'" in message
     Path("judged.jsonl").write_text('{"query": "a", "response_a": "b", "response_b": "c", "preferred": "b"}\n')
     message = refused("dataset=jsonl", "dataset.path=judged.jsonl")
-    assert "Field preferred is not read" in message and "write the rows as prompt, chosen and rejected" in message
+    assert "Field preferred says which answer is better" in message and "write the rows as prompt, chosen and rejected" in message
     assert "dataset.fields" not in message
     Path("fine.jsonl").write_text("\n".join(rows))
     message = refused("dataset=jsonl", "dataset.path=fine.jsonl", "dataset.sft_only=[named.jsonl]")
@@ -596,20 +604,36 @@ def test_wandb_online_without_a_key_is_said_before_data_is_read(here, refused, m
     assert not (here / "runs" / "store").exists()
 
 
-def test_wandb_without_a_network_stays_offline_or_is_refused(monkeypatch, capsys):
+def test_wandb_without_a_network_stays_offline_or_is_refused(monkeypatch, capsys, tmp_path):
     """wandb itself would try for a minute and a half, in the worker."""
     from runner import preflight
 
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setenv("WANDB_MODE", "online")  # so that it is put back
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr(preflight, "answers", lambda address: False)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.example.com\n")
+    asked = []
+    monkeypatch.setattr(preflight, "answers", lambda address: asked.append(address))
     with pytest.raises(UserError, match=r"cannot be reached: type wandb.mode=offline"):
         preflight._check_wandb(configured("wandb.mode=online"))
     preflight._check_wandb(configured("wandb.mode=offline"))
     assert "WANDB_MODE" not in os.environ
     preflight._check_wandb(configured("wandb.mode=auto"))
     assert os.environ["WANDB_MODE"] == "offline" and "W&B runs are kept offline" in capsys.readouterr().err
+    assert set(asked) == {"https://wandb.example.com"}
+
+
+def test_a_server_that_needs_no_proxy_is_asked_itself(monkeypatch):
+    from runner import preflight
+
+    asked = []
+    monkeypatch.setattr(preflight.socket, "create_connection", lambda where, timeout: asked.append(where) or pytest.skip)
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "inside.example.com")
+    for address in ("https://api.wandb.ai", "https://inside.example.com:8080"):
+        preflight.answers(address)
+    assert asked == [("proxy", 3128), ("inside.example.com", 8080)]
 
 
 def test_over_ssh_secrets_must_lie_in_files(here, refused, monkeypatch):

@@ -275,6 +275,12 @@ def test_what_this_machine_cannot_hold_is_refused_on_cpus(monkeypatch):
     ):
         refuse_the_impossible(on("model=opt125m", "hardware=cpu2"), ["sft"])
     refuse_the_impossible(on("model=opt125m", "hardware=cpu2", "model.actor.lora.dim=8"), ["sft"])
+    monkeypatch.setattr(fit, "memory_limit", lambda: 1e8)
+    with pytest.raises(UserError, match=r"or adapters \(model.reward.lora.dim=16\)$"):
+        refuse_the_impossible(on("model=opt125m", "hardware=cpu"), ["reward"])
+    with pytest.raises(UserError, match=r"Take a smaller model$"):
+        refuse_the_impossible(on("model=opt125m", "hardware=cpu", "model.actor.lora.dim=8"), ["sft"])
+    refuse_the_impossible(on("model=opt125m", "hardware=cpu", "hardware.nodes=2", "hardware.launch='srun {folder}'"), ["sft"])
 
 
 @pytest.mark.parametrize("hardware", ["v100", "a6000", "a100_40g", "h100", "dgx8_40g", "dgx8"])

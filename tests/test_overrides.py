@@ -140,6 +140,24 @@ def test_what_the_table_of_foreign_names_says_to_type_exists():
                 assert key in known, said
 
 
+@pytest.mark.parametrize(
+    "key, stage, typed",
+    [
+        ("learning_rate", "sft", "type sft.lr"),
+        ("learning_rate", "ppo", "type ppo.actor_lr or ppo.critic_lr"),
+        ("model.reward.learning_rate", "sft", "type reward.lr"),
+        ("critic_learning_rate", "ppo", "type ppo.critic_lr"),
+        ("model.critic.lora.dim", "sft", "type model.reward.lora.dim"),
+        ("actor.lora.dim", "reward", "type model.actor.lora.dim"),
+        ("reward.learning_rate", "ppo", "type reward.lr"),
+        ("ppo.batch_size", "ppo", "type ppo.rollout_batch; it counts all GPUs; hardware.micro_batch.ppo is what one holds at a time"),
+        ("gradient_accumulation_steps", None, "it follows from ppo.rollout_batch / ppo.minibatches, hardware.micro_batch.ppo and"),
+    ],
+)
+def test_the_network_and_stage_that_a_foreign_name_means(key, stage, typed):
+    assert instead_of(key, stage).startswith(typed)
+
+
 def test_a_foreign_name_in_a_preset_is_translated_too():
     with pytest.raises(UserError, match=r"unknown key ppo.gae_lambda: type ppo.lam"):
         load(OmegaConf.create({"stage": "ppo", "ppo": {"gae_lambda": 1}}))

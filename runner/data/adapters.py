@@ -345,7 +345,7 @@ def guessed_map(row: dict) -> tuple[str, str | None]:
     free, found, verdict = [str(name) for name in row], {}, None
     for ours, hints in HINTS.items():
         if ours == "chosen" and found["rejected"] == "FIELD":
-            verdict = next((name for name in free if _has_word(name, VERDICTS) and _is_verdict(name, row)), None)
+            verdict = next((name for name in free if _has_word(name, VERDICTS) and _is_verdict(name, row, free)), None)
             free = [name for name in free if name != verdict]
         found[ours] = next((name for name in free if _has_word(name, hints)), "FIELD")
         free = [name for name in free if name != found[ours]]
@@ -356,12 +356,11 @@ def _has_word(name: str, words: set[str]) -> bool:
     return bool(words & set(re.findall("[a-z]+", name.lower())))
 
 
-def _is_verdict(name: str, row: dict) -> bool:
-    """A number, or a word such as b or response_b; not an answer, and not KTO's label of the only answer, which is read."""
-    value = row.get(name)
-    if name == "label" and isinstance(value, bool) and len(row) < 4:
-        return False
-    return isinstance(value, NUMBER) or (isinstance(value, str) and len(value.split()) == 1)
+def _is_verdict(name: str, row: dict, free: list[str]) -> bool:
+    """A number, or a word such as b or response_b, beside two texts that it may be about."""
+    value, texts = row.get(name), [other for other in free if other != name and isinstance(row.get(other), str)]
+    number = isinstance(value, NUMBER) and not isinstance(value, bool)  # KTO's label is of the only answer
+    return len(texts) > 1 and (number or (isinstance(value, str) and len(value.split()) == 1))
 
 
 ADAPTERS: dict[str, Callable[[dict, dict], Example]] = {

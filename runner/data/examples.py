@@ -76,7 +76,9 @@ def _cure(dataset: Dataset, source: Source, error: Exception) -> str:
     if not isinstance(error, Unmapped):
         return skip
     if error.verdict:
-        return f"Field {error.verdict} is not read, so no map tells the better answer: write the rows as prompt, chosen and rejected first"
+        return (
+            f"Field {error.verdict} says which answer is better, and no map reads that: write the rows as prompt, chosen and rejected first"
+        )
     if source.path != dataset.path:
         return f"Name its fields prompt and response, or give its source a map in a conf/dataset/ file. {skip}"
     return f"If all rows are like this one, type dataset.fields='{error.map}' (leave out what is not there). {skip}"

@@ -78,7 +78,7 @@ class Decoder:
             slots: responses sampled at a time.
             least: tokens before which EOS is impossible.
             limits: tokens of each response at most, where that is fewer than R.
-            stops: a response that reaches one is sampled no further than to the next look. Cutting it there is left to the caller.
+            stops: a response that reaches one is sampled no further, once a look has told. Cutting it there is left to the caller.
         """
         self.network, self.sampling, self.prompts = network, sampling, prompts
         self.pad, self.eos, self.least, self.stops = pad, eos, least, stops
@@ -116,7 +116,7 @@ class Decoder:
             if look is None:  # after the first stride there is no older one
                 resting = []
                 continue
-            awake = self._awake(look) | (set(admitted) if late else set())  # a late look is older than these prompts
+            awake = self._awake(look) | set(admitted if late else ())  # a late look is older than these prompts
             resting = [lane for lane in range(batch) if lane not in awake]
             if queue:
                 continue
