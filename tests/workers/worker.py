@@ -94,11 +94,11 @@ def with_neighbours(act):
 
         from runner import ranks
 
-        # Imports can take one rank seconds longer than the other, and these two seconds are for what `act` does
+        # Imports can take one rank seconds longer than the other, and these four seconds, as many heartbeats, are for what `act` does
         (folder / f"imported_{rank}").touch()
         while not (folder / f"imported_{1 - rank}").exists():
             time.sleep(0.01)
-        ranks.start("cpu", timeout_minutes=0.03)
+        ranks.start("cpu", timeout_minutes=0.07)
         group = dist.new_group()  # as DeepSpeed makes one
         for turn in range(1000):
             if rank == 1 and turn == 3:
@@ -119,7 +119,7 @@ WAYS = {
     "kill": dies(signal.SIGKILL),
     "bus": dies(signal.SIGBUS),
     "rank_1_dies": with_neighbours(lambda: os.kill(os.getpid(), signal.SIGKILL)),
-    "rank_1_is_late": with_neighbours(lambda: time.sleep(4)),
+    "rank_1_is_late": with_neighbours(lambda: time.sleep(8)),
 }
 
 if __name__ == "__main__":
