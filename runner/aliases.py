@@ -14,11 +14,7 @@ ALIASES = (
     ("max_grad_norm gradient_clipping", "{stage}.grad_clip", ""),
     ("batch_size train_batch_size", "{batch}", "it counts all GPUs; hardware.micro_batch.{stage} is what one holds at a time"),
     ("per_device_train_batch_size train_micro_batch_size_per_gpu", "hardware.micro_batch.{stage}", ""),
-    (
-        "gradient_accumulation_steps",
-        "",
-        "it follows from {step}, hardware.micro_batch.{stage} and the number of GPUs",
-    ),
+    ("gradient_accumulation_steps", "", "it follows from {step}, hardware.micro_batch.{stage} and the number of GPUs"),
     ("fp16", "hardware.precision=fp16", ""),
     ("bf16", "hardware.precision=bf16", ""),
     ("zero_stage", "hardware.zero.{engine}", ""),

@@ -133,6 +133,7 @@ def _go_offline_without_network(cfg: Config, steps: list[Step]) -> None:
 
 
 def hub_answers() -> bool:
+    """Whether the Hugging Face hub, or its mirror, can be reached."""
     return answers(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 
 

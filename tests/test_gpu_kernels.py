@@ -154,6 +154,28 @@ def test_decoding_in_graphs_is_transformers_generate(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_response_that_reaches_a_stop_string_rests_in_graphs_too(name, monkeypatch):
+    """Up to there it is the one that transformers samples, and it ends at most two strides later; the others do not change."""
+    monkeypatch.setattr(graph, "GRAPHS", (1, 2, 4))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model, prompts = actor(name).eval().to("cuda"), rows([5, 1, 9, 3, 7, 12, 2] * 3, seed=1)
+    uniform = uniforms(7, list(range(21)), 40)
+    ids, mask = (x.to("cuda") for x in pad(prompts, PAD, left=True))
+    expected = hf.generate(model, ids, mask.sum(1), uniform, pad=PAD, eos=EOS)
+    stops = Stops(None, ["x"])
+    monkeypatch.setattr(stops, "reached", lambda ids: bool(torch.isin(ids, torch.tensor([7, 8, 9, 10])).any()))
+    found = graph.Decoder(network_of(model.hf), model.sampling, prompts, uniform, slots=4, pad=PAD, eos=EOS, stops=stops).run()
+    stopped = 0
+    for whole, most, made, length in zip(expected.responses, expected.lengths, found.responses, found.lengths, strict=True):
+        whole = whole[:most].tolist()
+        end = next((t + 1 for t, token in enumerate(whole) if token in (7, 8, 9, 10)), len(whole))
+        assert end <= length <= min(end + 2 * graph.STRIDE["cuda"], len(whole))
+        assert made[:length].tolist() == whole[:length]
+        stopped += int(length < len(whole))
+    assert stopped > 3
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_new_prompts_take_over_lanes_without_a_wait_for_the_gpu(name, monkeypatch):
     """Only a look is waited for, a stride later, and the end. With stop strings, of which none is reached, too."""
     model, prompts = actor(name).eval().to("cuda", torch.bfloat16), rows([5, 1, 9, 3, 7, 12, 2] * 3, seed=1)

@@ -29,13 +29,13 @@ def refuse_the_impossible(cfg: Config, stages: list[str]) -> None:
 
 def _refuse_for_this_machine(cfg: Config, stages: list[str]) -> None:
     """On CPUs, whose processes share this machine's memory. A job of several nodes may be started from a smaller machine."""
+    allowed = memory_limit()
     for stage in stages if cfg.hardware.nodes == 1 and networks(cfg) else ():
         needed = cfg.hardware.gpus * peaks(cfg, stage)["states"] + host_bytes(cfg, stage)
-        if needed > memory_limit():
-            takes = f"weights, gradients and optimizer alone take {gb(needed)}, and it allows {gb(memory_limit())}"
-            adapters = [f"model.{PARTS[e]}.lora.dim=16" for e in ENGINES[stage] if not getattr(cfg.model, PARTS[e]).lora.dim]
-            instead = "Take a smaller model" + (f", or adapters ({' '.join(adapters)})" if adapters else "")
-            raise UserError(f"{stage} of model={cfg.model.name} does not fit this machine: {takes}. {instead}")
+        if needed > allowed:
+            takes = f"weights, gradients and optimizer alone take {gb(needed)}, and it allows {gb(allowed)}"
+            instead = f", or adapters ({typed(more)})" if (more := adapters(cfg, stage)) else ""
+            raise UserError(f"{stage} of model={cfg.model.name} does not fit this machine: {takes}. Take a smaller model{instead}")
 
 
 def warnings(cfg: Config, stages: list[str]) -> list[str]:
