@@ -106,9 +106,25 @@ def test_an_overflow_of_one_engine_stops_both(tmp_path):
     assert "both skipped" in done.stdout
 
 
-def test_a_run_that_is_stopped_in_every_stage_is_the_same_bit_for_bit(tmp_path):
+# The stages of a run, its words, and what each stage exports
+CHAINS = {
+    "ppo": (
+        ["sft.max_steps=20", "reward.max_steps=20", "ppo.max_steps=6", "ppo.ema_decay=0.9"],
+        {"sft": ["model"], "reward": ["model"], "ppo": ["model", "critic", "model_ema"]},
+    ),
+    "dpo": (
+        ["stage=dpo", "sft.max_steps=20", "dpo.max_steps=20", "dpo.eval_every=0"],
+        {"sft": ["model"], "dpo": ["model"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_run_that_is_stopped_in_every_stage_is_the_same_bit_for_bit(chain, tmp_path):
     """With deterministic kernels: the same metrics and exports as of a run that nobody stopped."""
-    words = [*SHORT, "hardware.deterministic=true", "sft.max_steps=20", "reward.max_steps=20", "ppo.max_steps=6", "ppo.ema_decay=0.9"]
+    special, exports = CHAINS[chain]
+    words = [word for word in SHORT if word.split(".")[0] not in {"sft", "reward", "ppo"} - exports.keys()]
+    words += [*special, "hardware.deterministic=true"]
 
     def start(store: Path) -> subprocess.Popen:
         return subprocess.Popen(
@@ -117,7 +133,7 @@ def test_a_run_that_is_stopped_in_every_stage_is_the_same_bit_for_bit(tmp_path):
 
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     undisturbed = start(straight)  # beside the other one: a process takes half a minute to start
-    for stage in ("sft", "reward", "ppo"):
+    for stage in exports:
         with start(broken) as started:
             while started.poll() is None and not list(broken.glob(f"{stage}-*/checkpoints/step_*/manifest.json")):
                 time.sleep(0.01)
@@ -126,7 +142,7 @@ def test_a_run_that_is_stopped_in_every_stage_is_the_same_bit_for_bit(tmp_path):
         assert not list(broken.glob(f"{stage}-*/DONE"))
     assert start(broken).wait(280) == 0
     assert undisturbed.wait(280) == 0
-    for stage, parts in (("sft", ["model"]), ("reward", ["model"]), ("ppo", ["model", "critic", "model_ema"])):
+    for stage, parts in exports.items():
         one, other = step_folder(straight, stage), step_folder(broken, stage)
         assert metrics(one) == metrics(other)
         for part in parts:
