@@ -75,23 +75,26 @@ def train_all(words: list[str], tmp_path: Path) -> None:
 
 
 @two_gpus
-@pytest.mark.parametrize(("stage", "zero"), [("sft", 0), ("reward", 2)])
-def test_two_gpus_take_the_steps_of_one(stage, zero, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "zero", "words"),
+    [
+        ("sft", 0, ["sft.dropout=0"]),
+        ("reward", 2, ["reward.dropout=0"]),
+        ("dpo", 2, ["sft.dropout=0", "sft.max_steps=2"]),
+    ],
+)
+def test_two_gpus_take_the_steps_of_one(stage, zero, words, tmp_path):
     """In fp32: losses and gradient norms of every step, to rounding. (ZeRO-3 makes other random weights up.)"""
     curves = []
     for gpus, sharded in ((1, 0), (2, zero)):
-        words = [w for w in SHORT if not w.startswith(("sft.", "reward.", "ppo."))]
-        words = [w for w in words if w != "experiment=debug"] + [
-            f"stage={stage}",
-            f"{stage}.max_steps=4",
-            f"{stage}.dropout=0",
-            f"store={tmp_path}/{gpus}",
-        ]
-        words += ["hardware.precision=fp32", f"hardware.gpus={gpus}", ZERO.format(sharded, 0)]
-        done = subprocess.run([sys.executable, str(ROOT / "run.py"), *words], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+        words_of_run = [w for w in SHORT if not w.startswith(("sft.", "reward.", "ppo.")) and w != "experiment=debug"]
+        words_of_run += [f"stage={stage}", f"{stage}.max_steps=4", *words, f"store={tmp_path}/{gpus}"]
+        words_of_run += ["hardware.precision=fp32", f"hardware.gpus={gpus}", ZERO.format(sharded, 0)]
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), *words_of_run], cwd=tmp_path, capture_output=True, text=True, timeout=280
+        )
         assert done.returncode == 0, done.stdout + done.stderr
-        (log,) = (tmp_path / str(gpus)).glob("*/metrics.jsonl")
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        lines = metrics(step_folder(tmp_path / str(gpus), stage))
         curves.append([line[name] for line in lines for name in ("train/loss", "grad_norm", "eval/loss") if name in line])
     one, two = curves
     assert len(one) >= 8
