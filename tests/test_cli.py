@@ -786,20 +786,46 @@ def test_tracebacks_come_when_asked_for(words, environment, here):
     assert "Traceback" in done.stderr and "UserError" in done.stderr
 
 
-def test_a_sweep_goes_on_after_a_job_that_cannot_run(here):
-    done = process("stage=ppo", "-m", "ppo.kl_coef=-1,0.1", "dry_run=true")  # an option in the middle is one, too
+@pytest.mark.parametrize(
+    "words, errors",
+    [
+        (
+            ["ppo.gamma=2,1", "seed=range(1,6)", "ppo.top_k=1,0"],
+            [
+                "15 of the 20 jobs",
+                "none was started",
+                "top_k=1 .*\\(jobs 0, 2, 4 and 7 more\\)",
+                "gamma=2.0 .*\\(jobs 1, 3, 5 and 2 more\\)",
+            ],
+        ),
+        (["ppo.kl_coef=-1,abc"], ["no job of this sweep can run:", "ppo.kl_coef=-1.0 .*\\(job 0\\)", "ppo.kl_coef=abc .*\\(job 1\\)"]),
+        (["sweep=kl", "ppo.gamma=2"], ["error: ppo.gamma=2.0 "]),
+        (["sweep=kl", "ppo.kl_coef=1,-2"], ["1 of the 2 jobs", "ppo.kl_coef=-2.0 must be 0 or more \\(job 1\\)"]),
+    ],
+)
+def test_a_sweep_with_a_job_that_cannot_run_is_not_started(words, errors, here):
+    done = process("-m", *words)
     assert done.returncode == 1 and not any(here.iterdir())
-    assert "error: ppo.kl_coef=-1.0 must be 0 or more" in done.stderr
+    for error in errors:
+        assert re.search(error, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr and "Launching" not in done.stdout
+
+
+def test_a_sweep_goes_on_after_a_job_that_cannot_run(here):
+    (here / "here.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    done = process("stage=ppo", "-m", "dataset=jsonl", "dataset.path=here.jsonl,none.jsonl", "dry_run=true")  # -m in the middle counts, too
+    assert done.returncode == 1 and [path.name for path in here.iterdir()] == ["here.jsonl"]
+    assert "error: data file none.jsonl does not exist" in done.stderr
     assert "Traceback" not in done.stderr and "error.txt" not in done.stderr
     assert done.stdout.count("ppo: launch command") == 1
 
 
 def test_a_failed_job_of_a_sweep_leaves_its_error(here):
-    done = process("-m", "ppo.kl_coef=-1,abc")
+    done = process("-m", "dataset=jsonl", "dataset.path=a.jsonl,b.jsonl")
     assert done.returncode == 1 and "Traceback" not in done.stderr and "Warning" not in done.stderr
-    said = ["ppo.kl_coef=-1.0 must be 0 or more", "ppo.kl_coef=abc must be a number"]
     files = sorted(here.glob("runs/demo/*_sweep/*/error.txt"))
-    for number, (error, file) in enumerate(zip(said, files, strict=True)):
+    for number, (name, file) in enumerate(zip("ab", files, strict=True)):
+        error = f"data file {name}.jsonl does not exist"
         assert file.read_text().startswith(error) and f"job {number}: {error}" in done.stdout
 
 

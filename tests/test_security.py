@@ -438,6 +438,14 @@ def test_a_secret_is_refused_in_a_preset_and_in_what_it_resolves_to(house, refus
         configured.__wrapped__("wandb.entity=${oc.env:SOME_TOKEN}")  # what would go to the step's config.yaml and to W&B
 
 
+@pytest.mark.parametrize("text", [f"wandb: {{group: {HF_TOKEN}}}", f"hydra: {{job: {{env_set: {{WANDB_API_KEY: {WANDB_KEY}}}}}}}"])
+def test_a_secret_in_one_preset_of_a_sweep_is_refused_before_it_is_saved(text, house, refused):
+    preset(house, text)
+    message = refused("-m", "experiment=debug,theirs")
+    assert "1 of the 2 jobs" in message and "in the configuration holds" in message and "(job 1)" in message
+    assert HF_TOKEN not in message and WANDB_KEY not in message
+
+
 HARMLESS = [
     "model.end_token=</s>",
     "model.end_token=<|im_end|>",
