@@ -101,7 +101,7 @@ class Source:
     split: str = "train"
     fields: Dict[str, str] = field(default_factory=dict)
     weight: float = 1.0
-    sft_only: bool = False
+    only: Optional[str] = None
 
 
 @dataclass
@@ -118,6 +118,8 @@ class Dataset:
     name: str
     sources: Dict[str, Source]
     sft_only: List[str]
+    ppo_only: List[str]
+    eval_only: List[str]
     pretrain: List[str]
     split: PhaseSplit
     holdout: float

@@ -56,7 +56,7 @@ def load(composed: DictConfig | str | Path) -> Config:
 
 
 # Keys, in any block, whose values are paths or lists of paths
-PATHS = ("store", "path", "use", "hostfile", "sft_only", "pretrain")
+PATHS = ("store", "path", "use", "hostfile", "sft_only", "ppo_only", "eval_only", "pretrain")
 
 
 def expand_home(node: Any, key: str = "") -> Any:

@@ -115,6 +115,8 @@ def check_dataset(data) -> None:
         where = f"dataset.sources.{name}.weight={source.weight}"
         check(source.weight > 0, f"{where} must be above 0: type ~dataset.sources.{name} to leave the source out")
         check(source.weight <= 1000, f"{where} would repeat its rows that often: type 1000 or less")
+        if source.only is not None:
+            check_choice(f"dataset.sources.{name}.only", source.only, ("sft", "ppo", "eval"))
     check(data.path is None or bool(data.path.strip()), "dataset.path is empty: type dataset.path=/data/pairs.jsonl")
     check_least(data, 0, "toy_rows")
     check(data.max_rows is None or data.max_rows > 0, f"dataset.max_rows={data.max_rows} must be null or above 0")

@@ -126,9 +126,13 @@ def _check_whole(step: Step) -> None:
 def _check_share(cfg: Config, stage: str) -> None:
     """Refuse a stage that has no share of the prompts to learn from."""
     dataset, share = cfg.dataset, SHARES[stage]
-    demonstrations = stage == "sft" and any(source.sft_only for source in sources_of(dataset).values())
-    if getattr(dataset.split, share) or demonstrations:
+    own = any(source.only == stage for source in sources_of(dataset).values())
+    if getattr(dataset.split, share) or own:
         return
+    if all(source.only == "ppo" for source in sources_of(dataset).values()):
+        raise UserError(
+            f"dataset={dataset.name} holds prompts alone, which serve PPO only: give the model of stage {stage} with {stage}.use=..."
+        )
     others = f"give it a share, for example dataset.split.{share}=1, or a checkpoint with {stage}.use=..."
     only = "type stage=sft, " if stage != "sft" and not (dataset.split.reward or dataset.split.ppo) else ""
     raise UserError(f"dataset={dataset.name} leaves stage {stage} no rows (dataset.split.{share}=0): {only}{others}")
@@ -153,7 +157,7 @@ def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dic
     if stage == "ppo":
         facts["rollout"] = asdict(cfg.rollout)
         if cfg.ppo.ptx_coef:
-            texts = [content_key(plain_source(path, sft_only=True), 0) for path in cfg.dataset.pretrain]
+            texts = [content_key(plain_source(path), 0) for path in cfg.dataset.pretrain]
             facts["dataset"] = data | {"pretrain": texts}
     return facts | {"parents": {name: step.key for name, step in parents.items()}}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from runner.config import Dataset
-from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, Unmapped, adapt, check_adapter, parse_dialogue
+from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, Unmapped, adapt, check_adapter, parse_dialogue, user
 from runner.door import load
 from runner.errors import UserError
 
@@ -176,7 +176,7 @@ def test_row(name, row, example):
 
 
 def test_every_adapter_has_a_row():
-    assert {name for name, _, _ in ROWS} | {"fields"} == set(ADAPTERS)
+    assert {name for name, _, _ in ROWS} | {"fields", "prompts"} == set(ADAPTERS)
 
 
 @pytest.mark.parametrize("name, row", [(name, row) for name, row, _ in ROWS if name != "toy"], ids=[n for n, _, _ in ROWS if n != "toy"])
@@ -289,6 +289,42 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
 )
 def test_fields(row, fields, example):
     assert adapt("fields", row, fields) == example
+
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    "row, fields, prompt",
+    [
+        ({"prompt": "Hi?"}, {}, [user("Hi?")]),
+        ({"prompt": "\n\nHuman: Hi?\n\nAssistant:", "chosen": None, "rejected": 3}, {}, [user("Hi?")]),
+        ({"instruction": "Add", "input": "1 2", "output": ""}, {}, [user("Add\n\n1 2")]),
+        ({"frage": "Hi?", "system": "Be brief."}, {"prompt": "frage"}, [{"role": "system", "content": "Be brief."}, user("Hi?")]),
+        ({"messages": TURNS[:1]}, {}, [user("a")]),
+        ({"messages": TURNS}, {}, [user("a")]),
+        ({"conversations": [*TURNS, user("c")]}, {}, [*TURNS, user("c")]),
+        ({"chosen": "\n\nHuman: Hi?\n\nAssistant: Ho.", "rejected": "x"}, {}, [user("Hi?")]),
+    ],
+)
+def test_prompts_of_rows_with_and_without_answers(row, fields, prompt):
+    assert adapt("prompts", row, fields) == Example(tuple(prompt), None)
+
+
+@pytest.mark.parametrize(
+    "row, error, message",
+    [
+        ({"text": "a"}, Unmapped, "no prompt among the fields text; tried prompt, instruction"),
+        ({"prompt": None}, BadRow, "field prompt is null"),
+        ({"prompt": 3}, BadRow, "field prompt is of type int"),
+        ({"prompt": []}, Dropped, "empty prompt"),
+        ({"prompt": " "}, Dropped, "empty prompt"),
+        ({"messages": TURNS[1:]}, Dropped, "empty prompt"),
+    ],
+)
+def test_rows_without_a_prompt(row, error, message):
+    with pytest.raises(error, match=message):
+        adapt("prompts", row, {})
 
 
 @pytest.mark.parametrize(
@@ -440,19 +476,19 @@ def dataset(*overrides: str):
 
 def test_every_source_has_a_preset():
     sources = {path.stem for path in (REPO / "conf" / "dataset" / "source").glob("*.yaml")}
-    assert sources | set(BLENDS) | {"hub", "jsonl", "toy"} == set(PRESETS)
-    assert set(ADAPTERS) - sources == {"fields", "hh_dialogue", "toy"} and sources - set(ADAPTERS) == {"hh_rlhf"}
+    assert sources | set(BLENDS) | {"hub", "jsonl", "prompts", "toy"} == set(PRESETS)
+    assert set(ADAPTERS) - sources == {"fields", "hh_dialogue", "prompts", "toy"} and sources - set(ADAPTERS) == {"hh_rlhf"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset(name):
     # The group alone: a third of the time of the whole config
-    group = compose(f"dataset/{name}", overrides=["dataset.path=a"] if name in ("hub", "jsonl") else [])
+    group = compose(f"dataset/{name}", overrides=["dataset.path=a"] if name in ("hub", "jsonl", "prompts") else [])
     values = OmegaConf.to_container(group.dataset, resolve=True)
     composed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Dataset), values))
     assert composed.name == name and len(composed.sources) == BLENDS.get(name, 1)
     assert all(source.adapter in ADAPTERS for source in composed.sources.values())
-    if any(source.sft_only for source in composed.sources.values()):
+    if any(source.only == "sft" for source in composed.sources.values()):
         assert (composed.split.reward, composed.split.ppo) == (0, 0)
 
 

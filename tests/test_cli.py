@@ -265,6 +265,8 @@ WRONG = {
     "unknown format": (f"dataset=jsonl dataset.path={RUN}", "unknown format; use one of .json, .jsonl"),
     "empty split": ("dataset.split.reward=0", "(dataset.split.reward=0): give it a share"),
     "demonstrations only": ("dataset=chinese", "type stage=sft, give it a share"),
+    "prompts only": (f"dataset=prompts dataset.path={RUN} dataset.sources.prompts.path=a/b", "give the model of stage sft with sft.use="),
+    "a stage that has no rows of its own": ("dataset.sources.toy.only=reward", "toy.only=reward is not one of sft, ppo, eval"),
     "no checkpoint": ("sft.use=/nowhere", "sft.use=/nowhere: this folder does not exist (looked from "),
     "mistyped DeepSpeed key": ("hardware.deepspeed={zero_optimisation:{}}", "did you mean zero_optimization?"),
     "our DeepSpeed key": ("hardware.deepspeed.optimizer.type=Adam", "is decided by the runner: set the stage's lr"),
@@ -374,7 +376,7 @@ def test_hub_names_and_folders_are_told_apart(here):
 def test_a_tilde_is_the_home_folder_in_every_path_and_nowhere_else(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     paths = ["store", "model.actor.path", "model.reward.path", "sft.use", "reward.use", "dataset.path", "hardware.hostfile"]
-    lists = ["dataset.sft_only", "dataset.pretrain"]
+    lists = ["dataset.sft_only", "dataset.ppo_only", "dataset.eval_only", "dataset.pretrain"]
     words = [f'{key}="~/x.jsonl"' for key in paths] + [f'{key}=["~/x.jsonl"]' for key in lists]
     cfg = configured("dataset=jsonl", "model.actor.init=pretrained", "model.reward.init=pretrained", 'ppo.stop=["~/"]', *words)
     assert [attrgetter(key)(cfg) for key in paths] == ["/home/ann/x.jsonl"] * len(paths)

@@ -509,7 +509,7 @@ def write(path: Path, rows: list) -> Path:
 
 
 def read(path: Path, **changes) -> list:
-    return list(sources.rows(replace(sources.plain_source(str(path), False), **changes), 0))
+    return list(sources.rows(replace(sources.plain_source(str(path)), **changes), 0))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.json.gz", "a.parquet", "folder"])
@@ -653,7 +653,7 @@ def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", ROWS)
     monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(UserError, match=r"a.jsonl cannot be read: Permission denied"):
-        sources.content_key(sources.plain_source(str(path), False), 0)
+        sources.content_key(sources.plain_source(str(path)), 0)
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------
@@ -665,7 +665,7 @@ def data(cfg, tmp_path):
 
     def make(rows: list, name: str = "a.jsonl", weight: float = 1.0, **changes):
         path = write(tmp_path / name, rows)
-        source = replace(sources.plain_source(str(path), False), weight=weight)
+        source = replace(sources.plain_source(str(path)), weight=weight)
         return replace(cfg.dataset, name="mine", toy_rows=0, **({"sources": {"mine": source}, "holdout": 0.2} | changes))
 
     return make
@@ -724,7 +724,7 @@ def test_cached_rows_are_the_tokens_of_the_dialogues(data, build, tokenizer):
 def test_a_prompt_has_one_stage_across_sources(data, tmp_path, cfg):
     """The same questions in two files, in other words of case and punctuation."""
     shouted = [row | {"prompt": row["prompt"].upper() + "!"} for row in pairs(60)]
-    both = data(pairs(60)).sources | {"other": sources.plain_source(str(write(tmp_path / "b.jsonl", shouted)), False)}
+    both = data(pairs(60)).sources | {"other": sources.plain_source(str(write(tmp_path / "b.jsonl", shouted)))}
     dataset = replace(data(pairs(60)), sources=both)
     of: dict[str, set[str]] = {}
     for stage in STAGES:
@@ -748,6 +748,56 @@ def test_demonstrations_do_not_give_away_prompts_of_other_stages(data, tmp_path)
     assert 0 < taken < 20 and counts.dropped == Counter({"prompt belongs to another stage": taken})
     for stage in ("reward", "ppo"):  # and they stay in SFT
         assert {name for name, _, _ in examples(dataset, stage, Counts())} == {"mine"}
+
+
+def test_prompts_of_their_own_go_to_ppo_alone(data, build, tmp_path):
+    """Those that comparisons give to another stage are left out, and SFT sees none of them in a demonstration, whatever their hash."""
+    prompts = str(write(tmp_path / "prompts.jsonl", [{"prompt": f"say {i}!"} for i in range(40, 80)]))
+    shown = str(write(tmp_path / "shown.jsonl", [{"prompt": f"Say {i}", "response": f"fine {i}"} for i in range(60, 100)]))
+    dataset = data(pairs(60), ppo_only=[prompts], sft_only=[shown])
+    owners = {i: phase_of(prompt_hash(asked(f"Say {i}")), SPLIT) for i in range(60)}
+    counts, alone = Counts(), []
+    for name, one, _ in examples(dataset, "ppo", counts):
+        alone += [int(one.prompt[0]["content"].strip("say !"))] if name == "ppo_only_0" else []
+    assert alone == [i for i in range(40, 80) if owners.get(i, "ppo") == "ppo"]
+    assert counts.dropped == {"prompt belongs to another stage": 40 - len(alone)} and len(alone) < 40
+    demonstrated = [one.chosen for name, one, _ in examples(dataset, "sft", Counts()) if name == "sft_only_0"]
+    assert demonstrated == [f"fine {i}" for i in range(80, 100)]
+    assert {name for name, _, _ in examples(dataset, "reward", Counts())} == {"mine"}
+    train, held, _ = build(dataset, "ppo")
+    assert {row["source"] for row in train} == {"mine", "ppo_only_0"} and held
+
+
+def test_a_data_set_of_prompts_trains_ppo_and_nothing_else(data, build, tmp_path):
+    rows = [{"prompt": f"Say {i}"} for i in range(30)]
+    with pytest.raises(
+        UserError, match=r"a.jsonl:1: no response among the fields prompt; .* serve PPO only: dataset.ppo_only=\[.*a.jsonl\]\."
+    ):
+        build(data(rows, path=str(tmp_path / "a.jsonl")), "ppo")
+    dataset = data(rows, split=PhaseSplit(0, 0, 1))
+    dataset = replace(dataset, sources={"mine": replace(dataset.sources["mine"], adapter="prompts", only="ppo")})
+    train, held, counts = build(dataset, "ppo")
+    assert len(train) + len(held) == 30 and held and counts["owned"] == {"ppo": 30}
+    with pytest.raises(UserError, match=r"stage sft has no rows to train on .*: dataset.split.sft=0"):
+        build(dataset, "sft")
+
+
+def test_rows_to_evaluate_on_are_the_held_out_ones_of_all_stages(data, build, tmp_path):
+    """In place of a share of the others, and nothing with their prompts is trained on."""
+    tests = str(write(tmp_path / "test.jsonl", pairs(30, start=45)))
+    dataset = data(pairs(60), eval_only=[tests])
+    for stage in STAGES:
+        train, held, counts = build(dataset, stage)
+        mine = [i for i in range(60) if phase_of(prompt_hash(asked(f"Say {i}")), SPLIT) == stage]
+        assert len(held) == 30 and {row["source"] for row in held} == {"eval_only_0"}
+        assert len(train) == sum(i < 45 for i in mine) > 0
+        assert counts["dropped"] == ({"prompt is held out": left} if (left := sum(i >= 45 for i in mine)) else {})
+    shown = str(write(tmp_path / "shown.jsonl", [{"prompt": "Say 1", "response": "it"}]))
+    assert len(build(data(pairs(60), eval_only=[shown]), "sft")[1]) == 1
+    with pytest.raises(UserError, match=r"stage sft has no rows to train on .*: the rows of dataset.eval_only have all of its prompts"):
+        build(data(pairs(60), eval_only=[str(write(tmp_path / "same.jsonl", pairs(60)))]), "sft")
+    with pytest.raises(UserError, match=r"stage reward has no rows to evaluate on .*: the rows of dataset.eval_only have no `rejected`"):
+        build(data(pairs(60), eval_only=[shown]), "reward")
 
 
 def test_weights_repeat_training_rows_and_leave_the_held_out_alone(data, build):
@@ -1042,7 +1092,7 @@ def test_real_data_is_read_and_split_without_overlap(cfg):
     """6183 pairs of people, and demonstrations of two other sources on top: all rows are accounted for, no prompt in two stages."""
     files = {name: str(REAL / name) for name in ("hh_helpful_pairs.jsonl.gz", "alpaca_sft.jsonl.gz", "dolly_sft.jsonl.gz")}
     hh, *demonstrations = files.values()
-    dataset = replace(cfg.dataset, toy_rows=0, sources={"hh": sources.plain_source(hh, False)}, sft_only=demonstrations)
+    dataset = replace(cfg.dataset, toy_rows=0, sources={"hh": sources.plain_source(hh)}, sft_only=demonstrations)
     found, counts = {}, {stage: Counts() for stage in STAGES}
     for stage in STAGES:
         found[stage] = list(examples(dataset, stage, counts[stage]))

@@ -78,6 +78,7 @@ OTHER = {
     "attention": "eager",
     "on_bad_row": "skip",
     "adapter": "hh_dialogue",
+    "only": "sft",
     "fields": {"prompt": "x"},
     "model.actor.init": "random",
     "model.reward.init": "pretrained",
@@ -95,7 +96,7 @@ def cfg(tmp_path_factory) -> Config:
     for name in ("mine", "more", "text"):
         (folder / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
     made = configured("model.actor.init=pretrained", "model.actor.path=facebook/opt-125m", "ppo.ptx_coef=0.5")
-    sources = dict(made.dataset.sources) | {"mine": plain_source(str(folder / "mine.jsonl"), False)}
+    sources = dict(made.dataset.sources) | {"mine": plain_source(str(folder / "mine.jsonl"))}
     texts = {"sft_only": [str(folder / "more.jsonl")], "pretrain": [str(folder / "text.jsonl")]}
     return replace(
         made, store=str(folder / "store"), dpo=configured("stage=dpo").dpo, dataset=replace(made.dataset, sources=sources, **texts)

@@ -97,6 +97,8 @@ def test_a_path_in_place_of_a_preset_gets_the_key_that_takes_paths(words, says):
         ("learning_rate=1", "type ppo.actor_lr or ppo.critic_lr."),
         ("ppo.learning_rate=1 stage=ppo", "type ppo.actor_lr or ppo.critic_lr."),
         ("learning_rate=1 stage=sft", "type sft.lr."),
+        ("dataset.eval_path=a.jsonl", "type dataset.eval_only=[FILE]; dataset.holdout"),
+        ("prompt_data=a.jsonl", "type dataset.ppo_only=[FILE]; or, where models are given, dataset=prompts"),
         ("batch_size=1", "type ppo.rollout_batch;"),
         ("reward.batch_size=1", "type reward.global_batch; it counts all GPUs; hardware.micro_batch.reward is what one holds"),
         ("per_device_train_batch_size=1 stage=dpo", "type hardware.micro_batch.dpo."),
@@ -244,6 +246,6 @@ def test_a_source_needs_a_path_and_nothing_else():
     from tiny import configured
 
     source = configured("++dataset.sources.a={path: x.jsonl, weight: 0.5}").dataset.sources["a"]
-    assert (source.adapter, source.split, source.weight, source.sft_only) == ("fields", "train", 0.5, False)
+    assert (source.adapter, source.split, source.weight, source.only) == ("fields", "train", 0.5, None)
     with pytest.raises(UserError, match=r"dataset.sources.a.path and dataset.sources.b.path have no value: type dataset.sources.a.path="):
         configured("++dataset.sources={a: {weight: 1}, b: {weight: 1}}")

@@ -17,7 +17,7 @@ Turn = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": st
 @dataclass(frozen=True)
 class Example:
     prompt: tuple[Turn, ...]  # ends with a user turn
-    chosen: str
+    chosen: str | None  # None: a prompt alone, for PPO only
     rejected: str | None = None  # None: a single-response row, for SFT only
 
 
@@ -61,12 +61,12 @@ def adapt(name: str, row: dict, fields: dict) -> Example:
         raise Dropped("empty prompt")
     if example.prompt[-1]["role"] != "user":
         raise Dropped("prompt does not end with a user turn")
-    chosen, rejected = example.chosen.strip(), None if example.rejected is None else example.rejected.strip()
-    if not chosen or rejected == "":
+    chosen, rejected = (text if text is None else text.strip() for text in (example.chosen, example.rejected))
+    if "" in (chosen, rejected):
         raise Dropped("empty response")
-    if chosen == rejected:
+    if chosen is not None and chosen == rejected:
         raise Dropped("identical pair")
-    check_text("".join([*(turn["content"] for turn in example.prompt), chosen, rejected or ""]))
+    check_text("".join([*(turn["content"] for turn in example.prompt), chosen or "", rejected or ""]))
     return Example(example.prompt, chosen, rejected)
 
 
@@ -293,27 +293,52 @@ def any_fields(row: dict, fields: dict) -> Example:
     A prompt is a text, with or without roles, or a list of messages. An answer is a text, a list of messages, or, in rows
     without a prompt, a whole dialogue. `messages` (`conversations`) is a chat that ends with the response.
     """
-    fields = {ours: theirs for ours, theirs in fields.items() if theirs}  # conf/dataset/hub.yaml leaves them open
-    named = dict(row)
-    for ours, theirs in fields.items():
-        named[ours] = need(row, theirs, kind=object)
-    prompt, answer = pick(named, PROMPTS), pick(named, tuple(n for n in RESPONSES if n in fields) or RESPONSES)
+    named = under_our_names(row, fields)
+    answer = pick(named, tuple(n for n in RESPONSES if fields.get(n)) or RESPONSES)
     if answer is None:
         raise null_field(named, RESPONSES) or no_field(row, "response", RESPONSES)
     if row.get("label") is False:  # KTO: this is how not to answer
         raise Dropped("marked as bad (label: false)")
-    turns: tuple[Turn, ...] = ()
-    if prompt and named[prompt] == []:
+    return with_system(named, compare(named, prompt_turns(named), answer, pick(named, ("rejected",))))
+
+
+def prompts(row: dict, fields: dict) -> Example:
+    """The prompt of any row, for PPO: found as `fields` does. Answers are left out; `messages` may end with either role."""
+    named = under_our_names(row, fields)
+    turns, answer = prompt_turns(named), pick(named, RESPONSES)
+    if not turns and answer in ("messages", "conversations"):
+        turns = chat(named, answer)
+        turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+    elif not turns and answer:
+        turns, _ = reply(named, answer, ())
+    elif not turns:
+        raise null_field(named, PROMPTS) or no_field(row, "prompt", PROMPTS)
+    return with_system(named, Example(turns, None))
+
+
+def under_our_names(row: dict, fields: dict) -> dict:
+    """The row, and beside its own names those of the map `fields` (ours -> theirs). conf/dataset/hub.yaml leaves some of them open."""
+    return row | {ours: need(row, theirs, kind=object) for ours, theirs in fields.items() if theirs}
+
+
+def prompt_turns(named: dict) -> tuple[Turn, ...]:
+    """Turns of the field that holds the prompt; none if the row has no such field."""
+    if not (prompt := pick(named, PROMPTS)):
+        return ()
+    if named[prompt] == []:
         raise Dropped("empty prompt")
-    if prompt:
-        turns = chat(named, prompt) if isinstance(named[prompt], list) else parse_dialogue(need(named, prompt))
+    turns = chat(named, prompt) if isinstance(named[prompt], list) else parse_dialogue(need(named, prompt))
     extra = pick(named, ("input", "context")) if prompt == "instruction" else None  # Alpaca, Dolly
-    if extra and turns and need(named, extra).strip():
+    if extra and need(named, extra).strip():
         turns = (*turns[:-1], user(turns[-1]["content"] + "\n\n" + named[extra]))
-    example = compare(named, turns, answer, pick(named, ("rejected",)))
-    if pick(named, ("system",)) and need(named, "system").strip():
-        example = replace(example, prompt=({"role": "system", "content": named["system"].strip()}, *example.prompt))
-    return example
+    return turns
+
+
+def with_system(named: dict, example: Example) -> Example:
+    """The example with the row's system prompt before its turns."""
+    if not pick(named, ("system",)) or not need(named, "system").strip():
+        return example
+    return replace(example, prompt=({"role": "system", "content": named["system"].strip()}, *example.prompt))
 
 
 def pick(row: dict, names: tuple[str, ...]) -> str | None:
@@ -381,5 +406,6 @@ ADAPTERS: dict[str, Callable[[dict, dict], Example]] = {
     "qag_jaquad": qag_jaquad,
     "hh_dialogue": hh_dialogue,
     "fields": any_fields,
+    "prompts": prompts,
     "toy": any_fields,  # runner/data/toy.py makes rows with our names
 }

@@ -20,7 +20,7 @@ from rich.progress import Progress
 from runner.config import SHARES, Dataset, Model
 from runner.data.adapters import BadRow, check_text
 from runner.data.encoder import Encoder
-from runner.data.examples import Counts, adapted, examples, is_demonstration
+from runner.data.examples import Counts, adapted, can_use, examples, only_use
 from runner.data.sources import VERSION, content_key, data_key, plain_source, rows, sources_of
 from runner.data.split import held_out, prompt_hash
 from runner.durable.lock import lock
@@ -48,7 +48,7 @@ def build(store: Path, dataset: Dataset, stage: str, tokenizer, model: Model) ->
 
 def build_pretrain(store: Path, dataset: Dataset, tokenizer, model: Model) -> Path:
     """Plain text for the ptx mixture, cut into blocks of prompt + response length: SFT rows without a prompt."""
-    sources = [plain_source(path, sft_only=True) for path in dataset.pretrain]
+    sources = [plain_source(path) for path in dataset.pretrain]
     block = model.max_prompt_tokens + model.max_response_tokens
     facts = {"pretrain": [content_key(s, 0) for s in sources], "block": block, "tokenizer": fingerprint(tokenizer), "version": VERSION}
 
@@ -141,12 +141,15 @@ def _encoded(source: Iterator, encoder: Encoder, title: str) -> Iterator[tuple[d
 
 def _write(folder: Path, stage: str, dataset: Dataset, made: Iterator[tuple[dict, int]], counts: Counts) -> None:
     with _Writer(folder / "train.arrow") as train, _Writer(folder / "eval.arrow") as held:
+        sources = sources_of(dataset)
+        named = any(source.only == "eval" for source in sources.values())
         for row, number in made:
-            if held_out(number, dataset.holdout):
+            source = sources[row["source"]]
+            if source.only == "eval" or (not named and held_out(number, dataset.holdout)):
                 held.add(row)
                 counts.eval += 1
                 continue
-            copies = copies_of(sources_of(dataset)[row["source"]].weight, number)
+            copies = copies_of(source.weight, number)
             counts.train += copies
             for _ in range(copies):
                 train.add(row)
@@ -157,10 +160,16 @@ def _write(folder: Path, stage: str, dataset: Dataset, made: Iterator[tuple[dict
 
 
 def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
-    if (share := getattr(dataset.split, SHARES[stage])) == 0:
-        return f"dataset.split.{SHARES[stage]}={share:g}"
-    every = [(source, example) for source in sources_of(dataset).values() for example in adapted(dataset, source, Counts())]
-    if stage != "sft" and every and all(is_demonstration(*one) for one in every):
+    share, sources = SHARES[stage], sources_of(dataset).values()
+    if getattr(dataset.split, share) == 0 and not any(source.only == share for source in sources):
+        return f"dataset.split.{share}=0"
+    to_evaluate = [example for source in sources if source.only == "eval" for example in adapted(dataset, source, Counts())]
+    if to_evaluate and not any(can_use(share, example) for example in to_evaluate):
+        return f"the rows of dataset.eval_only have no `{'rejected' if share == 'reward' else 'response'}`"
+    if to_evaluate and not counts.train and counts.dropped["prompt is held out"]:
+        return "the rows of dataset.eval_only have all of its prompts"
+    every = [(source, example) for source in sources if source.only != "eval" for example in adapted(dataset, source, Counts())]
+    if stage != "sft" and every and all(only_use(*one) == "sft" for one in every):
         beside = f"dataset.sft_only=[{dataset.path or 'FILE'}]"
         return f"its rows have no `rejected` and serve SFT only. Type stage=sft, or give pairs and put these rows beside them: {beside}"
     dropped = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.most_common() if n)

@@ -39,7 +39,11 @@ class Encoder:
         """Drop and count what says nothing, or twice the same, without the special tokens that are taken out of every text."""
         texts = (example.prompt[-1]["content"], example.chosen, example.rejected)
         prompt, chosen, rejected = (text and plain(self.tokenizer, text).strip() for text in texts)
-        reasons = {"empty prompt": not prompt, "empty response": not chosen or rejected == "", "identical pair": chosen == rejected}
+        reasons = {
+            "empty prompt": not prompt,
+            "empty response": "" in (chosen, rejected),
+            "identical pair": chosen is not None and chosen == rejected,
+        }
         reason = next((name for name, true in reasons.items() if true), None)
         self.counts.dropped.update([reason] if reason else [])
         return bool(reason)

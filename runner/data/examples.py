@@ -25,30 +25,45 @@ class Counts:
 def examples(dataset: Dataset, stage: str, counts: Counts) -> Iterator[tuple[str, Example, int]]:
     """Yield (source name, example, prompt hash) of the rows that belong to a stage, counting what is dropped.
 
-    The hash of the prompt decides. Demonstrations, which only SFT can use, go there whatever their hash.
+    The hash of the prompt decides. Demonstrations go to SFT and prompts alone to PPO, whatever their hash, as no other stage can use
+    them. Rows to evaluate on (`eval_only`) belong to all stages that can use them, and no stage trains on their prompts.
     """
-    taken = None
-    for name, source in sources_of(dataset).items():
-        if source.sft_only and stage != "sft":
+    evaluated, owners, sources = _evaluated_prompts(dataset), None, sources_of(dataset)
+    # PPO's own prompts are hidden from SFT whatever their hash; without them the hash says of most demonstrations that nobody else's are
+    hides = stage == "sft" and any(source.only == "ppo" or source.adapter == "prompts" for source in sources.values())
+    for name, source in sources.items():
+        if source.only not in (None, "eval", stage):
             continue
         for example in adapted(dataset, source, counts):
             number = prompt_hash(example.prompt)
-            owner = phase_of(number, dataset.split)
-            if owner != "sft" and is_demonstration(source, example):
-                owner = "sft"
-                if stage == "sft":
-                    taken = _prompts_of_other_stages(dataset) if taken is None else taken
-                    if number in taken:
-                        counts.dropped["prompt belongs to another stage"] += 1
-                        continue
+            if source.only == "eval":
+                if can_use(stage, example):
+                    yield name, example, number
+                continue
+            owner = only_use(source, example)
+            if owner == stage and (hides or phase_of(number, dataset.split) != stage):
+                owners = _owners(dataset) if owners is None else owners
+                if owners.get(number, stage) != stage:
+                    counts.dropped["prompt belongs to another stage"] += 1
+                    continue
+            owner = owner or phase_of(number, dataset.split)
             counts.owned[owner] += 1
-            if owner == stage:
+            if owner == stage and number in evaluated:
+                counts.dropped["prompt is held out"] += 1
+            elif owner == stage:
                 yield name, example, number
 
 
-def is_demonstration(source: Source, example: Example) -> bool:
-    """Whether only SFT can use a row."""
-    return source.sft_only or example.rejected is None
+def can_use(stage: str, example: Example) -> bool:
+    """Whether a row has what a stage needs beside the prompt."""
+    return {"sft": example.chosen, "reward": example.rejected, "ppo": example.prompt}[stage] is not None
+
+
+def only_use(source: Source, example: Example) -> str | None:
+    """The one stage that a row is for; None for a comparison, which any stage can use."""
+    if source.only or example.rejected is not None:
+        return source.only
+    return "ppo" if example.chosen is None else "sft"
 
 
 def adapted(dataset: Dataset, source: Source, counts: Counts) -> Iterator[Example]:
@@ -79,13 +94,29 @@ def _cure(dataset: Dataset, source: Source, error: Exception) -> str:
         return (
             f"Field {error.verdict} says which answer is better, and no map reads that: write the rows as prompt, chosen and rejected first"
         )
+    if source.only == "ppo" and source.path != dataset.path:
+        return f"Name its field prompt, or give its source a map in a conf/dataset/ file. {skip}"
     if source.path != dataset.path:
         return f"Name its fields prompt and response, or give its source a map in a conf/dataset/ file. {skip}"
-    return f"If all rows are like this one, type dataset.fields='{error.map}' (leave out what is not there). {skip}"
+    alone = "" if source.only == "ppo" else f" Prompts without an answer serve PPO only: dataset.ppo_only=[{source.path}]."
+    return f"If all rows are like this one, type dataset.fields='{error.map}' (leave out what is not there).{alone} {skip}"
 
 
-def _prompts_of_other_stages(dataset: Dataset) -> set[int]:
-    """Hashes of comparisons' prompts that belong to reward model or PPO: SFT must not see them in a demonstration."""
-    shared = ((s, e) for s in sources_of(dataset).values() if not s.sft_only for e in adapted(dataset, s, Counts()))
-    numbers = {prompt_hash(e.prompt) for s, e in shared if not is_demonstration(s, e)}
-    return {n for n in numbers if phase_of(n, dataset.split) != "sft"}
+def _owners(dataset: Dataset) -> dict[int, str]:
+    """The stage of each prompt that more than one stage could use: those of comparisons, then PPO's own. The others must not see it."""
+    seen, alone = {}, {}
+    for source in sources_of(dataset).values():
+        if source.only not in (None, "ppo"):
+            continue
+        for example in adapted(dataset, source, Counts()):
+            number, only = prompt_hash(example.prompt), only_use(source, example)
+            if only is None:
+                seen[number] = phase_of(number, dataset.split)
+            elif only == "ppo":
+                alone[number] = only
+    return alone | seen
+
+
+def _evaluated_prompts(dataset: Dataset) -> set[int]:
+    sources = (source for source in sources_of(dataset).values() if source.only == "eval")
+    return {prompt_hash(example.prompt) for source in sources for example in adapted(dataset, source, Counts())}

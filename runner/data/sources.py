@@ -26,14 +26,15 @@ class BrokenRow(Exception):
 
 
 def sources_of(dataset: Dataset) -> dict[str, Source]:
-    """All sources by name, including the plain paths of `sft_only`, sorted by name so that the same key means the same rows."""
-    extra = {f"sft_only_{i}": plain_source(path, sft_only=True) for i, path in enumerate(dataset.sft_only)}
+    """All sources by name, with the plain paths of `sft_only` and the like. Sorted by name, so that the same key means the same rows."""
+    plain = {"sft": dataset.sft_only, "ppo": dataset.ppo_only, "eval": dataset.eval_only}
+    extra = {f"{only}_only_{i}": plain_source(path, only) for only, paths in plain.items() for i, path in enumerate(paths)}
     return dict(sorted((dict(dataset.sources) | extra).items()))
 
 
-def plain_source(path: str, sft_only: bool) -> Source:
+def plain_source(path: str, only: str | None = None) -> Source:
     """A file or hub data set without settings of its own."""
-    return Source(path=path, sft_only=sft_only)
+    return Source(path=path, adapter="prompts" if only == "ppo" else "fields", only=only)
 
 
 def data_key(dataset: Dataset) -> dict:
