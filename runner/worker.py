@@ -68,6 +68,7 @@ def work(folder: Path) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)  # warn: cumsum has no deterministic kernel
     device = ranks.start(cfg.hardware.accelerator, cfg.hardware.timeout_minutes)
     check_ranks(cfg.hardware, ranks.world())
+    check_precision(cfg.hardware)
     torch.manual_seed(cfg.seed + ranks.rank())
     log = RunLog(cfg, inputs.stage, folder, inputs.parents, device)
     try:
@@ -90,6 +91,17 @@ def check_ranks(hardware, started: int) -> None:
             f"hardware.gpus={hardware.gpus} = {hardware.world_size}. Pick a preset that starts that many (cpu2, dgx8, gpu64, slurm), or "
             "change hardware.launch so that it does"
         )
+
+
+def check_precision(hardware) -> None:
+    """Refuse bf16 on a GPU that lacks it: torch would emulate it, many times slower. In a worker, as only those may open the GPU."""
+    import torch
+
+    from runner.errors import UserError
+
+    wanted = hardware.accelerator == "cuda" and hardware.precision == "bf16"
+    if wanted and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"hardware.precision=bf16: {torch.cuda.get_device_name()} does not compute in it. Type hardware.precision=fp16")
 
 
 def leave(folder: Path, name: str, text: str) -> None:

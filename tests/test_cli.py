@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from operator import attrgetter
 from pathlib import Path
 
@@ -829,6 +830,21 @@ def test_a_failed_job_of_a_sweep_leaves_its_error(here):
     for number, (name, file) in enumerate(zip("ab", files, strict=True)):
         error = f"data file {name}.jsonl does not exist"
         assert file.read_text().startswith(error) and f"job {number}: {error}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "precision, has_it, message",
+    [("bf16", False, "bf16: V100 does not .* Type hardware.precision=fp16"), ("bf16", True, ""), ("fp16", False, "")],
+)
+def test_bf16_on_a_gpu_without_it_is_refused(precision, has_it, message, monkeypatch):
+    """This machine has none: torch's answers are given."""
+    from runner.worker import check_precision
+
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has_it)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "V100")
+    hardware = configured("hardware=v100", f"hardware.precision={precision}").hardware
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        check_precision(hardware)
 
 
 def test_a_worker_with_a_broken_config_says_why(tmp_path):
