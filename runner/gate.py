@@ -6,14 +6,14 @@ jobs are looked at here: what the last one would be refused for is not learnt af
 
 import sys
 from contextlib import suppress
-from itertools import product
 
-from hydra import compose
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from runner.checks import secrets
 from runner.door import load
@@ -21,6 +21,7 @@ from runner.errors import UserError
 from runner.limits import check_name
 
 SHOWN = 8  # errors of a sweep's jobs
+MANY = 30  # jobs, at four to the second, that are not checked without a word
 
 
 class Gate(Callback):
@@ -43,38 +44,38 @@ class Gate(Callback):
         self.on_run_start(config)
         # Another sweeper chooses its values as it goes
         if str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):
-            with suppress(HydraException, OmegaConfBaseException):  # what cannot be composed is refused by the sweeper itself
+            with suppress(HydraException, OmegaConfBaseException):  # words that it cannot read are refused by the sweeper itself
                 refuse_jobs(config)
 
 
 def refuse_jobs(config: DictConfig) -> None:
-    """Exit when a job of the sweep has a key or value that the door refuses: nothing has been started yet."""
+    """Exit when a job of the sweep has a secret, or a key or value that the door refuses: nothing has been started yet."""
+    loader = GlobalHydra.instance().config_loader()
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    values = {}  # of each key, as words; the command line wins over a sweep's preset
-    for override in OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task]):
-        key, swept = override.get_key_element(), override.is_discrete_sweep()
-        values[key] = list(override.sweep_string_iterator()) if swept else [override.get_value_element_as_str()]
-    jobs = [[f"{key}={value}" for key, value in zip(values, row, strict=True)] for row in product(*values.values())]
+    words = OmegaConf.to_container(config.hydra.overrides.task)  # interpolations as they are: each job has its own values for them
+    (jobs,) = BasicSweeper.split_arguments(OverridesParser.create(loader).parse_overrides([*params, *words]), None)
+    if len(jobs) >= MANY:
+        print(f"checking {len(jobs)} jobs", file=sys.stderr, flush=True)
     refused = {}  # message -> the numbers of its jobs
-    for number, words in enumerate(jobs):
-        try:
-            whole = compose(config.hydra.job.config_name, [*config.hydra.overrides.hydra, *words], return_hydra_config=True)
-            secrets.refuse_in_config(OmegaConf.to_container(whole))
-            load(OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"]))
-        except UserError as error:
-            refused.setdefault(str(error), []).append(number)
-    if len(refused) == 1 and jobs_of(refused) == len(jobs):
+    for number, job in enumerate(jobs):
+        with suppress(HydraException, OmegaConfBaseException):  # what cannot be composed is refused by the sweeper itself
+            whole = loader.load_sweep_config(config, job)
+            try:
+                secrets.refuse_in_config(OmegaConf.to_container(whole))
+                load(OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"]))
+            except UserError as error:
+                # Of hydra.job.num, say, Hydra knows the value only when the job starts
+                if not isinstance(error.__cause__, InterpolationResolutionError):
+                    refused.setdefault(str(error), []).append(number)
+    bad = sum(map(len, refused.values()))
+    if len(refused) == 1 and bad == len(jobs):
         sys.exit(f"error: {next(iter(refused))}")
     if refused:
         lines = [f"  {error} ({numbered(numbers)})" for error, numbers in refused.items()]
         more = [f"  and {len(lines) - SHOWN} more errors"] if len(lines) > SHOWN else []
-        some = f"{jobs_of(refused)} of the {len(jobs)} jobs of this sweep cannot run, so none was started"
-        head = f"error: {some if jobs_of(refused) < len(jobs) else 'no job of this sweep can run'}:"
+        some = f"{bad} of the {len(jobs)} jobs of this sweep cannot run, so none was started"
+        head = f"error: {some if bad < len(jobs) else 'no job of this sweep can run'}:"
         sys.exit("\n".join([head, *lines[:SHOWN], *more]))
-
-
-def jobs_of(refused: dict[str, list[int]]) -> int:
-    return sum(map(len, refused.values()))
 
 
 def numbered(jobs: list[int]) -> str:

@@ -115,8 +115,11 @@ def check_dataset(data) -> None:
         where = f"dataset.sources.{name}.weight={source.weight}"
         check(source.weight > 0, f"{where} must be above 0: type ~dataset.sources.{name} to leave the source out")
         check(source.weight <= 1000, f"{where} would repeat its rows that often: type 1000 or less")
+        key = f"dataset.sources.{name}"
         if source.only is not None:
-            check_choice(f"dataset.sources.{name}.only", source.only, ("sft", "ppo", "eval"))
+            check_choice(f"{key}.only", source.only, ("sft", "ppo", "eval"))
+        answers = source.only != "sft" or source.adapter != "prompts"
+        check(answers, f"{key}.only=sft needs answers, which adapter=prompts does not read: type {key}.adapter=fields")
     check(data.path is None or bool(data.path.strip()), "dataset.path is empty: type dataset.path=/data/pairs.jsonl")
     check_least(data, 0, "toy_rows")
     check(data.max_rows is None or data.max_rows > 0, f"dataset.max_rows={data.max_rows} must be null or above 0")

@@ -16,9 +16,9 @@ from pathlib import Path
 from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.checks.paths import is_local, no_folder
 from runner.checks.trust import check_vocabulary, check_weights, read_settings
-from runner.config import ENGINES, PARENTS, PARTS, SHARES, Config, Hardware, rate_key
+from runner.config import ENGINES, PARENTS, PARTS, SHARES, Config, Hardware, Source, rate_key
 from runner.data.adapters import check_adapter
-from runner.data.sources import content_key, data_key, plain_source, sources_of
+from runner.data.sources import content_key, data_key, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.durable.manifest import steps_done
 from runner.durable.resume import Unfinished, check_forced, forced, unfinished
@@ -129,7 +129,7 @@ def _check_share(cfg: Config, stage: str) -> None:
     own = any(source.only == stage for source in sources_of(dataset).values())
     if getattr(dataset.split, share) or own:
         return
-    if all(source.only == "ppo" for source in sources_of(dataset).values()):
+    if all(source.only in ("ppo", "eval") for source in sources_of(dataset).values()):
         raise UserError(
             f"dataset={dataset.name} holds prompts alone, which serve PPO only: give the model of stage {stage} with {stage}.use=..."
         )
@@ -157,7 +157,7 @@ def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dic
     if stage == "ppo":
         facts["rollout"] = asdict(cfg.rollout)
         if cfg.ppo.ptx_coef:
-            texts = [content_key(plain_source(path), 0) for path in cfg.dataset.pretrain]
+            texts = [content_key(Source(path), 0) for path in cfg.dataset.pretrain]
             facts["dataset"] = data | {"pretrain": texts}
     return facts | {"parents": {name: step.key for name, step in parents.items()}}
 

@@ -305,6 +305,7 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ({"messages": TURNS}, {}, [user("a")]),
         ({"conversations": [*TURNS, user("c")]}, {}, [*TURNS, user("c")]),
         ({"chosen": "\n\nHuman: Hi?\n\nAssistant: Ho.", "rejected": "x"}, {}, [user("Hi?")]),
+        ({"messages": "\n\nHuman: Hi?\n\nAssistant: Ho."}, {}, [user("Hi?")]),
     ],
 )
 def test_prompts_of_rows_with_and_without_answers(row, fields, prompt):
@@ -317,6 +318,7 @@ def test_prompts_of_rows_with_and_without_answers(row, fields, prompt):
         ({"text": "a"}, Unmapped, "no prompt among the fields text; tried prompt, instruction"),
         ({"prompt": None}, BadRow, "field prompt is null"),
         ({"prompt": 3}, BadRow, "field prompt is of type int"),
+        ({"messages": 3}, BadRow, "field messages is of type int"),
         ({"prompt": []}, Dropped, "empty prompt"),
         ({"prompt": " "}, Dropped, "empty prompt"),
         ({"messages": TURNS[1:]}, Dropped, "empty prompt"),
@@ -325,6 +327,12 @@ def test_prompts_of_rows_with_and_without_answers(row, fields, prompt):
 def test_rows_without_a_prompt(row, error, message):
     with pytest.raises(error, match=message):
         adapt("prompts", row, {})
+
+
+def test_the_map_for_a_prompt_alone_has_no_answers():
+    with pytest.raises(Unmapped) as caught:
+        adapt("prompts", {"history": "a", "winner": "b", "loser": "c", "preferred": 1}, {})
+    assert (caught.value.map, caught.value.verdict) == ("{prompt: history}", None)
 
 
 @pytest.mark.parametrize(

@@ -803,11 +803,15 @@ def test_tracebacks_come_when_asked_for(words, environment, here):
         ),
         (["ppo.kl_coef=-1,abc"], ["no job of this sweep can run:", "ppo.kl_coef=-1.0 .*\\(job 0\\)", "ppo.kl_coef=abc .*\\(job 1\\)"]),
         (["sweep=kl", "ppo.gamma=2"], ["error: ppo.gamma=2.0 "]),
+        (["sweep=glob(k*)", "ppo.gamma=2"], ["error: ppo.gamma=2.0 "]),
+        (["seed=1,2", "ppo.gamma=2", "hydra.sweep.subdir=${hydra.job.num}"], ["error: ppo.gamma=2.0 "]),
+        (["seed=1,2", "ppo.gamma=2,1", "wandb.entity=${oc.env:TEAM}"], ["2 of the 4 jobs"]),
+        (["name=a,b", "store=${name}", "ppo.gamma=2"], ["error: ppo.gamma=2.0 "]),
         (["sweep=kl", "ppo.kl_coef=1,-2"], ["1 of the 2 jobs", "ppo.kl_coef=-2.0 must be 0 or more \\(job 1\\)"]),
     ],
 )
 def test_a_sweep_with_a_job_that_cannot_run_is_not_started(words, errors, here):
-    done = process("-m", *words)
+    done = process("-m", *words, TEAM="a,b")
     assert done.returncode == 1 and not any(here.iterdir())
     for error in errors:
         assert re.search(error, done.stderr), done.stderr

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from runner.config import PhaseSplit
+from runner.config import PhaseSplit, Source
 from runner.data import cache, sources, toy
 from runner.data.batches import EMPTY, Batches, micro_sizes, pad, pair_batch, pick, preference_batch, sft_batch, shard, subset
 from runner.data.cache import copies_of
+from runner.data.encoder import training_texts
 from runner.data.examples import Counts, adapted, examples
 from runner.data.split import held_out, phase_of, prompt_hash
 from runner.errors import UserError
@@ -509,7 +510,7 @@ def write(path: Path, rows: list) -> Path:
 
 
 def read(path: Path, **changes) -> list:
-    return list(sources.rows(replace(sources.plain_source(str(path)), **changes), 0))
+    return list(sources.rows(replace(Source(str(path)), **changes), 0))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.json.gz", "a.parquet", "folder"])
@@ -653,7 +654,7 @@ def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", ROWS)
     monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(UserError, match=r"a.jsonl cannot be read: Permission denied"):
-        sources.content_key(sources.plain_source(str(path)), 0)
+        sources.content_key(Source(str(path)), 0)
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------
@@ -665,7 +666,7 @@ def data(cfg, tmp_path):
 
     def make(rows: list, name: str = "a.jsonl", weight: float = 1.0, **changes):
         path = write(tmp_path / name, rows)
-        source = replace(sources.plain_source(str(path)), weight=weight)
+        source = replace(Source(str(path)), weight=weight)
         return replace(cfg.dataset, name="mine", toy_rows=0, **({"sources": {"mine": source}, "holdout": 0.2} | changes))
 
     return make
@@ -724,7 +725,7 @@ def test_cached_rows_are_the_tokens_of_the_dialogues(data, build, tokenizer):
 def test_a_prompt_has_one_stage_across_sources(data, tmp_path, cfg):
     """The same questions in two files, in other words of case and punctuation."""
     shouted = [row | {"prompt": row["prompt"].upper() + "!"} for row in pairs(60)]
-    both = data(pairs(60)).sources | {"other": sources.plain_source(str(write(tmp_path / "b.jsonl", shouted)))}
+    both = data(pairs(60)).sources | {"other": Source(str(write(tmp_path / "b.jsonl", shouted)))}
     dataset = replace(data(pairs(60)), sources=both)
     of: dict[str, set[str]] = {}
     for stage in STAGES:
@@ -770,9 +771,7 @@ def test_prompts_of_their_own_go_to_ppo_alone(data, build, tmp_path):
 
 def test_a_data_set_of_prompts_trains_ppo_and_nothing_else(data, build, tmp_path):
     rows = [{"prompt": f"Say {i}"} for i in range(30)]
-    with pytest.raises(
-        UserError, match=r"a.jsonl:1: no response among the fields prompt; .* serve PPO only: dataset.ppo_only=\[.*a.jsonl\]\."
-    ):
+    with pytest.raises(UserError, match=r"a.jsonl:1: no response among the fields prompt; .* serve PPO alone: dataset=prompts"):
         build(data(rows, path=str(tmp_path / "a.jsonl")), "ppo")
     dataset = data(rows, split=PhaseSplit(0, 0, 1))
     dataset = replace(dataset, sources={"mine": replace(dataset.sources["mine"], adapter="prompts", only="ppo")})
@@ -798,6 +797,47 @@ def test_rows_to_evaluate_on_are_the_held_out_ones_of_all_stages(data, build, tm
         build(data(pairs(60), eval_only=[str(write(tmp_path / "same.jsonl", pairs(60)))]), "sft")
     with pytest.raises(UserError, match=r"stage reward has no rows to evaluate on .*: the rows of dataset.eval_only have no `rejected`"):
         build(data(pairs(60), eval_only=[shown]), "reward")
+
+
+def test_the_tokenizer_and_the_key_see_no_more_of_rows_to_evaluate_on_than_they_must(data, tokenizer, tmp_path):
+    dataset = data(pairs(60), eval_only=[str(write(tmp_path / "test.jsonl", pairs(30, start=100)))], **only("sft"))
+    texts = list(training_texts(dataset, tokenizer, limit=50))
+    assert len(texts) == 50 and not any("Say 1" in text and "good 1" in text and len(text.split()[2]) > 2 for text in texts)
+    assert sources.data_key(dataset) == sources.data_key(replace(dataset, holdout=0.5))
+    assert sources.data_key(dataset) != sources.data_key(replace(dataset, eval_only=[]))
+
+
+def test_prompts_alone_are_evaluated_on_prompts_alone(data, build, tmp_path):
+    dataset = data([{"prompt": f"Say {i}"} for i in range(30)], split=PhaseSplit(0, 0, 1))
+    dataset = replace(dataset, sources={"mine": Source(dataset.sources["mine"].path, adapter="prompts", only="ppo")})
+    tests = str(write(tmp_path / "test.jsonl", [{"prompt": f"Say {i}"} for i in range(20, 40)]))
+    train, held, _ = build(replace(dataset, eval_only=[tests]), "ppo")
+    assert (len(train), len(held)) == (20, 20)
+
+
+ONLY = {"mine": None, "shown": "sft", "alone": "ppo", "tests": "eval"}
+
+
+@fuzz
+@given(rows=st.lists(st.tuples(st.sampled_from([*ONLY]), st.integers(0, 30), st.sampled_from(["", "good", "good bad"])), max_size=60))
+def test_no_mixture_shows_a_prompt_to_two_stages_or_trains_on_what_it_evaluates_on(rows, cfg, tmp_path_factory):
+    """Sources of all kinds that share prompts, of rows with no answer (for `alone` only), one and two."""
+    folder, made = tmp_path_factory.mktemp("mixture"), {}
+    for name in {name for name, _, answers in rows if answers or name == "alone"}:
+        kept = [(i, answers.split()) for other, i, answers in rows if other == name and (answers or name == "alone")]
+        own = [{"prompt": f"Say {i}"} | dict(zip(("chosen", "rejected"), answers, strict=False)) for i, answers in kept]
+        made[name] = Source(str(write(folder / f"{name}.jsonl", own)), "prompts" if name == "alone" else "fields", only=ONLY[name])
+    if not made:
+        return
+    dataset = replace(cfg.dataset, toy_rows=0, sources=made)
+    found = {stage: list(examples(dataset, stage, Counts())) for stage in STAGES}
+    trained = {stage: {number for name, _, number in kept if name != "tests"} for stage, kept in found.items()}
+    evaluated = {number for kept in found.values() for name, _, number in kept if name == "tests"}
+    for one, other in itertools.combinations(STAGES, 2):
+        assert not trained[one] & trained[other]
+    assert not evaluated & set().union(*trained.values())
+    assert all(example.chosen is not None for _, example, _ in found["sft"])
+    assert all(example.rejected is not None for _, example, _ in found["reward"])
 
 
 def test_weights_repeat_training_rows_and_leave_the_held_out_alone(data, build):
@@ -910,7 +950,10 @@ def test_rows_without_a_rejected_response_all_serve_sft(data, build):
 def test_demonstrations_cannot_train_the_other_stages(data, build):
     alone = data([{"prompt": f"Say {i}", "response": "good"} for i in range(30)])
     for stage in ("reward", "dpo", "ppo"):
-        with pytest.raises(UserError, match=rf"stage {stage} has no rows .*no `rejected`.*Type stage=sft, or .*dataset.sft_only=\[FILE\]$"):
+        with pytest.raises(
+            UserError,
+            match=rf"stage {stage} has no rows .*none of its rows has a `rejected`.*Type stage=sft, or .*dataset.sft_only=\[FILE\]$",
+        ):
             build(alone, stage)
 
 
@@ -1092,7 +1135,7 @@ def test_real_data_is_read_and_split_without_overlap(cfg):
     """6183 pairs of people, and demonstrations of two other sources on top: all rows are accounted for, no prompt in two stages."""
     files = {name: str(REAL / name) for name in ("hh_helpful_pairs.jsonl.gz", "alpaca_sft.jsonl.gz", "dolly_sft.jsonl.gz")}
     hh, *demonstrations = files.values()
-    dataset = replace(cfg.dataset, toy_rows=0, sources={"hh": sources.plain_source(hh)}, sft_only=demonstrations)
+    dataset = replace(cfg.dataset, toy_rows=0, sources={"hh": Source(hh)}, sft_only=demonstrations)
     found, counts = {}, {stage: Counts() for stage in STAGES}
     for stage in STAGES:
         found[stage] = list(examples(dataset, stage, counts[stage]))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiny import configured
 
-from runner.config import Config
-from runner.data.sources import data_key, plain_source, sources_of
+from runner.config import Config, Source
+from runner.data.sources import data_key, sources_of
 from runner.door import _bare
 from runner.errors import UserError
 from runner.plan import plan
@@ -96,7 +96,7 @@ def cfg(tmp_path_factory) -> Config:
     for name in ("mine", "more", "text"):
         (folder / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
     made = configured("model.actor.init=pretrained", "model.actor.path=facebook/opt-125m", "ppo.ptx_coef=0.5")
-    sources = dict(made.dataset.sources) | {"mine": plain_source(str(folder / "mine.jsonl"))}
+    sources = dict(made.dataset.sources) | {"mine": Source(str(folder / "mine.jsonl"))}
     texts = {"sft_only": [str(folder / "more.jsonl")], "pretrain": [str(folder / "text.jsonl")]}
     return replace(
         made, store=str(folder / "store"), dpo=configured("stage=dpo").dpo, dataset=replace(made.dataset, sources=sources, **texts)

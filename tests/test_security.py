@@ -446,6 +446,22 @@ def test_a_secret_in_one_preset_of_a_sweep_is_refused_before_it_is_saved(text, h
     assert HF_TOKEN not in message and WANDB_KEY not in message
 
 
+def test_a_job_that_cannot_be_composed_does_not_hide_a_secret_of_another(house, refused):
+    preset(house, f"wandb: {{group: {HF_TOKEN}}}")
+    shutil.copy(house.parent / "conf" / "experiment" / "theirs.yaml", house.parent / "conf" / "experiment" / "mine.yaml")
+    preset(house, "defaults: [/nowhere, _self_]\n")
+    message = refused("-m", "experiment=theirs,mine", "hydra.sweeper.max_batch_size=1")
+    assert "in the configuration holds a Hugging Face token" in message
+
+
+def test_what_hydra_knows_only_once_a_job_starts_is_no_reason_to_refuse_it(house, capfd, monkeypatch):
+    preset(house, "store: ${hydra:job.num}_${oc.env:FOO}\nhydra: {job: {env_set: {FOO: there}}}\n")
+    monkeypatch.setattr("sys.argv", [str(house), "-m", "seed=1,2", "experiment=theirs", "dry_run=true"])
+    runpy.run_path(str(house), run_name="__main__")
+    said = capfd.readouterr().out
+    assert "0_there/sft-" in said and "1_there/sft-" in said
+
+
 HARMLESS = [
     "model.end_token=</s>",
     "model.end_token=<|im_end|>",

@@ -306,13 +306,14 @@ def prompts(row: dict, fields: dict) -> Example:
     """The prompt of any row, for PPO: found as `fields` does. Answers are left out; `messages` may end with either role."""
     named = under_our_names(row, fields)
     turns, answer = prompt_turns(named), pick(named, RESPONSES)
-    if not turns and answer in ("messages", "conversations"):
+    if not turns and answer in ("messages", "conversations") and isinstance(named[answer], list):
         turns = chat(named, answer)
         turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
     elif not turns and answer:
         turns, _ = reply(named, answer, ())
     elif not turns:
-        raise null_field(named, PROMPTS) or no_field(row, "prompt", PROMPTS)
+        missing = no_field(row, "prompt", PROMPTS)
+        raise null_field(named, PROMPTS) or Unmapped(str(missing), missing.map.split(",")[0] + "}", verdict=None)
     return with_system(named, Example(turns, None))
 
 

@@ -17,11 +17,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from runner.config import SHARES, Dataset, Model
+from runner.config import SHARES, Dataset, Model, Source
 from runner.data.adapters import BadRow, check_text
 from runner.data.encoder import Encoder
 from runner.data.examples import Counts, adapted, can_use, examples, only_use
-from runner.data.sources import VERSION, content_key, data_key, plain_source, rows, sources_of
+from runner.data.sources import VERSION, content_key, data_key, evaluates_on_its_own, rows, sources_of
 from runner.data.split import held_out, prompt_hash
 from runner.durable.lock import lock
 from runner.errors import UserError
@@ -48,7 +48,7 @@ def build(store: Path, dataset: Dataset, stage: str, tokenizer, model: Model) ->
 
 def build_pretrain(store: Path, dataset: Dataset, tokenizer, model: Model) -> Path:
     """Plain text for the ptx mixture, cut into blocks of prompt + response length: SFT rows without a prompt."""
-    sources = [plain_source(path) for path in dataset.pretrain]
+    sources = [Source(path) for path in dataset.pretrain]
     block = model.max_prompt_tokens + model.max_response_tokens
     facts = {"pretrain": [content_key(s, 0) for s in sources], "block": block, "tokenizer": fingerprint(tokenizer), "version": VERSION}
 
@@ -142,10 +142,10 @@ def _encoded(source: Iterator, encoder: Encoder, title: str) -> Iterator[tuple[d
 def _write(folder: Path, stage: str, dataset: Dataset, made: Iterator[tuple[dict, int]], counts: Counts) -> None:
     with _Writer(folder / "train.arrow") as train, _Writer(folder / "eval.arrow") as held:
         sources = sources_of(dataset)
-        named = any(source.only == "eval" for source in sources.values())
+        own_tests = evaluates_on_its_own(dataset)
         for row, number in made:
             source = sources[row["source"]]
-            if source.only == "eval" or (not named and held_out(number, dataset.holdout)):
+            if source.only == "eval" or (not own_tests and held_out(number, dataset.holdout)):
                 held.add(row)
                 counts.eval += 1
                 continue
@@ -169,9 +169,9 @@ def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
     if to_evaluate and not counts.train and counts.dropped["prompt is held out"]:
         return "the rows of dataset.eval_only have all of its prompts"
     every = [(source, example) for source in sources if source.only != "eval" for example in adapted(dataset, source, Counts())]
-    if stage != "sft" and every and all(only_use(*one) == "sft" for one in every):
+    if stage != "sft" and every and not any(only_use(*one) in (None, share) for one in every):
         beside = f"dataset.sft_only=[{dataset.path or 'FILE'}]"
-        return f"its rows have no `rejected` and serve SFT only. Type stage=sft, or give pairs and put these rows beside them: {beside}"
+        return f"none of its rows has a `rejected`: they serve SFT. Type stage=sft, or give pairs and put these rows beside them: {beside}"
     dropped = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.most_common() if n)
     if not every:
         needs = "a prompt that ends with a user turn, a response, and a worse one, if any, that differs"

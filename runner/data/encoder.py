@@ -6,10 +6,12 @@ dropped. Everything that is cut or dropped is counted.
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 
 from runner.config import Dataset, Model
 from runner.data.adapters import Example
 from runner.data.examples import Counts, examples
+from runner.data.sources import sources_of
 from runner.errors import UserError
 from runner.tokenizer import encode, encode_responses, gap, plain, render_prompt
 
@@ -99,8 +101,8 @@ class Encoder:
 
 
 def training_texts(dataset: Dataset, tokenizer, limit: int = 20_000) -> Iterator[str]:
-    """Rendered demonstrations, to train a tokenizer on."""
-    for index, (_, example, _) in enumerate(examples(dataset, "sft", Counts())):
-        if index >= limit:
-            return
+    """Rendered demonstrations, to train a tokenizer on: not those to evaluate on."""
+    sources = sources_of(dataset)
+    trained = (example for name, example, _ in examples(dataset, "sft", Counts()) if sources[name].only != "eval")
+    for example in islice(trained, limit):
         yield render_prompt(tokenizer, example.prompt) + gap(tokenizer) + example.chosen

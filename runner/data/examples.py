@@ -19,7 +19,7 @@ class Counts:
     eval: int = 0
     truncated: int = 0
     dropped: Counter = field(default_factory=Counter)
-    owned: Counter = field(default_factory=Counter)  # examples per stage, before any is dropped
+    owned: Counter = field(default_factory=Counter)  # examples per stage, before the encoder drops any
 
 
 def examples(dataset: Dataset, stage: str, counts: Counts) -> Iterator[tuple[str, Example, int]]:
@@ -29,24 +29,23 @@ def examples(dataset: Dataset, stage: str, counts: Counts) -> Iterator[tuple[str
     them. Rows to evaluate on (`eval_only`) belong to all stages that can use them, and no stage trains on their prompts.
     """
     evaluated, owners, sources = _evaluated_prompts(dataset), None, sources_of(dataset)
-    # PPO's own prompts are hidden from SFT whatever their hash; without them the hash says of most demonstrations that nobody else's are
+    # A demonstration may have one of PPO's own prompts, whatever its hash. Without such, only a hash of another stage needs a look
     hides = stage == "sft" and any(source.only == "ppo" or source.adapter == "prompts" for source in sources.values())
     for name, source in sources.items():
         if source.only not in (None, "eval", stage):
             continue
         for example in adapted(dataset, source, counts):
-            number = prompt_hash(example.prompt)
-            if source.only == "eval":
+            number, only = prompt_hash(example.prompt), only_use(source, example)
+            if only == "eval":
                 if can_use(stage, example):
                     yield name, example, number
                 continue
-            owner = only_use(source, example)
-            if owner == stage and (hides or phase_of(number, dataset.split) != stage):
+            if only == stage and (hides or phase_of(number, dataset.split) != stage):
                 owners = _owners(dataset) if owners is None else owners
                 if owners.get(number, stage) != stage:
                     counts.dropped["prompt belongs to another stage"] += 1
                     continue
-            owner = owner or phase_of(number, dataset.split)
+            owner = only or phase_of(number, dataset.split)
             counts.owned[owner] += 1
             if owner == stage and number in evaluated:
                 counts.dropped["prompt is held out"] += 1
@@ -60,7 +59,7 @@ def can_use(stage: str, example: Example) -> bool:
 
 
 def only_use(source: Source, example: Example) -> str | None:
-    """The one stage that a row is for; None for a comparison, which any stage can use."""
+    """What alone a row serves: a stage, or "eval". None for a comparison, which any stage can use."""
     if source.only or example.rejected is not None:
         return source.only
     return "ppo" if example.chosen is None else "sft"
@@ -94,27 +93,27 @@ def _cure(dataset: Dataset, source: Source, error: Exception) -> str:
         return (
             f"Field {error.verdict} says which answer is better, and no map reads that: write the rows as prompt, chosen and rejected first"
         )
-    if source.only == "ppo" and source.path != dataset.path:
-        return f"Name its field prompt, or give its source a map in a conf/dataset/ file. {skip}"
+    prompts = source.adapter == "prompts"
     if source.path != dataset.path:
-        return f"Name its fields prompt and response, or give its source a map in a conf/dataset/ file. {skip}"
-    alone = "" if source.only == "ppo" else f" Prompts without an answer serve PPO only: dataset.ppo_only=[{source.path}]."
+        names = "field prompt" if prompts else "fields prompt and response"
+        return f"Name its {names}, or give its source a map in a conf/dataset/ file. {skip}"
+    alone = "" if prompts else " Prompts without an answer serve PPO alone: dataset=prompts reads them, or dataset.ppo_only beside pairs."
     return f"If all rows are like this one, type dataset.fields='{error.map}' (leave out what is not there).{alone} {skip}"
 
 
 def _owners(dataset: Dataset) -> dict[int, str]:
     """The stage of each prompt that more than one stage could use: those of comparisons, then PPO's own. The others must not see it."""
-    seen, alone = {}, {}
+    owners = {}
     for source in sources_of(dataset).values():
         if source.only not in (None, "ppo"):
             continue
         for example in adapted(dataset, source, Counts()):
             number, only = prompt_hash(example.prompt), only_use(source, example)
             if only is None:
-                seen[number] = phase_of(number, dataset.split)
+                owners[number] = phase_of(number, dataset.split)
             elif only == "ppo":
-                alone[number] = only
-    return alone | seen
+                owners.setdefault(number, "ppo")
+    return owners
 
 
 def _evaluated_prompts(dataset: Dataset) -> set[int]:

@@ -27,20 +27,29 @@ class BrokenRow(Exception):
 
 def sources_of(dataset: Dataset) -> dict[str, Source]:
     """All sources by name, with the plain paths of `sft_only` and the like. Sorted by name, so that the same key means the same rows."""
-    plain = {"sft": dataset.sft_only, "ppo": dataset.ppo_only, "eval": dataset.eval_only}
-    extra = {f"{only}_only_{i}": plain_source(path, only) for only, paths in plain.items() for i, path in enumerate(paths)}
+    alone = all(source.adapter == "prompts" for source in dataset.sources.values())
+    plain = {
+        "sft": (dataset.sft_only, "fields"),
+        "ppo": (dataset.ppo_only, "prompts"),
+        "eval": (dataset.eval_only, "prompts" if alone else "fields"),
+    }
+    extra = {
+        f"{only}_only_{i}": Source(path, adapter, only=only) for only, (paths, adapter) in plain.items() for i, path in enumerate(paths)
+    }
     return dict(sorted((dict(dataset.sources) | extra).items()))
 
 
-def plain_source(path: str, only: str | None = None) -> Source:
-    """A file or hub data set without settings of its own."""
-    return Source(path=path, adapter="prompts" if only == "ppo" else "fields", only=only)
+def evaluates_on_its_own(dataset: Dataset) -> bool:
+    """Whether there are sources to evaluate on."""
+    return any(source.only == "eval" for source in sources_of(dataset).values())
 
 
 def data_key(dataset: Dataset) -> dict:
     """What identifies the examples of all stages: sources by content, and how they are split."""
     sources = [[_described(s), content_key(s, dataset.toy_rows)] for s in sources_of(dataset).values()]
-    rest = {k: v for k, v in asdict(dataset).items() if k in ("split", "holdout", "on_bad_row", "max_rows")}
+    # Where there are rows to evaluate on, no share of the others is held out
+    keys = ("split", "on_bad_row", "max_rows", *(() if evaluates_on_its_own(dataset) else ("holdout",)))
+    rest = {k: v for k, v in asdict(dataset).items() if k in keys}
     return {"version": VERSION, "sources": sources} | rest
 
 

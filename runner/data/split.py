@@ -1,7 +1,8 @@
 """Which stage a prompt belongs to, and whether it is held out: a function of its text alone.
 
 The hash of the first human turn decides. So a prompt is in exactly one stage, whatever the seed, the order, or the data sets that contain
-it, and no stage trains or evaluates on what another one has seen.
+it, and no stage trains or evaluates on what another one has trained on. Rows that one stage alone can use, and those that a user wants to
+evaluate on, are apart from this: runner/data/examples.py.
 """
 
 import hashlib
