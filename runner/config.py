@@ -103,6 +103,10 @@ class Source:
     weight: float = 1.0
     only: Optional[str] = None
 
+    def __post_init__(self) -> None:
+        if self.only == "ppo" and self.adapter == "fields":
+            self.adapter = "prompts"  # the same, but that answers may be missing
+
 
 @dataclass
 class PhaseSplit:

@@ -116,6 +116,8 @@ def inherited(environment: dict[str, str]) -> dict[str, str]:
 
 def _environment(cfg: Config) -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    # The workers' code is the launcher's, whatever is called `runner` in the folder that we were called from
+    environment["PYTHONSAFEPATH"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Find ninja and torchrun of this environment even when its python was called by its full path
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])

@@ -59,7 +59,6 @@ def plan(cfg: Config) -> list[Step]:
     check_raw(cfg.hardware.deepspeed)
     for name, source in sources_of(cfg.dataset).items():
         check_adapter(f"dataset.sources.{name}", source.adapter, source.fields)
-    data = data_key(cfg.dataset)
     steps: dict[str, Step] = {}
     last = getattr(cfg, cfg.stage)
     parents_wanted = () if last and last.use else PARENTS[cfg.stage]  # a result that is given was trained on others
@@ -69,7 +68,7 @@ def plan(cfg: Config) -> list[Step]:
         accumulation(cfg, stage)
         parents = {parent: steps[parent] for parent in PARENTS[stage] if parent in steps}
         pinned = getattr(cfg, stage).use
-        facts = _pinned_facts(stage, pinned) if pinned else _facts(cfg, stage, data, parents)
+        facts = _pinned_facts(stage, pinned) if pinned else _facts(cfg, stage, parents)
         models = {name: step.model for name, step in parents.items()}
         steps[stage] = _or_interrupted(cfg, Step(stage, _key(facts), _folder(cfg, stage, _key(facts)), pinned, models, facts))
         if steps[stage].done:
@@ -138,9 +137,12 @@ def _check_share(cfg: Config, stage: str) -> None:
     raise UserError(f"dataset={dataset.name} leaves stage {stage} no rows (dataset.split.{share}=0): {only}{others}")
 
 
-def _facts(cfg: Config, stage: str, data: dict, parents: dict[str, Step]) -> dict:
+def _facts(cfg: Config, stage: str, parents: dict[str, Step]) -> dict:
     """Everything that shapes the result of a stage, under the names it has in the configuration."""
     model = cfg.model
+    # The tokenizer of a random model is trained on the demonstrations
+    made_up = stage == "reward" and model.reward.init == "random"
+    data = data_key(cfg.dataset, "sft" if made_up else SHARES[stage])
     # attention too: dropout hits other elements when rows are laid out differently
     shapes = {"family": model.family, "attention": model.attention, "chat_template": model.chat_template, "end_token": model.end_token}
     shapes |= {"max_prompt_tokens": model.max_prompt_tokens, "max_response_tokens": model.max_response_tokens}

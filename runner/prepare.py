@@ -202,7 +202,7 @@ def _own_tokenizer(cfg: Config, store: Path) -> str:
 
     if cfg.model.chat_template is None:
         raise UserError(f"model.chat_template=null asks for that of a checkpoint, and init=random has none. {NO_TEMPLATE}")
-    facts = [data_key(cfg.dataset), cfg.model.chat_template, cfg.model.tokenizer_vocab]
+    facts = [data_key(cfg.dataset, "sft"), cfg.model.chat_template, cfg.model.tokenizer_vocab]
     name = f"tokenizer-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]}"
     folder = store / "base" / name
     with lock(store / "locks" / name, "the tokenizer"):

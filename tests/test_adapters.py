@@ -303,6 +303,7 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ({"frage": "Hi?", "system": "Be brief."}, {"prompt": "frage"}, [{"role": "system", "content": "Be brief."}, user("Hi?")]),
         ({"messages": TURNS[:1]}, {}, [user("a")]),
         ({"messages": TURNS}, {}, [user("a")]),
+        ({"prompt": TURNS}, {}, [user("a")]),
         ({"conversations": [*TURNS, user("c")]}, {}, [*TURNS, user("c")]),
         ({"chosen": "\n\nHuman: Hi?\n\nAssistant: Ho.", "rejected": "x"}, {}, [user("Hi?")]),
         ({"messages": "\n\nHuman: Hi?\n\nAssistant: Ho."}, {}, [user("Hi?")]),

@@ -851,6 +851,16 @@ def test_bf16_on_a_gpu_without_it_is_refused(precision, has_it, message, monkeyp
         check_precision(hardware)
 
 
+def test_workers_import_the_launchers_code_whatever_lies_in_the_folder(tmp_path):
+    from runner.launch import _environment
+
+    (tmp_path / "runner").mkdir()
+    (tmp_path / "runner" / "worker.py").write_text('raise SystemExit("of another clone")')
+    command = [sys.executable, "-m", "runner.worker"]
+    done = subprocess.run(command, cwd=tmp_path, env=_environment(configured()), capture_output=True, text=True, timeout=60)
+    assert "IndexError" in done.stderr and "of another clone" not in done.stderr  # it wants to know its step
+
+
 def test_a_worker_with_a_broken_config_says_why(tmp_path):
     """The workers go through the same door as the launcher."""
     from runner.door import load
@@ -911,7 +921,7 @@ def test_every_command_of_the_readme_makes_a_plan(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "conf", conf)
     for preset in code_blocks("yaml"):
         (tmp_path / re.search(r"^# (conf/.*)$", preset, re.MULTILINE)[1]).write_text(preset)
-    monkeypatch.setattr(runner.plan, "data_key", lambda dataset: {})
+    monkeypatch.setattr(runner.plan, "data_key", lambda dataset, share: {})
     monkeypatch.setattr(runner.plan, "content_key", lambda source, toy_rows: "")
     monkeypatch.setattr(runner.plan, "_files", lambda key, path: [])
     monkeypatch.setattr(runner.plan, "_pinned_facts", lambda stage, path: {})

@@ -803,8 +803,8 @@ def test_the_tokenizer_and_the_key_see_no_more_of_rows_to_evaluate_on_than_they_
     dataset = data(pairs(60), eval_only=[str(write(tmp_path / "test.jsonl", pairs(30, start=100)))], **only("sft"))
     texts = list(training_texts(dataset, tokenizer, limit=50))
     assert len(texts) == 50 and not any("Say 1" in text and "good 1" in text and len(text.split()[2]) > 2 for text in texts)
-    assert sources.data_key(dataset) == sources.data_key(replace(dataset, holdout=0.5))
-    assert sources.data_key(dataset) != sources.data_key(replace(dataset, eval_only=[]))
+    assert sources.data_key(dataset, "sft") == sources.data_key(replace(dataset, holdout=0.5), "sft")
+    assert sources.data_key(dataset, "sft") != sources.data_key(replace(dataset, eval_only=[]), "sft")
 
 
 def test_prompts_alone_are_evaluated_on_prompts_alone(data, build, tmp_path):

@@ -25,6 +25,8 @@ KEYED = {
     "model.reward": {"reward"},
     "model.reward.lora": {"reward", "ppo"},
     "dataset": ALL,
+    "dataset.sft_only": {"sft", "reward"},  # the reward model is random, and its tokenizer trained on the demonstrations
+    "dataset.ppo_only": {"sft", "reward", "ppo"},  # SFT must not see them
     "dataset.pretrain": {"ppo"},
     "rollout": {"ppo"},
     "sft": {"sft"},
@@ -175,8 +177,16 @@ def test_the_same_key_means_the_same_rows_in_the_same_order(cfg):
     dataset = cfg.dataset
     turned = replace(dataset, sources=dict(reversed(dataset.sources.items())))
     assert list(turned.sources) != list(dataset.sources)
-    assert data_key(turned) == data_key(dataset)
+    assert data_key(turned, "sft") == data_key(dataset, "sft")
     assert list(sources_of(turned).items()) == list(sources_of(dataset).items())
+
+
+def test_more_rows_for_one_stage_leave_a_pretrained_reward_model_as_it_is(cfg):
+    cfg = replace(cfg, model=replace(cfg.model, reward=cfg.model.actor))
+    before, more = own_facts(cfg), list(cfg.dataset.pretrain)
+    for key, changed in (("ppo_only", {"sft", "ppo"}), ("sft_only", {"sft"}), ("eval_only", ALL)):
+        after = own_facts(put(cfg, f"dataset.{key}", more))
+        assert {stage for stage in after if before[stage] != after[stage]} == set(changed)
 
 
 def test_text_that_is_not_mixed_in_does_not_count(cfg):

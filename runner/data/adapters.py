@@ -303,18 +303,17 @@ def any_fields(row: dict, fields: dict) -> Example:
 
 
 def prompts(row: dict, fields: dict) -> Example:
-    """The prompt of any row, for PPO: found as `fields` does. Answers are left out; `messages` may end with either role."""
+    """The prompt of any row, for PPO: found as `fields` does. Answers are left out, also one at the end of a dialogue."""
     named = under_our_names(row, fields)
     turns, answer = prompt_turns(named), pick(named, RESPONSES)
     if not turns and answer in ("messages", "conversations") and isinstance(named[answer], list):
         turns = chat(named, answer)
-        turns = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
     elif not turns and answer:
         turns, _ = reply(named, answer, ())
     elif not turns:
         missing = no_field(row, "prompt", PROMPTS)
         raise null_field(named, PROMPTS) or Unmapped(str(missing), missing.map.split(",")[0] + "}", verdict=None)
-    return with_system(named, Example(turns, None))
+    return with_system(named, Example(turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns, None))
 
 
 def under_our_names(row: dict, fields: dict) -> dict:

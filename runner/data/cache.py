@@ -34,7 +34,7 @@ BATCH = 1000
 def build(store: Path, dataset: Dataset, stage: str, tokenizer, model: Model) -> Path:
     """The cache folder of a stage, built if it does not exist. Parallel jobs build it once, and DPO shares the reward model's."""
     share = SHARES[stage]
-    facts = data_key(dataset) | {"stage": share, "tokenizer": fingerprint(tokenizer)}
+    facts = data_key(dataset, share) | {"stage": share, "tokenizer": fingerprint(tokenizer)}
     facts |= {"max_prompt_tokens": model.max_prompt_tokens, "max_response_tokens": model.max_response_tokens}
 
     def fill(folder: Path) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 from runner.checks.paths import SUFFIXES, is_local
@@ -28,14 +29,9 @@ class BrokenRow(Exception):
 def sources_of(dataset: Dataset) -> dict[str, Source]:
     """All sources by name, with the plain paths of `sft_only` and the like. Sorted by name, so that the same key means the same rows."""
     alone = all(source.adapter == "prompts" for source in dataset.sources.values())
-    plain = {
-        "sft": (dataset.sft_only, "fields"),
-        "ppo": (dataset.ppo_only, "prompts"),
-        "eval": (dataset.eval_only, "prompts" if alone else "fields"),
-    }
-    extra = {
-        f"{only}_only_{i}": Source(path, adapter, only=only) for only, (paths, adapter) in plain.items() for i, path in enumerate(paths)
-    }
+    adapter = {"sft": "fields", "ppo": "prompts", "eval": "prompts" if alone else "fields"}
+    plain = {"sft": dataset.sft_only, "ppo": dataset.ppo_only, "eval": dataset.eval_only}
+    extra = {f"{only}_only_{i}": Source(path, adapter[only], only=only) for only, paths in plain.items() for i, path in enumerate(paths)}
     return dict(sorted((dict(dataset.sources) | extra).items()))
 
 
@@ -44,9 +40,14 @@ def evaluates_on_its_own(dataset: Dataset) -> bool:
     return any(source.only == "eval" for source in sources_of(dataset).values())
 
 
-def data_key(dataset: Dataset) -> dict:
-    """What identifies the examples of all stages: sources by content, and how they are split."""
-    sources = [[_described(s), content_key(s, dataset.toy_rows)] for s in sources_of(dataset).values()]
+def data_key(dataset: Dataset, share: str) -> dict:
+    """What identifies the examples of a share (sft, reward or ppo): sources by content, and how they are split.
+
+    What only one stage reads changes no other's, so that more prompts for PPO train no reward model anew. SFT must know all: prompts
+    of PPO's own are kept from it.
+    """
+    read = [s for s in sources_of(dataset).values() if share == "sft" or s.only in (None, "eval", share)]
+    sources = [[_described(s), content_key(s, dataset.toy_rows)] for s in read]
     # Where there are rows to evaluate on, no share of the others is held out
     keys = ("split", "on_bad_row", "max_rows", *(() if evaluates_on_its_own(dataset) else ("holdout",)))
     rest = {k: v for k, v in asdict(dataset).items() if k in keys}
@@ -84,9 +85,15 @@ def content_key(source: Source, toy_rows: int) -> str:
         return f"{source.path}@{source.revision or 'main'}"
     path = _existing(source)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return _digest(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@cache
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Hash of the files' contents. Size and time are there for the cache: every stage, and every job of a sweep, asks again."""
     digest = hashlib.sha256()
     try:
-        for file in files:
+        for file, _, _ in files:
             with file.open("rb") as handle:
                 while block := handle.read(1 << 20):
                     digest.update(block)
