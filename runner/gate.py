@@ -19,6 +19,7 @@ from runner.checks import secrets
 from runner.door import load
 from runner.errors import UserError
 from runner.limits import check_name
+from runner.plan import plan
 
 SHOWN = 8  # errors of a sweep's jobs
 MANY = 30  # jobs, at four to the second, that are not checked without a word
@@ -49,7 +50,7 @@ class Gate(Callback):
 
 
 def refuse_jobs(config: DictConfig) -> None:
-    """Exit when a job of the sweep has a secret, or a key or value that the door refuses: nothing has been started yet."""
+    """Exit when a job of the sweep has a secret, or what the door or the plan refuses: nothing has been started yet."""
     loader = GlobalHydra.instance().config_loader()
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     words = OmegaConf.to_container(config.hydra.overrides.task)  # interpolations as they are: each job has its own values for them
@@ -62,7 +63,7 @@ def refuse_jobs(config: DictConfig) -> None:
             whole = loader.load_sweep_config(config, job)
             try:
                 secrets.refuse_in_config(OmegaConf.to_container(whole))
-                load(OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"]))
+                plan(load(OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"])))
             except UserError as error:
                 # Of hydra.job.num, say, Hydra knows the value only when the job starts
                 if not isinstance(error.__cause__, InterpolationResolutionError):

@@ -125,7 +125,8 @@ def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: st
         _check_options(key, value, groups[key])
         for option in _options(value):
             check_preset(key, option, conf)
-        return argument
+        # What stands in the defaults list as null can only be overridden with a list: this one is empty
+        return argument if key not in ("experiment", "sweep") else re.sub(r"(?<=[=,])null(?=,|$)", "[]", argument)
     _refuse_unknown(key, override.value(), known, chosen)
     if value.startswith("[") and any(name.startswith(f"{key}.") for name in known):
         raise UserError(f"{argument}: {key} is a mapping of names to values: type {key}='{{name: value}}'")
@@ -161,6 +162,8 @@ def _check_launcher(name: str) -> None:
 
 
 def _check_options(group: str, value: str, options: list[str]) -> None:
+    if group == "sweep" and len(_options(value)) > 1:
+        raise UserError(f"sweep={value}: one sweep at a time. For both, write a preset in conf/sweep/ that has the values of both")
     if value.startswith("[") and group != "experiment":  # several experiments can be stacked
         raise UserError(
             f"{group}={value}: one {group} at a time. Type {group}=..., or -m {group}={value.strip('[]')} for one after the other"

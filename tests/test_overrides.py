@@ -249,3 +249,21 @@ def test_a_source_needs_a_path_and_nothing_else():
     assert (source.adapter, source.split, source.weight, source.only) == ("fields", "train", 0.5, None)
     with pytest.raises(UserError, match=r"dataset.sources.a.path and dataset.sources.b.path have no value: type dataset.sources.a.path="):
         configured("++dataset.sources={a: {weight: 1}, b: {weight: 1}}")
+
+
+@pytest.mark.parametrize(
+    "words, passed_on",
+    [
+        (["experiment=null"], ["experiment=[]"]),
+        (["-m", "experiment=null,debug"], ["-m", "experiment=[],debug"]),
+        (["-m", "experiment=debug,null", "sweep=null"], ["-m", "experiment=debug,[]", "sweep=[]"]),
+    ],
+)
+def test_no_experiment_can_be_chosen_among_others(words, passed_on):
+    """Hydra takes no null over the null of the defaults list, but an empty list."""
+    assert check_overrides(words, CONF) == passed_on
+
+
+def test_one_sweep_at_a_time():
+    with pytest.raises(UserError, match="sweep=kl,seeds: one sweep at a time"):
+        check_overrides(["sweep=kl,seeds"], CONF)

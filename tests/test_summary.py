@@ -422,16 +422,16 @@ def test_sweep_table(tmp_path):
     console, raw = words()
     show_sweep(make_sweep(tmp_path), console)
     text = raw.getvalue().decode()
-    assert "Sweep of 3 jobs, 1 failed" in text
+    assert "Sweep of 3 jobs, 1 stopped" in text
     assert row(text, "job  ").split() == ["job", "kl_coef", "RM", "acc", "score", "KL", "length", "time"]  # model and SFT are all the same
     assert row(text, "0 ").split() == [*["0", "0.02", "71.2", "%", "-0.04", "->", "1.90", "3.25", "21.9", "1", "min", "15", "s"]]
-    assert row(text, "1 ").split()[:2] == ["1", "0.05"] and row(text, "1 ").endswith("failed")
+    assert row(text, "1 ").split()[:2] == ["1", "0.05"] and row(text, "1 ").endswith("stopped")
     assert row(text, "2 ").split()[1] == "0.1"
-    assert row(text, "job 1 failed").endswith(str(tmp_path / "1"))
+    assert row(text, "job 1 stopped").endswith(str(tmp_path / "1"))
     assert "| 0 | 0.02 | 71.2 % | -0.04 -> 1.90 |" in (tmp_path / "sweep.md").read_text()
     table = list(csv.DictReader((tmp_path / "sweep.csv").open()))
     assert [line["ppo.kl_coef"] for line in table] == ["0.02", "0.05", "0.1"]
-    assert [line["state"] for line in table] == ["done", "failed", "done"]
+    assert [line["state"] for line in table] == ["done", "stopped", "done"]
     assert table[2]["ppo/after/score"] == "0.8" and table[1]["ppo/after/score"] == ""
 
 
@@ -442,6 +442,7 @@ def test_errors_stand_under_the_table_of_a_sweep(tmp_path):
     console, raw = words()
     show_sweep(tmp_path, console)
     text = raw.getvalue().decode()
+    assert "Sweep of 3 jobs, 1 failed" in text and row(text, "job 1 failed").endswith(str(tmp_path / "1"))
     assert "job 1: sft: out of memory. Try this." in text and "characters ...]" in text
     assert "Its last lines" not in text and "earlier" not in text
     assert row(text, "1 ").endswith("failed") and max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 80
@@ -473,7 +474,7 @@ def test_sweep_jobs_stand_in_the_order_of_their_numbers(tmp_path):
         (tmp_path / str(number)).mkdir()
     console, raw = words()
     show_sweep(tmp_path, console)
-    assert [line.split()[0] for line in raw.getvalue().decode().splitlines() if line.startswith("  ") and line.endswith("failed")] == [
+    assert [line.split()[0] for line in raw.getvalue().decode().splitlines() if line.startswith("  ") and line.endswith("stopped")] == [
         "2",
         "9",
         "10",

@@ -1,13 +1,14 @@
 """One table over the jobs of a multirun: what each one changed and what came of it. conf/config.yaml names it under hydra.callbacks.
 
 A Hydra callback, and not a list in run.py, because the jobs may run anywhere (joblib, submitit): each leaves a summary.json in its
-folder, or error.txt if it fails, and Hydra calls this on the machine that started them. A job folder without summary.json is a job that
-failed.
+folder, or error.txt if it fails, and Hydra calls this on the machine that started them. A folder with neither is of a job that
+was stopped.
 """
 
 import atexit
 import csv
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,9 +75,13 @@ def keep_together(config: DictConfig) -> None:
 class Job:
     number: str
     folder: Path
-    facts: dict | None  # None: failed
+    facts: dict | None  # None: not done
     overrides: dict[str, str]
-    error: str  # the first line
+    error: str | None  # the first line; None: done or stopped
+
+    @property
+    def state(self) -> str:
+        return "done" if self.facts else "stopped" if self.error is None else "failed"
 
 
 def show_sweep(sweep_dir: Path, console: Console | None = None) -> None:
@@ -99,12 +104,12 @@ def read_jobs(sweep_dir: Path) -> list[Job]:
 
 
 def read_job(folder: Path) -> Job:
-    """A job's facts and overrides; those of a failed job are known from the list that Hydra itself has saved."""
+    """A job's facts and overrides; those of one that is not done are known from the list that Hydra itself has saved."""
     summary, saved = folder / "summary.json", folder / ".hydra" / "overrides.yaml"
     facts = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
     overrides = facts["overrides"] if facts else OmegaConf.to_container(OmegaConf.load(saved)) if saved.exists() else []
-    error = (folder / ERROR).read_text(encoding="utf-8") if not facts and (folder / ERROR).exists() else ""
-    return Job(folder.name, folder, facts, {override_key(o): o.partition("=")[2] for o in overrides}, error.partition("\n")[0])
+    error = (folder / ERROR).read_text(encoding="utf-8").partition("\n")[0] if not facts and (folder / ERROR).exists() else None
+    return Job(folder.name, folder, facts, {override_key(o): o.partition("=")[2] for o in overrides}, error)
 
 
 def swept(jobs: Sequence[Job]) -> list[str]:
@@ -126,14 +131,15 @@ def sweep_section(sweep_dir: Path, jobs: Sequence[Job]) -> Section:
     for job in jobs:
         facts = job.facts or {}
         values = [" -> ".join(show(facts.get(key)) for key in keys_of) if job.facts else "-" for _, keys_of, show in columns]
-        time = duration(facts.get("seconds") or None) if job.facts else "failed"  # "-": all was trained before
+        time = duration(facts.get("seconds") or None) if job.facts else job.state  # "-": all was trained before
         rows.append([job.number, *(job.overrides.get(key, "-") for key in keys), *values, time])
-    failed = [job for job in jobs if not job.facts]
-    title = f"Sweep of {len(jobs)} jobs" + (f", {len(failed)} failed" if failed else "")
+    left = [job for job in jobs if not job.facts]
+    states = Counter(job.state for job in left)
+    title = ", ".join([f"Sweep of {len(jobs)} job{'s' * (len(jobs) != 1)}", *(f"{n} {state}" for state, n in sorted(states.items()))])
     places = [("table", short(sweep_dir / "sweep.md")), ("numbers", short(sweep_dir / "sweep.csv"))]
-    places += [(f"job {job.number} failed", short(job.folder)) for job in failed]
+    places += [(f"job {job.number} {job.state}", short(job.folder)) for job in left]
     header = ("job", *map(leaf(keys), keys), *(name for name, _, _ in columns), "time")
-    errors = [f"job {job.number}: {clip(job.error, ERROR_LIMIT)}" for job in failed if job.error]
+    errors = [f"job {job.number}: {clip(job.error, ERROR_LIMIT)}" for job in left if job.error]
     return Section(title, header=header, rows=rows, notes=errors, literal=places)
 
 
@@ -150,7 +156,7 @@ def csv_rows(jobs: Sequence[Job]) -> list[list]:
     for job in jobs:
         facts = job.facts or {}
         values = [rounded(facts.get(key, "")) for key in (*metrics, "seconds")]
-        rows.append([job.number, *(job.overrides.get(key, "") for key in keys), *values, "done" if job.facts else "failed", job.error])
+        rows.append([job.number, *(job.overrides.get(key, "") for key in keys), *values, job.state, job.error or ""])
     return rows
 
 
