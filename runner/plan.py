@@ -125,13 +125,19 @@ def _check_whole(step: Step) -> None:
 def _check_share(cfg: Config, stage: str) -> None:
     """Refuse a stage that has no share of the prompts to learn from."""
     dataset, share = cfg.dataset, SHARES[stage]
-    own = any(source.only == stage for source in sources_of(dataset).values())
-    if getattr(dataset.split, share) or own:
+
+    def has(share: str) -> bool:
+        return getattr(dataset.split, share) > 0 or any(source.only == share for source in sources_of(dataset).values())
+
+    if stage == "ppo" and cfg.ppo.ptx_coef and not dataset.pretrain and not has("sft"):
+        raise UserError(
+            f"ppo.ptx_coef={cfg.ppo.ptx_coef:g} mixes in demonstrations, of which there are none: give text, dataset.pretrain=[FILE]"
+        )
+    if has(share):
         return
     if all(source.only in ("ppo", "eval") for source in sources_of(dataset).values()):
-        raise UserError(
-            f"dataset={dataset.name} holds prompts alone, which serve PPO only: give the model of stage {stage} with {stage}.use=..."
-        )
+        instead = "type stage=ppo" if stage == cfg.stage else f"give the model of stage {stage} with {stage}.use=..."
+        raise UserError(f"dataset={dataset.name} holds prompts alone, which serve PPO only: {instead}")
     others = f"give it a share, for example dataset.split.{share}=1, or a checkpoint with {stage}.use=..."
     only = "type stage=sft, " if stage != "sft" and not (dataset.split.reward or dataset.split.ppo) else ""
     raise UserError(f"dataset={dataset.name} leaves stage {stage} no rows (dataset.split.{share}=0): {only}{others}")
@@ -140,9 +146,10 @@ def _check_share(cfg: Config, stage: str) -> None:
 def _facts(cfg: Config, stage: str, parents: dict[str, Step]) -> dict:
     """Everything that shapes the result of a stage, under the names it has in the configuration."""
     model = cfg.model
-    # The tokenizer of a random model is trained on the demonstrations
+    # The demonstrations train the tokenizer of a random model, and are mixed into PPO where no text is given
     made_up = stage == "reward" and model.reward.init == "random"
-    data = data_key(cfg.dataset, "sft" if made_up else SHARES[stage])
+    mixed = stage == "ppo" and cfg.ppo.ptx_coef and not cfg.dataset.pretrain
+    data = data_key(cfg.dataset, "sft" if made_up or mixed else SHARES[stage])
     # attention too: dropout hits other elements when rows are laid out differently
     shapes = {"family": model.family, "attention": model.attention, "chat_template": model.chat_template, "end_token": model.end_token}
     shapes |= {"max_prompt_tokens": model.max_prompt_tokens, "max_response_tokens": model.max_response_tokens}

@@ -267,6 +267,14 @@ WRONG = {
     "empty split": ("dataset.split.reward=0", "(dataset.split.reward=0): give it a share"),
     "demonstrations only": ("dataset=chinese", "type stage=sft, give it a share"),
     "prompts only": (f"dataset=prompts dataset.path={RUN} dataset.sources.prompts.path=a/b", "give the model of stage sft with sft.use="),
+    "prompts only, and DPO": (
+        f"dataset=prompts dataset.path={RUN} dataset.sources.prompts.path=a/b sft.use=a/b stage=dpo",
+        "type stage=ppo",
+    ),
+    "prompts only, and a mixture": (
+        f"dataset=prompts dataset.path={RUN} dataset.sources.prompts.path=a/b sft.use=a/b reward.use=a/b ppo.ptx_coef=1",
+        "give text, dataset.pretrain=[FILE]",
+    ),
     "a stage that has no rows of its own": ("dataset.sources.toy.only=reward", "toy.only=reward is not one of sft, ppo, eval"),
     "no checkpoint": ("sft.use=/nowhere", "sft.use=/nowhere: this folder does not exist (looked from "),
     "mistyped DeepSpeed key": ("hardware.deepspeed={zero_optimisation:{}}", "did you mean zero_optimization?"),

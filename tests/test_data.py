@@ -795,6 +795,12 @@ def test_rows_to_evaluate_on_are_the_held_out_ones_of_all_stages(data, build, tm
     assert len(build(data(pairs(60), eval_only=[shown]), "sft")[1]) == 1
     with pytest.raises(UserError, match=r"stage sft has no rows to train on .*: the rows of dataset.eval_only have all of its prompts"):
         build(data(pairs(60), eval_only=[str(write(tmp_path / "same.jsonl", pairs(60)))]), "sft")
+    everything = {"mine": replace(data(pairs(60)).sources["mine"], only="eval")}
+    with pytest.raises(UserError, match=r"stage sft has no rows to train on .*: all its sources are to evaluate on \(only=eval\)"):
+        build(replace(data(pairs(60)), sources=everything), "sft")
+    with pytest.raises(UserError, match=r"stage sft has no rows .*: 30 of its rows have prompts that PPO has for itself"):
+        demonstrations = data([{"prompt": f"Say {i}", "response": "it"} for i in range(30)])
+        build(replace(demonstrations, ppo_only=[str(write(tmp_path / "same.jsonl", pairs(30)))]), "sft")
     with pytest.raises(UserError, match=r"stage reward has no rows to evaluate on .*: the rows of dataset.eval_only have no `rejected`"):
         build(data(pairs(60), eval_only=[shown]), "reward")
 

@@ -189,6 +189,11 @@ def test_more_rows_for_one_stage_leave_a_pretrained_reward_model_as_it_is(cfg):
         assert {stage for stage in after if before[stage] != after[stage]} == set(changed)
 
 
+def test_demonstrations_that_are_mixed_into_ppo_are_in_its_key(cfg):
+    cfg = replace(cfg, dataset=replace(cfg.dataset, pretrain=[]))
+    assert cfg.ppo.ptx_coef and own_facts(cfg)["ppo"] != own_facts(put(cfg, "dataset.sft_only", []))["ppo"]
+
+
 def test_text_that_is_not_mixed_in_does_not_count(cfg):
     off = put(cfg, "ppo.ptx_coef", 0.0)
     assert own_facts(put(off, "dataset.pretrain", ["a/b"])) == own_facts(off)

@@ -173,6 +173,8 @@ def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
         beside = f"dataset.sft_only=[{dataset.path or 'FILE'}]"
         return f"none of its rows has a `rejected`: they serve SFT. Type stage=sft, or give pairs and put these rows beside them: {beside}"
     dropped = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.most_common() if n)
+    if all(source.only == "eval" for source in sources):
+        return "all its sources are to evaluate on (only=eval)"
     if not every:
         needs = "a prompt that ends with a user turn, a response, and a worse one, if any, that differs"
         return f"all were dropped: {dropped}. A row needs {needs}"
@@ -181,6 +183,8 @@ def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
         return (
             f"{counts.train} train, {counts.eval} held out, dropped: {dropped}. Raise model.max_response_tokens, or give shorter responses"
         )
+    if most > counts.train + counts.eval and reason == "prompt belongs to another stage":
+        return f"{most} of its rows have prompts that {'PPO has for itself' if dataset.ppo_only else 'belong to another stage'}"
     prompts = len({prompt_hash(example.prompt) for _, example in every})
     return (
         f"{counts.train} train, {counts.eval} held out, dropped: {dropped or 'none'}. All its rows together have {prompts} different "
