@@ -1,5 +1,6 @@
 """The user's own presets, checked before Hydra composes them: its errors name neither the file nor what to write there."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from runner.door import read_yaml
@@ -10,17 +11,30 @@ BASES = {"model": "opt1.3b", "dataset": "base/common", "hardware": "base/gpu"}
 GLOBAL = "# @package _global_"
 
 
-def check_preset(group: str, name: str, conf: Path) -> None:
-    """Raise UserError for a file of conf/ that Hydra would misread. A file that does not exist passes."""
-    path = conf / group / f"{name}.yaml"
-    if not path.is_file():
+def groups_in(folders: Sequence[Path]) -> dict[str, list[str]]:
+    """The groups of conf/ and of the folders beside it (--config-dir), and the names of their presets."""
+    found: dict[str, set[str]] = {}
+    for folder in (group for top in folders for group in top.iterdir() if group.is_dir()):
+        found.setdefault(folder.name, set()).update(file.stem for file in folder.glob("*.yaml"))
+    return {group: sorted(names) for group, names in found.items()}
+
+
+def preset_file(group: str, name: str, folders: Sequence[Path]) -> Path | None:
+    """The file that Hydra would take: the first one."""
+    return next((path for top in folders if (path := top / group / f"{name}.yaml").is_file()), None)
+
+
+def check_preset(group: str, name: str, folders: Sequence[Path]) -> None:
+    """Raise UserError for a preset that Hydra would misread. One that does not exist passes."""
+    path = preset_file(group, name, folders)
+    if path is None:
         return
-    body, shown = read_yaml(path), f"conf/{group}/{name}.yaml"
+    body, shown = read_yaml(path), "/".join(path.parts[-3:])
     if group in BASES and all(entry == "_self_" for entry in body.get("defaults") or []):
         raise UserError(f"{shown} inherits nothing: begin it with defaults: [{BASES[group]}, _self_]")
     if group in ("experiment", "sweep"):
         _check_header(path, shown)
-        _check_choices(body, shown, conf)
+        _check_choices(body, shown, folders)
     if group == "sweep" and "defaults" not in body and (body.get("hydra") or {}).get("mode") != "MULTIRUN":
         raise UserError(f"{shown} lacks hydra.mode: write mode: MULTIRUN under hydra:, or its sweep is one ordinary run")
 
@@ -32,9 +46,9 @@ def _check_header(path: Path, shown: str) -> None:
         raise UserError(f"{shown}: its first line must be {GLOBAL}")
 
 
-def _check_choices(body: dict, shown: str, conf: Path) -> None:
+def _check_choices(body: dict, shown: str, folders: Sequence[Path]) -> None:
     """The presets that an experiment chooses: `- override /model: opt1.3b` in its defaults, and no other way."""
-    groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
+    groups = groups_in(folders)
     for group in groups:
         if isinstance(body.get(group), str) and group != "stage":  # which is also a key
             raise UserError(f"{shown}: {group}: {body[group]} chooses no preset. Write under defaults: - override /{group}: {body[group]}")
@@ -44,4 +58,4 @@ def _check_choices(body: dict, shown: str, conf: Path) -> None:
             if group in groups and key != f"override /{group}":
                 raise UserError(f"{shown}: - {key}: {option} in its defaults must be - override /{group}: {option}")
             if group in groups:
-                check_preset(group, str(option), conf)
+                check_preset(group, str(option), folders)

@@ -18,7 +18,7 @@ from runner.config import STAGES
 from runner.door import broken_yaml, known_keys, read_yaml, unknown
 from runner.errors import UserError, did_you_mean
 from runner.limits import check_name
-from runner.presets import check_preset
+from runner.presets import check_preset, groups_in, preset_file
 
 LAUNCHERS = {"joblib": "hydra-joblib-launcher"}
 LAUNCHERS |= dict.fromkeys(("submitit_local", "submitit_slurm"), "hydra-submitit-launcher")
@@ -30,11 +30,13 @@ def check_overrides(argv: list[str], conf: Path) -> list[str]:
     Returns argv as Hydra wants it: keys inside our free mappings (hardware.deepspeed, say) get the ++ that Hydra asks for.
     """
     secrets.refuse_in_overrides(argv)
-    groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in conf.iterdir() if p.is_dir()}
-    flags, words = flags_and_overrides(argv, [*known_keys(), *groups])
+    flags, words = flags_and_overrides(argv, [*known_keys(), *groups_in([conf])])
     if completes(flags, words):
         return [*flags, *words]
-    chosen = _chosen_stage(words, conf)
+    folders = [conf, *(Path(flag.partition("=")[2]) for flag in flags if flag.startswith(("-cd=", "--config-dir=")))]
+    if missing := next((folder for folder in folders if not folder.is_dir()), None):
+        raise UserError(f"--config-dir={missing}: this folder does not exist (looked from {Path.cwd()})")
+    groups, chosen = groups_in(folders), _chosen_stage(words, folders)
     parser = OverridesParser.create()
     checked, given = [], {}
     for argument, after in zip(words, [*words[1:], ""], strict=False):
@@ -43,7 +45,7 @@ def check_overrides(argv: list[str], conf: Path) -> list[str]:
         override = _parse(parser, argument)
         _check_sweep(override, sweeps(argv))
         _check_names(override)
-        checked.append(_check_key(argument, override, groups, chosen, conf))
+        checked.append(_check_key(argument, override, groups, chosen, folders))
         given.setdefault(override.key_or_group, []).append(argument)
     _tell_repeated(given)
     return [*flags, *checked]
@@ -109,7 +111,7 @@ def _check_name(value: str) -> None:
         raise UserError(str(error)) from error
 
 
-def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: str, conf: Path) -> str:
+def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: str, folders: list[Path]) -> str:
     key, value = override.key_or_group, argument.partition("=")[2]
     known = known_keys() + list(groups)
     if key == "hydra/launcher":
@@ -124,14 +126,14 @@ def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: st
             raise UserError(f"{argument}: the defaults list has it already. Type {argument.lstrip('+')}")
         _check_options(key, value, groups[key])
         for option in _options(value):
-            check_preset(key, option, conf)
+            check_preset(key, option, folders)
         # What stands in the defaults list as null can only be overridden with a list: this one is empty
         return argument if key not in ("experiment", "sweep") else re.sub(r"(?<=[=,])null(?=,|$)", "[]", argument)
     _refuse_unknown(key, override.value(), known, chosen)
     if value.startswith("[") and any(name.startswith(f"{key}.") for name in known):
         raise UserError(f"{argument}: {key} is a mapping of names to values: type {key}='{{name: value}}'")
     block = key.split(".")[0]
-    if block in STAGES and "." in key and block not in _consumed(chosen, conf):
+    if block in STAGES and "." in key and block not in _consumed(chosen, folders):
         raise UserError(f"{key}: stage={chosen} does not use the {block} block. Leave it out, or type stage={block}")
     adds = _is_free(key, known) or (value.startswith("{") and (f"{key}.*" in known or key.startswith("dataset.sources.")))
     return f"++{argument}" if adds and argument.startswith(key) else argument
@@ -206,22 +208,22 @@ def _fits(pattern: list[str], parts: list[str]) -> bool:
     return len(pattern) == len(parts) and all(p in ("*", k) for p, k in zip(pattern, parts, strict=True))
 
 
-def _chosen_stage(argv: list[str], conf: Path) -> str:
+def _chosen_stage(argv: list[str], folders: list[Path]) -> str:
     named = [a.removeprefix("stage=") for a in argv if a.startswith("stage=")]
     for argument in argv:
         if argument.startswith(("experiment=", "sweep=")) and not named:
             group, _, name = argument.partition("=")
-            path = conf / group / f"{name}.yaml"
-            defaults = read_yaml(path).get("defaults", []) if path.exists() else []
+            path = preset_file(group, name, folders)
+            defaults = read_yaml(path).get("defaults", []) if path else []
             named = [d["override /stage"] for d in defaults if isinstance(d, dict) and "override /stage" in d]
-    return named[-1].split(",")[0] if named else "ppo"
+    return named[-1].removeprefix("choice(").split(",")[0] if named else "ppo"
 
 
-def _consumed(stage: str, conf: Path) -> set[str]:
+def _consumed(stage: str, folders: list[Path]) -> set[str]:
     """A stage and those in the defaults list of its file."""
-    path = conf / "stage" / f"{stage}.yaml"
-    defaults = read_yaml(path).get("defaults", []) if path.exists() else []
-    return {stage}.union(*(_consumed(d, conf) for d in defaults if d != "_self_"))
+    path = preset_file("stage", stage, folders)
+    defaults = read_yaml(path).get("defaults", []) if path else []
+    return {stage}.union(*(_consumed(d, folders) for d in defaults if d != "_self_"))
 
 
 def in_words(error: Exception) -> str:

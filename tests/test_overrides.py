@@ -267,3 +267,26 @@ def test_no_experiment_can_be_chosen_among_others(words, passed_on):
 def test_one_sweep_at_a_time():
     with pytest.raises(UserError, match="sweep=kl,seeds: one sweep at a time"):
         check_overrides(["sweep=kl,seeds"], CONF)
+
+
+def test_presets_may_lie_in_a_folder_of_ones_own(tmp_path):
+    """Hydra's --config-dir: known names, the stage that an experiment chooses, and the same checks as in conf/."""
+    for group, text in (("dataset", "path: x\n"), ("experiment", "# @package _global_\ndefaults: [{override /stage: sft}]\n")):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text(text)
+    beside = f"--config-dir={tmp_path}"
+    assert check_overrides([beside, "experiment=mine", "sft.lr=1e-3"], CONF) == [beside, "experiment=mine", "sft.lr=1e-3"]
+    for words, message in [
+        ([beside, "experiment=mine", "ppo.gamma=1"], "stage=sft does not use the ppo block"),
+        ([beside, "experiment=mime"], "experiment=mime does not exist.*mine"),
+        (["-cd", str(tmp_path), "dataset=mine"], r"/dataset/mine.yaml inherits nothing: begin it with defaults: \[base/common"),
+        (["experiment=mine"], "experiment=mine does not exist"),
+        (["--config-dir", "nowhere", "experiment=mine"], "--config-dir=nowhere: this folder does not exist"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            check_overrides(words, CONF)
+
+
+def test_the_first_stage_of_a_choice_counts():
+    words = ["-m", "stage=choice(sft,ppo)", "sft.lr=1e-3"]
+    assert check_overrides(words, CONF) == words
