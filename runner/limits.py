@@ -114,10 +114,9 @@ def check_dataset(data) -> None:
     check(held_out, f"dataset.holdout={data.holdout} must be above 0, and below 1: it is the share kept for evaluation")
     check(bool(data.sources), "dataset.sources is empty: name at least one source of prompts")
     for name, source in data.sources.items():
-        where = f"dataset.sources.{name}.weight={source.weight}"
-        check(source.weight > 0, f"{where} must be above 0: type ~dataset.sources.{name} to leave the source out")
+        key, where = f"dataset.sources.{name}", f"dataset.sources.{name}.weight={source.weight}"
+        check(source.weight > 0, f"{where} must be above 0: type ~{key} to leave the source out")
         check(source.weight <= 1000, f"{where} would repeat its rows that often: type 1000 or less")
-        key = f"dataset.sources.{name}"
         if source.only is not None:
             check_choice(f"{key}.only", source.only, ("sft", "ppo", "eval"))
         answers = source.only != "sft" or source.adapter != "prompts"

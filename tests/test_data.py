@@ -801,7 +801,7 @@ def test_rows_to_evaluate_on_are_the_held_out_ones_of_all_stages(data, build, tm
     with pytest.raises(UserError, match=r"stage sft has no rows .*: 30 of its rows have prompts that PPO has for itself"):
         demonstrations = data([{"prompt": f"Say {i}", "response": "it"} for i in range(30)])
         build(replace(demonstrations, ppo_only=[str(write(tmp_path / "same.jsonl", pairs(30)))]), "sft")
-    with pytest.raises(UserError, match=r"stage reward has no rows to evaluate on .*: the rows of dataset.eval_only have no `rejected`"):
+    with pytest.raises(UserError, match=r"stage reward has no rows to evaluate on .*: no row of dataset.eval_only has a `rejected`"):
         build(data(pairs(60), eval_only=[shown]), "reward")
 
 

@@ -164,8 +164,8 @@ def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
     if getattr(dataset.split, share) == 0 and not any(source.only == share for source in sources):
         return f"dataset.split.{share}=0"
     to_evaluate = [example for source in sources if source.only == "eval" for example in adapted(dataset, source, Counts())]
-    if to_evaluate and not any(can_use(share, example) for example in to_evaluate):
-        return f"the rows of dataset.eval_only have no `{'rejected' if share == 'reward' else 'response'}`"
+    if evaluates_on_its_own(dataset) and not any(can_use(share, example) for example in to_evaluate):
+        return f"no row of dataset.eval_only has a `{'rejected' if share == 'reward' else 'response'}`"
     if to_evaluate and not counts.train and counts.dropped["prompt is held out"]:
         return "the rows of dataset.eval_only have all of its prompts"
     every = [(source, example) for source in sources if source.only != "eval" for example in adapted(dataset, source, Counts())]
