@@ -105,7 +105,7 @@ class Source:
 
     def __post_init__(self) -> None:
         if self.only == "ppo" and self.adapter == "fields":
-            self.adapter = "prompts"  # the same, but that answers may be missing
+            self.adapter = "prompts"  # finds the prompt as `fields` does, and needs no answer
 
 
 @dataclass
@@ -358,6 +358,11 @@ class Config:
     def __post_init__(self):
         limits.check_choice("stage", self.stage, STAGES)
         limits.check_config(self)
+
+    def makes_tokenizer(self, stage: str) -> bool:
+        """Whether the tokenizer of a stage is trained on the data: its network began, here or in SFT, with random weights."""
+        first, part = ("reward", self.model.reward) if stage == "reward" else ("sft", self.model.actor)
+        return part.init == "random" and not getattr(self, first).use
 
     @property
     def time_limit_seconds(self) -> Optional[float]:

@@ -22,7 +22,7 @@ from runner.limits import check_name
 from runner.plan import plan
 
 SHOWN = 8  # errors of a sweep's jobs
-MANY = 30  # jobs, at four to the second, that are not checked without a word
+MANY = 30  # jobs, at three to the second, that are not checked without a word
 
 
 class Gate(Callback):
@@ -64,7 +64,7 @@ def refuse_jobs(config: DictConfig) -> None:
             try:
                 secrets.refuse_in_config(OmegaConf.to_container(whole))
                 plan(load(OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"])))
-            except UserError as error:
+            except (UserError, OSError) as error:
                 # Of hydra.job.num, say, Hydra knows the value only when the job starts
                 if not isinstance(error.__cause__, InterpolationResolutionError):
                     refused.setdefault(str(error), []).append(number)

@@ -124,18 +124,15 @@ def _check_whole(step: Step) -> None:
 
 def _check_share(cfg: Config, stage: str) -> None:
     """Refuse a stage that has no share of the prompts to learn from."""
-    dataset, share = cfg.dataset, SHARES[stage]
-
-    def has(share: str) -> bool:
-        return getattr(dataset.split, share) > 0 or any(source.only == share for source in sources_of(dataset).values())
-
-    if stage == "ppo" and cfg.ppo.ptx_coef and not dataset.pretrain and not has("sft"):
+    dataset, share, sources = cfg.dataset, SHARES[stage], sources_of(cfg.dataset).values()
+    alone = all(source.only in ("ppo", "eval") for source in sources)
+    if stage == "ppo" and cfg.ppo.ptx_coef and not dataset.pretrain and alone:
         raise UserError(
             f"ppo.ptx_coef={cfg.ppo.ptx_coef:g} mixes in demonstrations, of which there are none: give text, dataset.pretrain=[FILE]"
         )
-    if has(share):
+    if getattr(dataset.split, share) or any(source.only == share for source in sources):
         return
-    if all(source.only in ("ppo", "eval") for source in sources_of(dataset).values()):
+    if alone:
         instead = "type stage=ppo" if stage == cfg.stage else f"give the model of stage {stage} with {stage}.use=..."
         raise UserError(f"dataset={dataset.name} holds prompts alone, which serve PPO only: {instead}")
     others = f"give it a share, for example dataset.split.{share}=1, or a checkpoint with {stage}.use=..."
@@ -146,20 +143,20 @@ def _check_share(cfg: Config, stage: str) -> None:
 def _facts(cfg: Config, stage: str, parents: dict[str, Step]) -> dict:
     """Everything that shapes the result of a stage, under the names it has in the configuration."""
     model = cfg.model
-    # The demonstrations train the tokenizer of a random model, and are mixed into PPO where no text is given
-    made_up = stage == "reward" and model.reward.init == "random"
+    # SFT's data count too where its demonstrations train the tokenizer of a random model, and where PPO mixes them in
     mixed = stage == "ppo" and cfg.ppo.ptx_coef and not cfg.dataset.pretrain
-    data = data_key(cfg.dataset, "sft" if made_up or mixed else SHARES[stage])
+    data = data_key(cfg.dataset, "sft" if mixed or cfg.makes_tokenizer(stage) else SHARES[stage])
     # attention too: dropout hits other elements when rows are laid out differently
     shapes = {"family": model.family, "attention": model.attention, "chat_template": model.chat_template, "end_token": model.end_token}
     shapes |= {"max_prompt_tokens": model.max_prompt_tokens, "max_response_tokens": model.max_response_tokens}
+    if cfg.makes_tokenizer(stage):
+        shapes["tokenizer_vocab"] = model.tokenizer_vocab
     if stage == "ppo":  # its weights come from its parents; of the model block it reads only the adapters
         shapes |= {"actor": {"lora": asdict(model.actor.lora)}, "reward": {"lora": asdict(model.reward.lora)}}
     elif stage == "dpo":
         shapes["actor"] = {"lora": asdict(model.actor.lora)}
     else:
-        part = "actor" if stage == "sft" else "reward"
-        shapes |= _first_weights(cfg, part)
+        shapes |= _first_weights(cfg, "actor" if stage == "sft" else "reward")
     block = {k: v for k, v in asdict(getattr(cfg, stage)).items() if k not in NOT_HASHED}
     facts = {"version": VERSION, "seed": cfg.seed, "model": shapes, "dataset": data, stage: block}
     facts["hardware"] = {"precision": cfg.hardware.precision}  # the rest is to change speed, not the result
@@ -176,7 +173,7 @@ def _first_weights(cfg: Config, name: str) -> dict:
     part = getattr(cfg.model, name)
     lora = {"lora": asdict(part.lora)}
     if part.init == "random":
-        return {name: lora | {"init": "random", "shape": part.shape}, "tokenizer_vocab": cfg.model.tokenizer_vocab}
+        return {name: lora | {"init": "random", "shape": part.shape}}
     if is_local(part.path):
         return {name: lora | {"path": _files(f"model.{name}.path", part.path)}}
     return {name: lora | {"path": part.path, "revision": part.revision}}

@@ -12,11 +12,9 @@ GLOBAL = "# @package _global_"
 
 
 def groups_in(folders: Sequence[Path]) -> dict[str, list[str]]:
-    """The groups of conf/ and of the folders beside it (--config-dir), and the names of their presets."""
-    found: dict[str, set[str]] = {}
-    for folder in (group for top in folders for group in top.iterdir() if group.is_dir()):
-        found.setdefault(folder.name, set()).update(file.stem for file in folder.glob("*.yaml"))
-    return {group: sorted(names) for group, names in found.items()}
+    """The groups of conf/, which comes first, and the names of their presets there and in the folders beside it (--config-dir)."""
+    groups = [group.name for group in folders[0].iterdir() if group.is_dir()]
+    return {group: sorted({file.stem for top in folders for file in (top / group).glob("*.yaml")}) for group in groups}
 
 
 def preset_file(group: str, name: str, folders: Sequence[Path]) -> Path | None:

@@ -101,7 +101,8 @@ def check_precision(hardware) -> None:
 
     wanted = hardware.accelerator == "cuda" and hardware.precision == "bf16"
     if wanted and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"hardware.precision=bf16: {torch.cuda.get_device_name()} does not compute in it. Type hardware.precision=fp16")
+        card = torch.cuda.get_device_name()
+        raise UserError(f"hardware.precision=bf16: {card} has no bf16, and emulating it is many times slower. Type hardware.precision=fp16")
 
 
 def leave(folder: Path, name: str, text: str) -> None:

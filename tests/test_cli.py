@@ -842,7 +842,7 @@ def test_a_sweep_goes_on_after_a_job_that_failed_and_keeps_its_error(here):
 
 @pytest.mark.parametrize(
     "precision, has_it, message",
-    [("bf16", False, "bf16: V100 does not .* Type hardware.precision=fp16"), ("bf16", True, ""), ("fp16", False, "")],
+    [("bf16", False, "bf16: V100 has no bf16.* Type hardware.precision=fp16"), ("bf16", True, ""), ("fp16", False, "")],
 )
 def test_bf16_on_a_gpu_without_it_is_refused(precision, has_it, message, monkeypatch):
     """This machine has none: torch's answers are given."""

@@ -813,6 +813,15 @@ def test_the_tokenizer_and_the_key_see_no_more_of_rows_to_evaluate_on_than_they_
     assert sources.data_key(dataset, "sft") != sources.data_key(replace(dataset, eval_only=[]), "sft")
 
 
+def test_demonstrations_beside_prompts_are_evaluated_on_demonstrations(data, build, tmp_path):
+    dataset = data([{"prompt": f"Say {i}"} for i in range(30)], split=PhaseSplit(0, 0, 1))
+    dataset = replace(dataset, sources={"mine": Source(dataset.sources["mine"].path, only="ppo")})
+    shown, tests = ([{"prompt": f"Say {i}", "response": "it"} for i in numbers] for numbers in (range(100, 120), range(200, 210)))
+    more = {"sft_only": [str(write(tmp_path / "shown.jsonl", shown))], "eval_only": [str(write(tmp_path / "test.jsonl", tests))]}
+    train, held, _ = build(replace(dataset, **more), "sft")
+    assert (len(train), len(held)) == (20, 10)
+
+
 def test_prompts_alone_are_evaluated_on_prompts_alone(data, build, tmp_path):
     dataset = data([{"prompt": f"Say {i}"} for i in range(30)], split=PhaseSplit(0, 0, 1))
     dataset = replace(dataset, sources={"mine": Source(dataset.sources["mine"].path, adapter="prompts", only="ppo")})

@@ -21,6 +21,7 @@ KEYED = {
     "model": ALL,
     "model.tokenizer_vocab": {"reward"},  # a pretrained actor brings its tokenizer along
     "model.actor": {"sft"},
+    "model.actor.init": {"sft", "dpo", "ppo"},  # a random one has a tokenizer of this data, all the way
     "model.actor.lora": {"sft", "dpo", "ppo"},
     "model.reward": {"reward"},
     "model.reward.lora": {"reward", "ppo"},

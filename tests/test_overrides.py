@@ -275,12 +275,14 @@ def test_presets_may_lie_in_a_folder_of_ones_own(tmp_path):
         (tmp_path / group).mkdir()
         (tmp_path / group / "mine.yaml").write_text(text)
     beside = f"--config-dir={tmp_path}"
+    (tmp_path / "optim").mkdir()  # no group of ours
     assert check_overrides([beside, "experiment=mine", "sft.lr=1e-3"], CONF) == [beside, "experiment=mine", "sft.lr=1e-3"]
     for words, message in [
         ([beside, "experiment=mine", "ppo.gamma=1"], "stage=sft does not use the ppo block"),
         ([beside, "experiment=mime"], "experiment=mime does not exist.*mine"),
         (["-cd", str(tmp_path), "dataset=mine"], r"/dataset/mine.yaml inherits nothing: begin it with defaults: \[base/common"),
         (["experiment=mine"], "experiment=mine does not exist"),
+        ([beside, "optim=x"], "unknown key optim"),
         (["--config-dir", "nowhere", "experiment=mine"], "--config-dir=nowhere: this folder does not exist"),
     ]:
         with pytest.raises(UserError, match=message):

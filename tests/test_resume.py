@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 from tiny import configured
 
+from runner.config import Config
 from runner.durable.lock import is_held, lock
 from runner.durable.manifest import SHARED, complete, damage, read_manifest, sealed, write_manifest
 from runner.durable.resume import adopt, differences, in_settings, refuse, write_facts
@@ -221,6 +222,34 @@ def test_another_network_or_tokenizer_cannot_be_forced(words, why, tmp_path):
     assert "resume=force" not in str(refused.value)  # it is not offered where it would be refused
     with pytest.raises(UserError, match=rf"resume=force cannot continue from .*: .* -> .*: .*{why}.*resume=new"):
         planned(tmp_path, words, "resume=force")
+
+
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+@pytest.mark.parametrize("word", ["dataset.sft_only=[FILE]", "dataset.ppo_only=[FILE]", "model.tokenizer_vocab=300"])
+def test_rows_of_another_stage_that_make_another_tokenizer_cannot_be_forced(stage, word, tmp_path):
+    def last(*overrides: str) -> Step:
+        return plan(replace(configured(f"stage={stage}", *overrides), store=str(tmp_path)))[-1]
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}")
+    interrupt(last())
+    with pytest.raises(UserError, match=r"resume=force cannot continue from .*: .*the tokenizer.*resume=new"):
+        last(word.replace("FILE", str(rows)), "resume=force")
+
+
+def test_rows_that_a_step_does_not_read_are_no_difference(tmp_path):
+    def reward(*overrides: str) -> tuple[Config, Step]:
+        cfg = configured("stage=reward", "model.reward.init=pretrained", "model.reward.path=x/rm", *overrides)
+        return cfg, plan(replace(cfg, store=str(tmp_path)))[-1]
+
+    (tmp_path / "rows.jsonl").write_text("{}")
+    more = f"dataset.ppo_only=[{tmp_path / 'rows.jsonl'}]"
+    step = reward()[1]
+    interrupt(step)
+    (step.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(reward()[0])))
+    assert reward(more)[1].key == step.key
+    cfg, changed = reward(more, "reward.lr=0.5")
+    assert [line.partition(":")[0] for line in in_settings(cfg, "reward", changed.earlier)] == ["reward.lr"]
 
 
 def test_other_data_can_be_forced_where_the_tokenizer_stays(tmp_path):

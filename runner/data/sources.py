@@ -19,7 +19,7 @@ from runner.data import toy
 from runner.errors import UserError
 
 # Increase it when an adapter, the encoder, the split or the order of the sources changes what becomes of a row
-VERSION = 7
+VERSION = 8
 
 
 class BrokenRow(Exception):
@@ -28,7 +28,7 @@ class BrokenRow(Exception):
 
 def sources_of(dataset: Dataset) -> dict[str, Source]:
     """All sources by name, with the plain paths of `sft_only` and the like. Sorted by name, so that the same key means the same rows."""
-    alone = all(source.adapter == "prompts" for source in dataset.sources.values())
+    alone = not dataset.sft_only and all(source.adapter == "prompts" for source in dataset.sources.values())
     adapter = {"sft": "fields", "ppo": "prompts", "eval": "prompts" if alone else "fields"}
     plain = {"sft": dataset.sft_only, "ppo": dataset.ppo_only, "eval": dataset.eval_only}
     extra = {f"{only}_only_{i}": Source(path, adapter[only], only=only) for only, paths in plain.items() for i, path in enumerate(paths)}
@@ -43,8 +43,8 @@ def evaluates_on_its_own(dataset: Dataset) -> bool:
 def data_key(dataset: Dataset, share: str) -> dict:
     """What identifies the examples of a share (sft, reward or ppo): sources by content, and how they are split.
 
-    What only one stage reads changes no other's, so that more prompts for PPO train no reward model anew. SFT must know all: prompts
-    of PPO's own are kept from it.
+    Rows that are for one other stage alone are left out, so that more prompts for PPO train no reward model anew. SFT's holds all
+    sources: PPO's own prompts are kept from it.
     """
     read = [s for s in sources_of(dataset).values() if share == "sft" or s.only in (None, "eval", share)]
     sources = [[_described(s), content_key(s, dataset.toy_rows)] for s in read]

@@ -125,6 +125,9 @@ def in_settings(cfg: Config, stage: str, earlier: Unfinished) -> list[str]:
     # dataset.sources repeats dataset.path and dataset.fields
     pairs = [pair for key, pair in found.items() if not key.startswith("dataset.sources.")]
     told = {key: pair for key, pair in found.items() if not key.startswith("dataset.sources.") or pair not in pairs}
+    # Of the data a step reads a part: rows for other stages alone may have changed without a trace in its facts
+    blocks = {fact.partition(".")[0] for fact in earlier.differences}
+    told = {key: pair for key, pair in told.items() if blocks & {"parents", key.partition(".")[0]}}
     lines = [f"{key}: {_brief(old)} -> {_brief(new)}" for key, (old, new) in told.items() if not UNTOLD & set(key.split("."))]
     return lines + [_unexplained(key, *pair) for key, pair in earlier.differences.items() if not _explains(lines, key)]
 
@@ -159,9 +162,7 @@ def check_forced(cfg: Config, stage: str, earlier: Unfinished) -> None:
 
 def _unfit(cfg: Config, stage: str, earlier: Unfinished) -> tuple[str, str] | None:
     """A setting that has changed and that no checkpoint can continue with, and why: see FIXED."""
-    maker, part = ("reward", cfg.model.reward) if stage == "reward" else ("sft", cfg.model.actor)
-    own = part.init == "random" and not getattr(cfg, maker).use
-    fixed = FIXED | (dict.fromkeys(MAKES_TOKENIZER, TOKENIZER) if own else {})
+    fixed = FIXED | (dict.fromkeys(MAKES_TOKENIZER, TOKENIZER) if cfg.makes_tokenizer(stage) else {})
     for key, line in zip(earlier.differences, earlier.describe(), strict=True):
         why = next((why for start, why in fixed.items() if key.startswith(start)), None)
         if why and key != "dataset.pretrain":

@@ -1,8 +1,8 @@
 """One table over the jobs of a multirun: what each one changed and what came of it. conf/config.yaml names it under hydra.callbacks.
 
 A Hydra callback, and not a list in run.py, because the jobs may run anywhere (joblib, submitit): each leaves a summary.json in its
-folder, or error.txt if it fails, and Hydra calls this on the machine that started them. A folder with neither is of a job that
-was stopped.
+folder, or error.txt if it fails, and Hydra calls this on the machine that started them. A folder with neither: the
+job was stopped or killed.
 """
 
 import atexit
