@@ -135,6 +135,11 @@ class Dataset:
 
     __post_init__ = limits.check_dataset
 
+    @property
+    def has_own_tests(self) -> bool:
+        """Whether there are rows to evaluate on; then no share of the others is held out."""
+        return bool(self.eval_only) or any(source.only == "eval" for source in self.sources.values())
+
 
 # --- hardware ---------------------------------------------------------------------------------------------------------
 

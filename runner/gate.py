@@ -59,15 +59,8 @@ def refuse_jobs(config: DictConfig) -> None:
         print(f"checking {len(jobs)} jobs", file=sys.stderr, flush=True)
     refused = {}  # message -> the numbers of its jobs
     for number, job in enumerate(jobs):
-        with suppress(HydraException, OmegaConfBaseException):  # what cannot be composed is refused by the sweeper itself
-            whole = loader.load_sweep_config(config, job)
-            try:
-                secrets.refuse_in_config(OmegaConf.to_container(whole))
-                plan(load(OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"])))
-            except (UserError, OSError) as error:
-                # Of hydra.job.num, say, Hydra knows the value only when the job starts
-                if not isinstance(error.__cause__, InterpolationResolutionError):
-                    refused.setdefault(str(error), []).append(number)
+        if error := refusal(loader, config, job):
+            refused.setdefault(error, []).append(number)
     bad = sum(map(len, refused.values()))
     if len(refused) == 1 and bad == len(jobs):
         sys.exit(f"error: {next(iter(refused))}")
@@ -77,6 +70,20 @@ def refuse_jobs(config: DictConfig) -> None:
         some = f"{bad} of the {len(jobs)} jobs of this sweep cannot run, so none was started"
         head = f"error: {some if bad < len(jobs) else 'no job of this sweep can run'}:"
         sys.exit("\n".join([head, *lines[:SHOWN], *more]))
+
+
+def refusal(loader, config: DictConfig, job: list[str]) -> str | None:
+    """Why a job cannot run; None if nothing is known against it."""
+    try:
+        whole = loader.load_sweep_config(config, job)
+        secrets.refuse_in_config(OmegaConf.to_container(whole))
+        plan(load(OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"])))
+    except (UserError, OSError) as error:
+        # Of hydra.job.num, say, Hydra knows the value only when the job starts
+        return None if isinstance(error.__cause__, InterpolationResolutionError) else str(error)
+    except (HydraException, OmegaConfBaseException):  # what cannot be composed is refused by the sweeper itself
+        return None
+    return None
 
 
 def numbered(jobs: list[int]) -> str:

@@ -109,8 +109,7 @@ def check_split(split) -> None:
 
 def check_dataset(data) -> None:
     check_choice("dataset.on_bad_row", data.on_bad_row, ("error", "skip"))
-    own_tests = data.eval_only or any(source.only == "eval" for source in data.sources.values())
-    held_out = 0 < data.holdout < 1 or (data.holdout == 0 and own_tests)
+    held_out = 0 < data.holdout < 1 or (data.holdout == 0 and data.has_own_tests)
     check(held_out, f"dataset.holdout={data.holdout} must be above 0, and below 1: it is the share kept for evaluation")
     check(bool(data.sources), "dataset.sources is empty: name at least one source of prompts")
     for name, source in data.sources.items():

@@ -18,7 +18,7 @@ from runner.checks.paths import is_local, no_folder
 from runner.checks.trust import check_vocabulary, check_weights, read_settings
 from runner.config import ENGINES, PARENTS, PARTS, SHARES, Config, Hardware, Source, rate_key
 from runner.data.adapters import check_adapter
-from runner.data.sources import content_key, data_key, sources_of
+from runner.data.sources import content_key, data_key, has_rows_for, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.durable.manifest import steps_done
 from runner.durable.resume import Unfinished, check_forced, forced, unfinished
@@ -124,13 +124,13 @@ def _check_whole(step: Step) -> None:
 
 def _check_share(cfg: Config, stage: str) -> None:
     """Refuse a stage that has no share of the prompts to learn from."""
-    dataset, share, sources = cfg.dataset, SHARES[stage], sources_of(cfg.dataset).values()
-    alone = all(source.only in ("ppo", "eval") for source in sources)
+    dataset, share = cfg.dataset, SHARES[stage]
+    alone = all(source.only in ("ppo", "eval") for source in sources_of(dataset).values())
     if stage == "ppo" and cfg.ppo.ptx_coef and not dataset.pretrain and alone:
         raise UserError(
             f"ppo.ptx_coef={cfg.ppo.ptx_coef:g} mixes in demonstrations, of which there are none: give text, dataset.pretrain=[FILE]"
         )
-    if getattr(dataset.split, share) or any(source.only == share for source in sources):
+    if has_rows_for(dataset, share):
         return
     if alone:
         instead = "type stage=ppo" if stage == cfg.stage else f"give the model of stage {stage} with {stage}.use=..."

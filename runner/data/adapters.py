@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from runner.data.field_names import OURS, PROMPTS, RESPONSES, guessed_map
 from runner.errors import UserError, did_you_mean
 
 Turn = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": str}
@@ -169,10 +170,6 @@ def compare(row: dict, prompt: tuple[Turn, ...], chosen: str, rejected: str | No
     return Example(before, good, bad)
 
 
-# Names of the fields that `fields` looks for, in this order, and ours, which its map may give to others
-PROMPTS = ("prompt", "instruction", "question", "query")
-RESPONSES = ("chosen", "response", "output", "answer", "completion", "label", "messages", "conversations")
-OURS = ("prompt", "chosen", "response", "rejected", "system", "messages")
 NUMBER = (int, float)
 KINDS = {str: "a text", list: "a list", NUMBER: "a number"}
 
@@ -311,9 +308,10 @@ def prompts(row: dict, fields: dict) -> Example:
     elif not turns and answer:
         turns, _ = reply(named, answer, ())
     elif not turns:
-        missing = no_field(row, "prompt", PROMPTS)
-        raise null_field(named, PROMPTS) or Unmapped(str(missing), missing.map.split(",")[0] + "}", verdict=None)
-    return with_system(named, Example(turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns, None))
+        raise null_field(named, PROMPTS) or no_field(row, "prompt", PROMPTS, mapped=("prompt",))
+    if turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    return with_system(named, Example(turns, None))
 
 
 def under_our_names(row: dict, fields: dict) -> dict:
@@ -351,41 +349,8 @@ def null_field(row: dict, names: tuple[str, ...]) -> BadRow | None:
     return next((BadRow(f"field {name} is null") for name in names if name in row), None)
 
 
-def no_field(row: dict, what: str, names: tuple[str, ...]) -> Unmapped:
-    return Unmapped(f"no {what} among the fields {', '.join(map(str, row))}; tried {', '.join(names)}", *guessed_map(row))
-
-
-# Words in the names of fields that other people choose
-HINTS = {
-    "prompt": {*PROMPTS, "input", "context", "post", "history"},
-    "rejected": {"rejected", "bad", "worse", "worst", "loser", "lose", "negative", "dispreferred"},
-    "chosen": {*RESPONSES, "good", "better", "best", "winner", "win", "positive", "preferred", "accepted", "reply"},
-}
-# Words in the names of fields that say which of two answers is better: "b", 1, "response_b"
-VERDICTS = {"preferred", "preference", "prefer", "winner", "win", "label", "labels", "choice", "better", "best", "verdict", "judgment"}
-
-
-def guessed_map(row: dict) -> tuple[str, str | None]:
-    """'{prompt: question, chosen: good, rejected: bad}' from a row's own names, with FIELD where none suggests itself; and the verdict."""
-    free, found, verdict = [str(name) for name in row], {}, None
-    for ours, hints in HINTS.items():
-        if ours == "chosen" and found["rejected"] == "FIELD":
-            verdict = next((name for name in free if _has_word(name, VERDICTS) and _is_verdict(name, row, free)), None)
-            free = [name for name in free if name != verdict]
-        found[ours] = next((name for name in free if _has_word(name, hints)), "FIELD")
-        free = [name for name in free if name != found[ours]]
-    return "{" + ", ".join(f"{ours}: {found[ours]}" for ours in ("prompt", "chosen", "rejected")) + "}", verdict
-
-
-def _has_word(name: str, words: set[str]) -> bool:
-    return bool(words & set(re.findall("[a-z]+", name.lower())))
-
-
-def _is_verdict(name: str, row: dict, free: list[str]) -> bool:
-    """A number, or a word such as b or response_b, beside two texts that it may be about."""
-    value, texts = row.get(name), [other for other in free if other != name and isinstance(row.get(other), str)]
-    number = isinstance(value, NUMBER) and not isinstance(value, bool)  # KTO's label is of the only answer
-    return len(texts) > 1 and (number or (isinstance(value, str) and len(value.split()) == 1))
+def no_field(row: dict, what: str, names: tuple[str, ...], mapped: tuple[str, ...] = ("prompt", "chosen", "rejected")) -> Unmapped:
+    return Unmapped(f"no {what} among the fields {', '.join(map(str, row))}; tried {', '.join(names)}", *guessed_map(row, mapped))
 
 
 ADAPTERS: dict[str, Callable[[dict, dict], Example]] = {

@@ -21,7 +21,7 @@ from runner.config import SHARES, Dataset, Model, Source
 from runner.data.adapters import BadRow, check_text
 from runner.data.encoder import Encoder
 from runner.data.examples import Counts, adapted, can_use, examples, only_use
-from runner.data.sources import VERSION, content_key, data_key, evaluates_on_its_own, rows, sources_of
+from runner.data.sources import VERSION, content_key, data_key, has_rows_for, rows, sources_of
 from runner.data.split import held_out, prompt_hash
 from runner.durable.lock import lock
 from runner.errors import UserError
@@ -142,10 +142,9 @@ def _encoded(source: Iterator, encoder: Encoder, title: str) -> Iterator[tuple[d
 def _write(folder: Path, stage: str, dataset: Dataset, made: Iterator[tuple[dict, int]], counts: Counts) -> None:
     with _Writer(folder / "train.arrow") as train, _Writer(folder / "eval.arrow") as held:
         sources = sources_of(dataset)
-        own_tests = evaluates_on_its_own(dataset)
         for row, number in made:
             source = sources[row["source"]]
-            if source.only == "eval" or (not own_tests and held_out(number, dataset.holdout)):
+            if source.only == "eval" or (not dataset.has_own_tests and held_out(number, dataset.holdout)):
                 held.add(row)
                 counts.eval += 1
                 continue
@@ -161,10 +160,10 @@ def _write(folder: Path, stage: str, dataset: Dataset, made: Iterator[tuple[dict
 
 def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
     share, sources = SHARES[stage], sources_of(dataset).values()
-    if getattr(dataset.split, share) == 0 and not any(source.only == share for source in sources):
+    if not has_rows_for(dataset, share):
         return f"dataset.split.{share}=0"
     to_evaluate = [example for source in sources if source.only == "eval" for example in adapted(dataset, source, Counts())]
-    if evaluates_on_its_own(dataset) and not any(can_use(share, example) for example in to_evaluate):
+    if dataset.has_own_tests and not any(can_use(share, example) for example in to_evaluate):
         return f"no row of dataset.eval_only has a `{'rejected' if share == 'reward' else 'response'}`"
     if to_evaluate and not counts.train and counts.dropped["prompt is held out"]:
         return "the rows of dataset.eval_only have all of its prompts"
@@ -172,9 +171,9 @@ def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
     if stage != "sft" and every and not any(only_use(*one) in (None, share) for one in every):
         beside = f"dataset.sft_only=[{dataset.path or 'FILE'}]"
         return f"none of its rows has a `rejected`: they serve SFT. Type stage=sft, or give pairs and put these rows beside them: {beside}"
-    dropped = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.most_common() if n)
     if all(source.only == "eval" for source in sources):
         return "all its sources are to evaluate on (only=eval)"
+    dropped = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.most_common() if n)
     if not every:
         needs = "a prompt that ends with a user turn, a response, and a worse one, if any, that differs"
         return f"all were dropped: {dropped}. A row needs {needs}"

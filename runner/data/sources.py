@@ -28,16 +28,17 @@ class BrokenRow(Exception):
 
 def sources_of(dataset: Dataset) -> dict[str, Source]:
     """All sources by name, with the plain paths of `sft_only` and the like. Sorted by name, so that the same key means the same rows."""
-    alone = not dataset.sft_only and all(source.adapter == "prompts" for source in dataset.sources.values())
-    adapter = {"sft": "fields", "ppo": "prompts", "eval": "prompts" if alone else "fields"}
     plain = {"sft": dataset.sft_only, "ppo": dataset.ppo_only, "eval": dataset.eval_only}
-    extra = {f"{only}_only_{i}": Source(path, adapter[only], only=only) for only, paths in plain.items() for i, path in enumerate(paths)}
+    extra = {f"{only}_only_{i}": Source(path, only=only) for only, paths in plain.items() for i, path in enumerate(paths)}
+    if not dataset.sft_only and all(source.adapter == "prompts" for source in dataset.sources.values()):
+        for source in extra.values():
+            source.adapter = "prompts"  # nothing here needs an answer, rows to evaluate on neither
     return dict(sorted((dict(dataset.sources) | extra).items()))
 
 
-def evaluates_on_its_own(dataset: Dataset) -> bool:
-    """Whether there are sources to evaluate on."""
-    return any(source.only == "eval" for source in sources_of(dataset).values())
+def has_rows_for(dataset: Dataset, share: str) -> bool:
+    """Whether a share (sft, reward or ppo) gets prompts by the split, or has a source of its own."""
+    return getattr(dataset.split, share) > 0 or any(source.only == share for source in sources_of(dataset).values())
 
 
 def data_key(dataset: Dataset, share: str) -> dict:
@@ -48,8 +49,7 @@ def data_key(dataset: Dataset, share: str) -> dict:
     """
     read = [s for s in sources_of(dataset).values() if share == "sft" or s.only in (None, "eval", share)]
     sources = [[_described(s), content_key(s, dataset.toy_rows)] for s in read]
-    # Where there are rows to evaluate on, no share of the others is held out
-    keys = ("split", "on_bad_row", "max_rows", *(() if evaluates_on_its_own(dataset) else ("holdout",)))
+    keys = ("split", "on_bad_row", "max_rows", *(() if dataset.has_own_tests else ("holdout",)))
     rest = {k: v for k, v in asdict(dataset).items() if k in keys}
     return {"version": VERSION, "sources": sources} | rest
 
