@@ -213,12 +213,19 @@ SILENT = 5.0
 
 
 def _late(end: End) -> tuple[str, str]:
-    """Name the rank that kept the others waiting: one that is dead, or one that is not waiting itself, or the one farthest behind."""
+    """Name the rank that kept the others waiting: one that is dead, or one that is not waiting itself, or the one farthest behind.
+
+    A rank that left a note has waited, whatever its last heartbeat says: it was made while the rank failed, and the late one lives on.
+    """
     minutes = f"{end.cfg.hardware.timeout_minutes:g}"
     what = f"the ranks waited for each other longer than hardware.timeout_minutes={minutes}"
     if end.beats:
         newest = max(beat["time"] for beat in end.beats)
-        late = min(end.beats, key=lambda b: (b["time"] > newest - SILENT, b["where"] == heartbeat.WAITING, b["step"]))
+        waited = {note["rank"] for note in end.notes}
+        late = min(
+            end.beats,
+            key=lambda b: (b["rank"] in waited, b["time"] > newest - SILENT, b["where"] == heartbeat.WAITING, b["step"]),
+        )
         at = late["where"] if late["where"] == heartbeat.WAITING else f"at {late['where'] or 'unknown code'}"
         what += f"; rank {late['rank']} is late, {place(late)}, {at}"
         if late["time"] <= newest - SILENT:
