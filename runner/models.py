@@ -200,8 +200,11 @@ def _load(
         raise UserError(f"model.attention={attention} does not exist for {config.model_type}: type one of {', '.join(family.attention)}")
     options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
     if Path(path).is_dir() and not has_weights(Path(path)):
+        dropouts = torch.initial_seed()  # of this rank; the weights are the same on all
         torch.manual_seed(seed)
-        return auto.from_config(config, **options)
+        model = auto.from_config(config, **options)
+        torch.manual_seed(dropouts)
+        return model
     return load_weights(auto, path, revision, made_up, config=config, **options)
 
 

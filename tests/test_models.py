@@ -488,6 +488,15 @@ def test_random_weights_depend_on_the_seed_alone(name, load, tokenizer, tmp_path
     assert {n for n in first if first[n].dim() > 1} <= changed  # every matrix; vectors begin at 0 or 1
 
 
+def test_random_weights_leave_a_rank_its_own_dropout_masks(tokenizer, tmp_path):
+    path, masks = config_folder("opt", tmp_path), []
+    for rank in (0, 1):
+        torch.manual_seed(7 + rank)  # as runner.worker does
+        load_causal(path, tokenizer, **options(seed=7))
+        masks.append(torch.rand(8))
+    assert not torch.equal(*masks)
+
+
 @every_family
 def test_a_fresh_head_is_small(name, tokenizer, tmp_path):
     causal(name).save_pretrained(tmp_path)
