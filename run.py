@@ -87,7 +87,10 @@ def run(composed: DictConfig) -> None:
     with naming_full_disks(cfg.store):
         inputs = prepare(cfg, steps)
         show_forecast(cfg, steps, inputs)
-        reused = {step.stage for step in steps if not launch(cfg, step, inputs.get(step.stage), run_dir)}
+        reused = set()
+        for step in steps:
+            if not launch(cfg, step, inputs.get(step.stage), run_dir):
+                reused.add(step.stage)
         took = time.monotonic() - started
         show_summary(cfg.name, steps, reused, run_dir, list(hydra_facts.overrides.task), took=took)
 

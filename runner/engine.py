@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
+from runner import ranks
 from runner.errors import UserError
 from runner.models import parameter_groups
 from runner.sampling_sizes import fits_whole
@@ -90,8 +91,8 @@ def _step_at_once(optimizer: FP16_UnfusedOptimizer) -> bool:
     DeepSpeed's own loops over the parameters, with some sixty launches and two waits for each: 0.1 s for 1.3 B parameters on an H200,
     where the arithmetic takes 0.02 s.
     """
-    pairs = [pair for half, full in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True) for pair in zip(half, full, strict=True)]
-    halves, masters = map(list, zip(*pairs, strict=True))
+    halves = [half for group in optimizer.fp16_groups for half in group]
+    masters = [master for group in optimizer.fp32_groups for master in group]
     scale = optimizer.loss_scale_config.cur_scale
     grads = [(torch.zeros_like if half.grad is None else torch.empty_like)(master) for half, master in zip(halves, masters, strict=True)]
     given = [(grad, half.grad) for grad, half in zip(grads, halves, strict=True) if half.grad is not None]
@@ -159,7 +160,7 @@ def backward(engine, loss_sum: Tensor, total: float, last: bool) -> None:
     last: no other micro batch follows before `step`. Their number varies, so DeepSpeed cannot count them.
     """
     engine.set_gradient_accumulation_boundary(last)
-    engine.backward(loss_sum * (dist.get_world_size() * engine.gradient_accumulation_steps() / total))
+    engine.backward(loss_sum * (ranks.world() * engine.gradient_accumulation_steps() / total))
     if not last:
         engine.step()  # moves nothing, but DeepSpeed requires it after each backward
 

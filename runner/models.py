@@ -5,8 +5,8 @@ the model computes no padding (runner/packing.py). Positions follow from the mas
 folders are plain Hugging Face checkpoints in safetensors.
 """
 
-from collections.abc import Set
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
 
-from runner import attention, packing
+from runner import attention, packing, ranks
 from runner.checks.trust import has_weights, load_weights, refuse_code
 from runner.config import Lora
 from runner.data.batches import send
@@ -255,36 +255,31 @@ def parameter_groups(model: nn.Module, lr: float, lora_lr: float, weight_decay: 
             # Under ZeRO-3 the local piece is flat; ds_shape is the true shape
             decays = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
             groups.setdefault(("lora_" in name, decays), []).append(parameter)
-    return [
-        {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": weight_decay if decays else 0.0}
-        for (adapter, decays), params in groups.items()
-        for rate in [lora_lr if adapter else lr]
-    ]
+    options = []
+    for (adapter, decays), parameters in groups.items():
+        rate = lora_lr if adapter else lr
+        options.append({"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": weight_decay if decays else 0.0})
+    return options
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
-def gathered(parameters: list, modify: bool = False):
-    """Whole parameters inside the block, also under ZeRO-3; there it yields True on rank 0 only, which alone may write (modify)."""
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    if any(hasattr(p, "ds_id") for p in parameters):
-        import deepspeed
-
-        context = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
-        return _entered(context, rank == 0)
-    return nullcontext(True)
-
-
 @contextmanager
-def _entered(context, value):
-    with context:
-        yield value
+def gathered(parameters: list, modify: bool = False) -> Iterator[bool]:
+    """Whole parameters inside the block, also under ZeRO-3; there it yields True on rank 0 only, which alone may write (modify)."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        yield True
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
+        yield ranks.rank() == 0
 
 
 def full_state_dict(wrapper: Wrapper, dtype: torch.dtype) -> dict[str, Tensor]:
     """All weights of the Hugging Face model on the CPU of rank 0, adapters merged; empty on other ranks. Collective."""
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    rank = ranks.rank()
     state, copies = {}, {}
     for name, module in wrapper.hf.named_modules():
         own = dict(module.named_parameters(recurse=False)) | dict(_persistent_buffers(module))
@@ -337,7 +332,7 @@ def save_model(wrapper: Wrapper, folder: Path, tokenizer, *, dtype: torch.dtype,
     extra: facts for config.json, such as the units of a critic's values.
     """
     state = full_state_dict(wrapper, dtype)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if ranks.rank() == 0:
         hf = wrapper.hf
         for key, value in (extra or {}).items():
             setattr(hf.config, key, value)
@@ -349,14 +344,13 @@ def save_model(wrapper: Wrapper, folder: Path, tokenizer, *, dtype: torch.dtype,
             # Under ZeRO-3 transformers would save the empty local pieces: it must use the state dict
             hf.save_pretrained(work, state_dict=state)
             tokenizer.save_pretrained(work)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    ranks.barrier()
 
 
 def save_adapter(wrapper: Wrapper, folder: Path) -> None:
     """Write the adapters alone, in peft's format. Collective."""
     wanted = {n: p for n, p in wrapper.model.named_parameters() if "lora_" in n or "modules_to_save" in n}
     with gathered(list(wanted.values())):
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        if ranks.rank() == 0:
             with whole_folder(folder) as work:
                 wrapper.model.save_pretrained(work, state_dict={n: p.detach().clone() for n, p in wanted.items()})

@@ -56,40 +56,41 @@ def _meeting_here(timeout: timedelta) -> dict:
 
 
 def rank() -> int:
-    return dist.get_rank()
+    """0 without a process group, as in runner.chat."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    return dist.get_world_size()
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def total(values: dict[str, float | torch.Tensor], device: torch.device) -> dict[str, float]:
+def all_reduce_sum(values: dict[str, float | torch.Tensor], device: torch.device) -> dict[str, float]:
     """Sum each entry over all ranks, in one transfer. Collective."""
     packed = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values.values()])
     dist.all_reduce(packed)
     return dict(zip(values, packed.tolist(), strict=True))
 
 
-def every(value) -> list:
+def all_gather(value) -> list:
     """A Python object of each rank, in rank order, on all ranks. Collective."""
     out = [None] * world()
     dist.all_gather_object(out, value)
     return out
 
 
-def first(make):
+def from_rank0(make):
     """What `make()` returns on rank 0, on all ranks. Collective."""
-    return every(make() if rank() == 0 else None)[0]
+    return all_gather(make() if rank() == 0 else None)[0]
 
 
-def all_of(true: bool) -> bool:
-    """Whether something is true on every rank. Collective, over the CPU: does not wait for the GPU."""
-    flag = torch.tensor(int(true))
+def all_true(flag: bool) -> bool:
+    """Whether it is true on every rank. Collective, over the CPU: does not wait for the GPU."""
+    least = torch.tensor(int(flag))
     if world() > 1:
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return bool(least)
 
 
 def barrier() -> None:
     """Wait for all ranks, over the CPU."""
-    all_of(True)
+    all_true(True)

@@ -107,10 +107,10 @@ def check_precision(hardware) -> None:
 
 def leave(folder: Path, name: str, text: str) -> None:
     """Once all ranks are here, rank 0 writes the file that tells the launcher how the stage ended: an exit code cannot. Collective."""
-    import torch.distributed as dist
+    from runner import ranks
 
-    dist.barrier()
-    if dist.get_rank() == 0:
+    ranks.barrier()
+    if ranks.rank() == 0:
         write_text(folder / name, text)
 
 

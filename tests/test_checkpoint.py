@@ -427,7 +427,7 @@ def test_what_is_not_finite_is_left_out_of_the_log(two_engines, tmp_path):
 
 def test_rank_0_says_what_the_best_score_is(two_engines, tmp_path, monkeypatch):
     """A network disk may show others something else, and a best score means that all ranks save together."""
-    first = ranks.first
+    first = ranks.from_rank0
     views = []
 
     def as_rank_0(make):

@@ -540,7 +540,7 @@ import psutil
 import torch.distributed as dist
 from runner import ranks
 ranks.start("cpu")
-assert ranks.every(ranks.rank()) == [0, 1]
+assert ranks.all_gather(ranks.rank()) == [0, 1]
 if ranks.rank() == 0:
     launcher = psutil.Process().parent()
     family = [launcher, *launcher.children(recursive=True)]

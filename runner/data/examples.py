@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache, partial
 
 from runner.config import Dataset, Source
 from runner.data.adapters import BadRow, Dropped, Example, Unmapped, adapt
@@ -25,10 +26,12 @@ class Counts:
 def examples(dataset: Dataset, stage: str, counts: Counts) -> Iterator[tuple[str, Example, int]]:
     """Yield (source name, example, prompt hash) of the rows that belong to a stage, counting what is dropped.
 
-    The hash of the prompt decides. Demonstrations go to SFT and prompts alone to PPO, whatever their hash, as no other stage can use
-    them. Rows to evaluate on (`eval_only`) belong to all stages that can use them, and no stage trains on their prompts.
+    Rows to evaluate on (`eval_only`) belong to all stages that can use them, and no stage trains on their prompts. A comparison belongs
+    to the stage of its prompt's hash. Demonstrations go to SFT and prompts alone to PPO, as no other stage can use them, unless their
+    prompt belongs to another stage: by a comparison, or one of PPO's own.
     """
-    evaluated, owners, sources = _evaluated_prompts(dataset), None, sources_of(dataset)
+    evaluated, sources = _evaluated_prompts(dataset), sources_of(dataset)
+    owners = cache(partial(_owners, dataset))  # reads all sources: only if a row asks for it
     # A demonstration may have one of PPO's own prompts, whatever its hash. Without such, only a hash of another stage needs a look
     hides = stage == "sft" and any(source.only == "ppo" or source.adapter == "prompts" for source in sources.values())
     for name, source in sources.items():
@@ -36,16 +39,15 @@ def examples(dataset: Dataset, stage: str, counts: Counts) -> Iterator[tuple[str
             continue
         for example in adapted(dataset, source, counts):
             number, only = prompt_hash(example.prompt), only_use(source, example)
+            hashed = phase_of(number, dataset.split)
             if only == "eval":
                 if can_use(stage, example):
                     yield name, example, number
                 continue
-            if only == stage and (hides or phase_of(number, dataset.split) != stage):
-                owners = _owners(dataset) if owners is None else owners
-                if owners.get(number, stage) != stage:
-                    counts.dropped["prompt belongs to another stage"] += 1
-                    continue
-            owner = only or phase_of(number, dataset.split)
+            if only == stage and (hides or hashed != stage) and owners().get(number, stage) != stage:
+                counts.dropped["prompt belongs to another stage"] += 1
+                continue
+            owner = only or hashed
             counts.owned[owner] += 1
             if owner == stage and number in evaluated:
                 counts.dropped["prompt is held out"] += 1

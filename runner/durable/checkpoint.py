@@ -64,7 +64,7 @@ class Checkpoints:
         often = settings.every > 0 and done % settings.every == 0
         # Rank 0's clock decides for all
         in_time = ranks.rank() > 0 or time.monotonic() - self._last <= 60 * settings.minutes
-        late = settings.minutes > 0 and not ranks.all_of(in_time)
+        late = settings.minutes > 0 and not ranks.all_true(in_time)
         if reason or best or often or late or done == total:
             self.save(f"step_{done}", done, state, score)
         else:
@@ -113,8 +113,8 @@ class Checkpoints:
 
     def _make_room(self, mine: int) -> None:
         """Refuse a checkpoint that the disk cannot hold. Older ones are deleted first, but never the newest."""
-        needed = int(ranks.total({"bytes": mine}, self.log.device)["bytes"]) + SPARE_BYTES
-        free = ranks.first(lambda: self._free_after_pruning(needed))
+        needed = int(ranks.all_reduce_sum({"bytes": mine}, self.log.device)["bytes"]) + SPARE_BYTES
+        free = ranks.from_rank0(lambda: self._free_after_pruning(needed))
         if free < needed:
             safe = complete(self.folder)
             kept = f"The last good one, {safe[-1]}, is intact" if safe else "There is none yet"
@@ -133,7 +133,7 @@ class Checkpoints:
 
     def _poll(self) -> None:
         """Publish a checkpoint as soon as all ranks have written it."""
-        if self._writer and ranks.all_of(not self._writer.thread.is_alive()):
+        if self._writer and ranks.all_true(not self._writer.thread.is_alive()):
             self.finish()
 
     def finish(self) -> None:
@@ -143,7 +143,7 @@ class Checkpoints:
         writer, self._writer = self._writer, None
         with self.log.phase("checkpoint"):
             writer.thread.join()
-            errors = [e for e in ranks.every(writer.error) if e]
+            errors = [e for e in ranks.all_gather(writer.error) if e]
             if errors:
                 self.saved = None
                 shutil.rmtree(writer.work, ignore_errors=True)  # it may be what filled the disk
@@ -188,7 +188,7 @@ class Checkpoints:
         self.log.restore(manifest["log"])
         self.saved = path.name
         # As rank 0 sees it, so that all ranks decide alike
-        self.best = ranks.first(lambda: max((score for score, _ in scored(complete(self.folder))), default=-np.inf))
+        self.best = ranks.from_rank0(lambda: max((score for score, _ in scored(complete(self.folder))), default=-np.inf))
         shared = path / SHARED
         tensors = load_file(shared) if shared.exists() else {}
         return manifest["step"], manifest["state"], tensors
@@ -224,11 +224,11 @@ class Checkpoints:
 
     def _finished(self) -> list[Path]:
         """The finished checkpoints as rank 0 sees them: a network disk may show other ranks something else."""
-        return [self.folder / "checkpoints" / name for name in ranks.first(lambda: [p.name for p in complete(self.folder)])]
+        return [self.folder / "checkpoints" / name for name in ranks.from_rank0(lambda: [p.name for p in complete(self.folder)])]
 
     def _is_whole(self, path: Path) -> bool:
         """Whether a checkpoint is intact; logs it if not. Each rank reads its share of the files. Collective."""
-        problems = [p for p in ranks.every(damage(path, ranks.rank(), ranks.world())) if p]
+        problems = [p for p in ranks.all_gather(damage(path, ranks.rank(), ranks.world())) if p]
         if problems:
             self.log.say(f"checkpoint {path.name} is damaged and skipped: {problems[0]}")
         return not problems

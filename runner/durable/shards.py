@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from runner import ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Names under which DeepSpeed's optimizers and their loss scalers keep their counters
@@ -44,7 +45,7 @@ def local_shard(name: str, parameter: nn.Parameter, tensor: Tensor) -> Shard:
     """A Shard for a tensor laid out like this rank's part of a parameter: all of it, or its ZeRO-3 piece without padding."""
     if not hasattr(parameter, "ds_tensor"):
         return Shard(name, 0, {"weight": tensor.view(-1)}, everywhere=True)
-    start = dist.get_rank() * parameter.ds_tensor.ds_numel
+    start = ranks.rank() * parameter.ds_tensor.ds_numel
     n = max(0, min(tensor.numel(), parameter.ds_numel - start))
     return Shard(name, start, {"weight": tensor.view(-1)[:n]})
 
@@ -54,7 +55,7 @@ def _places(engine, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor, int,
     zero = engine.optimizer
     if hasattr(parameter, "ds_id"):  # stage 3
         group, offset, n = zero.grad_position[zero.get_param_id(parameter)]
-        start = dist.get_rank() * parameter.ds_tensor.ds_numel
+        start = ranks.rank() * parameter.ds_tensor.ds_numel
         n = min(n, parameter.ds_numel - start)  # the last rank's piece is padded
         if n > 0:
             yield start, zero.fp32_partitioned_groups_flat[group], offset, n

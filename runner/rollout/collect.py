@@ -160,7 +160,7 @@ def read_actor(models: Models, reader: Reader, rollout: Rollout) -> None:
     # Probe all over the rollout: rows that took over a finished row's place may be wrong where the first ones are not
     probe = torch.arange(0, len(rollout), PROBE if reader.max_mismatch else 1)
     seen = {"mismatch": look(probe), "tokens": masked_sum(rollout.mask, rollout.reread.float().unsqueeze(1))}
-    seen = ranks.total(seen, reader.device)
+    seen = ranks.all_reduce_sum(seen, reader.device)
     if seen["mismatch"] <= reader.max_mismatch * seen["tokens"]:
         rollout.logprobs = rollout.sampled_logprobs.clone()
     else:

@@ -5,6 +5,7 @@ at no cost in attention, until it takes the next prompt of the queue; once the q
 padding. On a CPU the same code runs without graphs.
 """
 
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -30,9 +31,9 @@ from runner.triton_support import why_no_triton
 
 # Decode steps between two looks at which rows have ended
 STRIDE = {"cuda": 6, "cpu": 1}
-# Whether a look is read after the next stride was queued. Then the GPU never waits for the host: it decodes while the host learns which
+# Strides queued after a look before it is read, 0 or 1. With 1 the GPU never waits for the host: it decodes while the host learns which
 # rows have ended and launches the prefill of the next prompts, which takes as long as 4 to 12 decode steps of a small model
-LATE = {"cuda": True, "cpu": False}
+LAG = {"cuda": 1, "cpu": 0}
 # Read new prompts once this share of the batch rests: one at a time would not fill the GPU
 REFILL = 1 / 8
 # Sizes to which a batch shrinks. Only a few: capturing a graph takes 20 ms, and a resting lane costs only its share of the products.
@@ -101,8 +102,8 @@ class Decoder:
         """Sample all responses."""
         queue, batch = list(enumerate(self.prompts))[::-1], self.size
         # Looking for stop strings means decoding texts: too slow after every step, on a CPU too
-        stride, late = STRIDE["cuda" if self.stops else self.device.type], LATE[self.device.type]
-        resting, unread = list(range(batch)), None
+        stride, lag = STRIDE["cuda" if self.stops else self.device.type], LAG[self.device.type]
+        resting, looks = list(range(batch)), deque()  # looks that are not read yet
         while True:
             admitted = self._admit(queue, resting) if queue and len(resting) >= max(1, REFILL * batch) else []
             steps = min(stride, self.latest_end - self.taken)
@@ -111,15 +112,17 @@ class Decoder:
             self.taken += steps
             if not queue and self.taken == self.latest_end:
                 return self._finish()
-            newest = self._look(batch)
-            look, unread = (unread, newest) if late else (newest, None)
-            if look is None:  # after the first stride there is no older one
+            looks.append(self._look(batch))
+            if len(looks) <= lag:
                 resting = []
                 continue
-            awake = self._awake(look) | set(admitted if late else ())  # a late look is older than these prompts
+            awake = self._awake(looks.popleft())
+            if lag:  # the look is older than these prompts
+                awake |= set(admitted)
             resting = [lane for lane in range(batch) if lane not in awake]
             if queue:
                 continue
+            # From here on only the number of lanes matters: where they lie changes, and an older look does not know
             if not awake:
                 return self._finish()
             smaller = next((size for size in GRAPHS if size >= len(awake)), batch) if self.device.type == "cuda" else len(awake)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runner import ranks
 from runner.packing import spread
 
 CPU = torch.device("cpu")
@@ -119,7 +120,7 @@ class Rollout:
 
         device: where the ranks exchange them. NCCL can only read GPU memory.
         """
-        world = dist.get_world_size()
+        world = ranks.world()
         return self.to(CPU) if world == 1 else self.to(device)._gathered(pad, world).to(CPU)
 
     def _gathered(self, pad: int, world: int) -> "Rollout":

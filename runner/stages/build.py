@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from runner import engine as engines
+from runner import ranks
 from runner.checks.paths import is_local
 from runner.config import Config, Lora, ModelPart
 from runner.models import Actor, Scalar, add_lora, load_causal, load_scalar
@@ -112,7 +112,7 @@ def _download_once(path: str, revision: str | None) -> None:
         folder = Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(path, revision=revision, allow_patterns=["*.bin"])
-    dist.barrier()
+    ranks.barrier()
 
 
 def _finish(model, lora: Lora | None, checkpointing: bool):

@@ -26,17 +26,17 @@ from runner.schedules import lr_share, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reference, tokenizer_for
 from runner.stages.export import export
-from runner.stages.pairs import averages, counted, evaluation, tally
+from runner.stages.pairs import averages, counted, evaluate_pairs, tally
 from runner.watch.finite import check_finite, numbered
 
 
-def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
+def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> None:
     """Train the actor on the reward model's pairs and export it to <step folder>/model."""
     dpo, part = cfg.dpo, cfg.model.actor
 
     # 1. Data
-    tokenizer = tokenizer_for(cfg, part, step.tokenizer)
-    rows, held, counts = cache.load(Path(step.data))
+    tokenizer = tokenizer_for(cfg, part, inputs.tokenizer)
+    rows, held, counts = cache.load(Path(inputs.data))
     lengths, micro = np.asarray(rows["length"]), cfg.hardware.micro_batch.dpo
     batches = Batches(lengths, dpo.global_batch, micro_positions(cfg, "dpo"), world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
     total = batches.steps(dpo.epochs, dpo.max_steps)
@@ -44,24 +44,24 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     # 2. The actor in its engine, and its reference
     configs = engine_configs(cfg, "dpo")
     args = {"dropout": 0.0, "lora": replace(part.lora, dropout=0.0), "checkpointing": cfg.hardware.gradient_checkpointing.actor}
-    wrapper = load_actor(cfg, step.parents["sft"], tokenizer, configs["actor"], **args)
+    wrapper = load_actor(cfg, inputs.parents["sft"], tokenizer, configs["actor"], **args)
     options = {"weight_decay": dpo.weight_decay, "betas": dpo.betas, "eps": dpo.eps}
     actor = engine.trainable(wrapper, configs["actor"], lr=dpo.lr, lora_lr=part.lora.lr, **options)
-    ref = load_reference(cfg, step.parents["sft"], tokenizer, configs.get("ref", {}), device)
+    ref = load_reference(cfg, inputs.parents["sft"], tokenizer, configs.get("ref", {}), device)
     work = flops.count(wrapper.hf)
     ref_work = flops.count(ref.hf) if ref else replace(work, body=work.body - work.body_trained)  # without its adapters
 
     # 3. Resume from the newest checkpoint, if there is one
-    checkpoints = Checkpoints(step.folder, step.key, cfg, {"actor": actor}, log)
+    checkpoints = Checkpoints(inputs.folder, inputs.key, cfg, {"actor": actor}, log)
     first, state, _ = checkpoints.restore()
     log.begin(first, total)
     watch = invariants.watch_weights(log, {"actor": actor}, {"ref": ref} if ref else {}, warmup_steps(dpo.warmup, total) + 2)
 
-    def score(pairs: list[dict | None]) -> tuple[Tensor, Tensor]:
+    def score_batch(pairs: list[dict | None]) -> tuple[Tensor, Tensor]:
         batch = preference_batch(pairs, tokenizer.pad_token_id)
         return implicit_rewards(actor, batch, reference_logprobs(actor, ref, batch), dpo.beta)
 
-    evaluate = partial(evaluation, actor, score, held, dpo.eval_examples, micro, log)
+    evaluate = partial(evaluate_pairs, actor, score_batch, held, dpo.eval_examples, micro, log)
     before = state.get("before") or evaluate(0)
 
     # 4. One optimizer step per turn
@@ -87,27 +87,27 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
                 sums["apart"] += (chosen.detach().abs() + rejected.detach().abs()).sum() / dpo.beta
             norm = engine.step(actor)
         done = s + 1
-        whole = ranks.total(sums, device)
+        whole = ranks.all_reduce_sum(sums, device)
         if s == 0:
             findings = {"first_margin": invariants.first_margin(whole["apart"] / whole["logits"], cfg.hardware.precision)}
             invariants.check(log, "step 1", findings)
         metrics = averages(whole, pairs) | {"lr": engine.learning_rate(actor), "grad_norm": norm}
-        check_finite(cfg, step.folder, step.stage, done, metrics["train/loss"], norm, numbered(rows, here), tokenizer)
+        check_finite(cfg, inputs.folder, inputs.stage, done, metrics["train/loss"], norm, numbered(rows, here), tokenizer)
         headline = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.2f}  margin {metrics['train/margin']:.2f}"
         log.log(done, metrics, headline, whole["tokens"], whole["work"])
         watch(done)
 
         # 5. Evaluate if due; save if due, and stop if someone asked for it
-        found = None
+        score = None
         if dpo.eval_every and done % dpo.eval_every == 0 and done < total:
-            found = evaluate(done)["accuracy"]
-        checkpoints.after(done, total, {"before": before}, found)
+            score = evaluate(done)["accuracy"]
+        checkpoints.after(done, total, {"before": before}, score)
     checkpoints.finish()
 
     # 6. Export, and the facts for the summary
     facts = evaluate(total)
     with log.phase("export"):
-        export(cfg, step.folder, wrapper, tokenizer, part.lora, best=lambda: checkpoints.load_best(facts["accuracy"]))
+        export(cfg, inputs.folder, wrapper, tokenizer, part.lora, best=lambda: checkpoints.load_best(facts["accuracy"]))
     facts |= {f"{name}_before": before[name] for name in ("accuracy", "eval_loss")}
     facts |= {f"{name}_logratio": facts[f"{name}_mean"] / dpo.beta for name in ("chosen", "rejected")}
     log.result({"steps": total, "data": counts, **facts})

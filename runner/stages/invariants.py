@@ -302,7 +302,7 @@ def changes(before: dict, after: dict) -> dict[str, bool]:
     for (name, start), old in before.items():
         here[name] = here.get(name, False) or after[name, start] != old
     moved: dict[str, bool] = {}
-    for there in ranks.every(here):
+    for there in ranks.all_gather(here):
         moved |= {name: moved.get(name, False) or changed for name, changed in there.items()}
     return moved
 

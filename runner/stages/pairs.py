@@ -50,7 +50,7 @@ def averages(sums: dict[str, float], pairs: int) -> dict[str, float]:
 # --- held-out pairs ---------------------------------------------------------------------------------------------------
 
 
-def evaluation(model, score: Score, held, most: int, micro: int, log: RunLog, done: int) -> dict:
+def evaluate_pairs(model, score: Score, held, most: int, micro: int, log: RunLog, done: int) -> dict:
     """Accuracy with its interval, loss, calibration and the length baseline on held-out pairs; logged and returned. Collective."""
     with log.phase("eval"):
         model.eval()
@@ -78,7 +78,7 @@ def score_pairs(score: Score, held, most: int, micro: int) -> list[tuple[float, 
         for row, good, bad in zip(rows, chosen.tolist(), rejected.tolist(), strict=True)
         if row is not None
     ]
-    return [pair for part in ranks.every(mine) for pair in part]
+    return [pair for part in ranks.all_gather(mine) for pair in part]
 
 
 def pair_statistics(scored: list[tuple[float, float, int, int, str]]) -> dict:

@@ -55,6 +55,10 @@ class State:
         """What a checkpoint holds. Called after every iteration, so it does not copy rows that never change."""
         return vars(self) | {"progress": asdict(self.progress)}
 
+    @classmethod
+    def of_checkpoint(cls, facts: dict) -> "State":
+        return cls(**facts | {"progress": Progress(**facts["progress"])})
+
     def scales(self) -> dict[str, float]:
         """The units of rewards and values: (x - mean) / std of what the reward model and the critic output."""
         return {name: getattr(self, name) for name in ("score_mean", "score_std", "value_mean", "value_std")}
@@ -74,28 +78,29 @@ class State:
             self.value_mean = float(values.mean() - scores.mean())
 
 
-def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
+def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> None:
     """Train the actor and export it to <step folder>/model, the critic to critic/, the averaged actor to model_ema/."""
     ppo = cfg.ppo
 
     # 1. Prompts: the seed and the number of an iteration fix its prompts
-    tokenizer = tokenizer_for(cfg, cfg.model.actor, step.tokenizer)
-    rows, held, counts = cache.load(Path(step.data))
+    tokenizer = tokenizer_for(cfg, cfg.model.actor, inputs.tokenizer)
+    rows, held, counts = cache.load(Path(inputs.data))
+    # Every rank holds the whole batch, and only its rows count here: micro batches are made of the rollout
     batches = Batches(np.asarray(rows["length"]), ppo.rollout_batch, 1, world=1, rank=0, seed=cfg.seed, drop_last=True, pool=1)
     total = batches.steps(ppo.epochs, ppo.max_steps)
-    mixture = Mixture(cfg, step.ptx, tokenizer.pad_token_id) if ppo.ptx_coef else None
+    mixture = Mixture(cfg, inputs.ptx, tokenizer.pad_token_id) if ppo.ptx_coef else None
 
     # 2. Four models: the actor and its frozen reference, the critic and the reward model that it starts from
-    models = build(cfg, step, tokenizer, device)
+    models = build(cfg, inputs, tokenizer, device)
     work = {name: flops.count(e.module.hf) for name, e in (("actor", models.actor), ("critic", models.critic))}
     ema = Ema(models.actor.module, ppo.ema_decay) if ppo.ema_decay else None
     reader = build_reader(cfg, models, tokenizer, log)
     held_out = HeldOut(cfg, held, tokenizer, models, reader, log)
 
     # 3. Resume from the newest checkpoint, if there is one; otherwise evaluate the SFT actor and calibrate
-    checkpoints = Checkpoints(step.folder, step.key, cfg, {"actor": models.actor, "critic": models.critic}, log, average=ema)
+    checkpoints = Checkpoints(inputs.folder, inputs.key, cfg, {"actor": models.actor, "critic": models.critic}, log, average=ema)
     first, saved, tensors = checkpoints.restore()
-    state = State(**saved | {"progress": Progress(**saved["progress"])}) if saved else State(kl_coef=ppo.kl_coef)
+    state = State.of_checkpoint(saved) if saved else State(kl_coef=ppo.kl_coef)
     if ppo.kl_target is None:  # without a controller it is no state: resume=force may have changed it
         state.kl_coef = ppo.kl_coef
     unfinished = Rollout(**tensors) if tensors else None  # of a run that stopped in the middle of an update
@@ -108,7 +113,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     frozen = {"reward": models.reward} | ({"ref": models.ref} if models.ref else {})
     warm = ppo.critic_warmup + warmup_steps(ppo.warmup, max(1, total - ppo.critic_warmup))
     watch = invariants.watch_weights(log, {"actor": models.actor, "critic": models.critic}, frozen, warm + 2)
-    guard = partial(check_finite, cfg, step.folder, step.stage, tokenizer=tokenizer)
+    guard = partial(check_finite, cfg, inputs.folder, inputs.stage, tokenizer=tokenizer)
 
     for i in range(first, total):
         # The actor's schedule starts after the critic's warm-up
@@ -168,7 +173,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     # 9. Export, and the facts for the summary
     after, ppo_rows = held_out.ask_again(total, state)
     with log.phase("export"):
-        exports = export_all(cfg, step.folder, models, ema, tokenizer, state.scales(), best=lambda: checkpoints.load_best(after["score"]))
+        exports = export_all(cfg, inputs.folder, models, ema, tokenizer, state.scales(), best=lambda: checkpoints.load_best(after["score"]))
     samples = paired(state.sft_rows, ppo_rows)
     log.samples(total, samples)
     facts = {"before": state.before, "after": after, "eval_prompts": len(ppo_rows), "samples": samples[:3], "exports": exports}
@@ -178,7 +183,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
-def build(cfg: Config, step: Inputs, tokenizer, device: torch.device) -> Models:
+def build(cfg: Config, inputs: Inputs, tokenizer, device: torch.device) -> Models:
     """The four models of PPO. Dropout is off everywhere: the ratio of the first minibatch must be 1."""
     ppo, configs = cfg.ppo, engine_configs(cfg, "ppo")
     actor_part, reward_part = cfg.model.actor, cfg.model.reward
@@ -187,20 +192,20 @@ def build(cfg: Config, step: Inputs, tokenizer, device: torch.device) -> Models:
     options = {"betas": ppo.betas, "eps": ppo.eps}
 
     args = {"dropout": 0.0, "lora": replace(actor_part.lora, dropout=0.0), "checkpointing": checkpointing.actor, "sampling": sampling}
-    actor = load_actor(cfg, step.parents["sft"], tokenizer, configs["actor"], **args)
+    actor = load_actor(cfg, inputs.parents["sft"], tokenizer, configs["actor"], **args)
     actor = engine.trainable(
         actor, configs["actor"], lr=ppo.actor_lr, lora_lr=actor_part.lora.lr, weight_decay=ppo.actor_weight_decay, **options
     )
     if not actor.zero_optimization():  # ZeRO lays weights out itself
         side_by_side(actor.module.hf)
     args = {"dropout": 0.0, "lora": replace(reward_part.lora, dropout=0.0), "fresh_head": False, "checkpointing": checkpointing.critic}
-    critic = load_reward(cfg, step.parents["reward"], tokenizer, configs["critic"], **args)
+    critic = load_reward(cfg, inputs.parents["reward"], tokenizer, configs["critic"], **args)
     critic = engine.trainable(
         critic, configs["critic"], lr=ppo.critic_lr, lora_lr=reward_part.lora.lr, weight_decay=ppo.critic_weight_decay, **options
     )
-    ref = load_reference(cfg, step.parents["sft"], tokenizer, configs.get("ref", {}), device, sampling)
+    ref = load_reference(cfg, inputs.parents["sft"], tokenizer, configs.get("ref", {}), device, sampling)
     ds_config = configs.get("reward", {})
-    reward = load_reward(cfg, step.parents["reward"], tokenizer, ds_config, dropout=0.0, lora=None, fresh_head=False)
+    reward = load_reward(cfg, inputs.parents["reward"], tokenizer, ds_config, dropout=0.0, lora=None, fresh_head=False)
     return Models(actor, critic, ref, engine.frozen(reward, ds_config, device))
 
 

@@ -86,7 +86,7 @@ def update(
     Args: guard: called with step, loss, norm and rows of every minibatch; raises if they are not finite (see finite.py).
     Returns None at the end, or what asked it to stop earlier. Collective.
     """
-    ppo, size = cfg.ppo, step_batch(cfg, "ppo")
+    ppo = cfg.ppo
     train_actor = iteration >= ppo.critic_warmup
     models.actor.train(), models.critic.train()
     number, last = iteration * ppo.ppo_epochs * ppo.minibatches, ppo.ppo_epochs * ppo.minibatches
@@ -94,9 +94,9 @@ def update(
         epoch, k = divmod(progress.position, ppo.minibatches)
         order = np.random.default_rng([cfg.seed, iteration, epoch]).permutation(len(rollout))
         text = mixture.at(number + progress.position) if mixture and train_actor else None
-        chosen = np.split(order, ppo.minibatches)[k][:size]
+        chosen = np.split(order, ppo.minibatches)[k]
         sums, norms = minibatch(cfg, models, rollout, chosen, text, train_actor)
-        sums = ranks.total(sums, models.actor.device)  # waits for the GPU, as the gradient norms do
+        sums = ranks.all_reduce_sum(sums, models.actor.device)  # waits for the GPU, as the gradient norms do
         loss = sum(sums[name] for name in ("policy_loss", "value_loss", "ptx_loss")) / sums["tokens"]
         guard(step=iteration + 1, loss=loss, norm=sum(norms.values()), rows=rollout.as_rows(chosen))
         progress.add(sums, norms)
@@ -120,16 +120,13 @@ def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray,
     tokens = float(rollout.lengths[torch.as_tensor(chosen)].sum())
     texts, text_tokens = text or ([], 0.0)
     names = ("policy_loss", "value_loss", "ptx_loss", "ratio", "ratio_error", "clipfrac", "approxkl", "value_clipfrac", "entropy")
-    sums = dict.fromkeys(names, torch.zeros((), device=models.actor.device)) | {
-        "tokens": tokens / ranks.world(),
-        "ptx_tokens": text_tokens / ranks.world(),
-        "real": 0,
-        "slots": 0,
-    }
+    sums = dict.fromkeys(names, torch.zeros((), device=models.actor.device))
+    # Tokens of the whole step, which every rank knows: each gives its part of the sum over ranks
+    sums |= {"tokens": tokens / ranks.world(), "ptx_tokens": text_tokens / ranks.world(), "real": 0, "slots": 0}
 
     def add(facts: dict) -> None:
         for name, value in facts.items():
-            sums[name] = sums[name] + value.detach()
+            sums[name] = sums[name] + value.detach()  # not in place: at first all are one tensor
 
     for numbers in micros:
         part, last = rollout.rows(torch.as_tensor(numbers)), numbers is micros[-1]

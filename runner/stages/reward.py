@@ -19,17 +19,17 @@ from runner.schedules import lr_share, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_reward, tokenizer_for
 from runner.stages.export import export
-from runner.stages.pairs import averages, counted, evaluation, tally
+from runner.stages.pairs import averages, counted, evaluate_pairs, tally
 from runner.watch.finite import check_finite, numbered
 
 
-def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
+def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> None:
     """Train the reward model and export it to <step folder>/model."""
     rm, part = cfg.reward, cfg.model.reward
 
     # 1. Data
-    tokenizer = tokenizer_for(cfg, part, step.tokenizer)
-    rows, held, counts = cache.load(Path(step.data))
+    tokenizer = tokenizer_for(cfg, part, inputs.tokenizer)
+    rows, held, counts = cache.load(Path(inputs.data))
     lengths = np.asarray(rows["length"])
     micro = cfg.hardware.micro_batch.reward
     batches = Batches(lengths, rm.global_batch, micro_positions(cfg, "reward"), world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
@@ -39,22 +39,22 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     ds_config = engine_configs(cfg, "reward")["reward"]
     checkpointing = cfg.hardware.gradient_checkpointing.critic
     wrapper = load_reward(
-        cfg, step.base, tokenizer, ds_config, dropout=rm.dropout, lora=part.lora, fresh_head=True, checkpointing=checkpointing
+        cfg, inputs.base, tokenizer, ds_config, dropout=rm.dropout, lora=part.lora, fresh_head=True, checkpointing=checkpointing
     )
     options = {"weight_decay": rm.weight_decay, "betas": rm.betas, "eps": rm.eps}
     model = engine.trainable(wrapper, ds_config, lr=rm.lr, lora_lr=part.lora.lr, **options)
 
     # 3. Resume from the newest checkpoint, if there is one
     work = flops.count(wrapper.hf)
-    checkpoints = Checkpoints(step.folder, step.key, cfg, {"reward": model}, log)
+    checkpoints = Checkpoints(inputs.folder, inputs.key, cfg, {"reward": model}, log)
     first, _, _ = checkpoints.restore()
     log.begin(first, total)
     watch = invariants.watch_weights(log, {"reward": model}, {}, warmup_steps(rm.warmup, total) + 2)
 
-    def score(pairs: list[dict | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_batch(pairs: list[dict | None]) -> tuple[torch.Tensor, torch.Tensor]:
         return last_scores(model, pair_batch(pairs, tokenizer.pad_token_id))
 
-    evaluate = partial(evaluation, model, score, held, rm.eval_examples, micro, log)
+    evaluate = partial(evaluate_pairs, model, score_batch, held, rm.eval_examples, micro, log)
 
     # 4. One optimizer step per turn
     for s in range(first, total):
@@ -74,24 +74,24 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
                 tally(sums, loss, chosen[real], rejected[real])
             norm = engine.step(model)
         done = s + 1
-        whole = ranks.total(sums, device)
+        whole = ranks.all_reduce_sum(sums, device)
         metrics = averages(whole, pairs) | {"lr": engine.learning_rate(model), "grad_norm": norm}
-        check_finite(cfg, step.folder, step.stage, done, metrics["train/loss"], norm, numbered(rows, here), tokenizer)
+        check_finite(cfg, inputs.folder, inputs.stage, done, metrics["train/loss"], norm, numbered(rows, here), tokenizer)
         headline = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.2f}"
         log.log(done, metrics, headline, whole["tokens"], whole["work"])
         watch(done)
 
         # 5. Evaluate if due; save if due, and stop if someone asked for it
-        found = None
+        score = None
         if rm.eval_every and done % rm.eval_every == 0 and done < total:
-            found = evaluate(done)["accuracy"]
-        checkpoints.after(done, total, {}, found)
+            score = evaluate(done)["accuracy"]
+        checkpoints.after(done, total, {}, score)
     checkpoints.finish()
 
     # 6. Export, and the facts for the summary
     facts = evaluate(total)
     with log.phase("export"):
-        export(cfg, step.folder, wrapper, tokenizer, part.lora, best=lambda: checkpoints.load_best(facts["accuracy"]))
+        export(cfg, inputs.folder, wrapper, tokenizer, part.lora, best=lambda: checkpoints.load_best(facts["accuracy"]))
     log.result({"steps": total, "data": counts, **facts})
 
 

@@ -22,13 +22,13 @@ from runner.stages.export import export
 from runner.watch.finite import check_finite, numbered
 
 
-def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
+def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> None:
     """Train the actor and export it to <step folder>/model."""
     sft, part = cfg.sft, cfg.model.actor
 
     # 1. Data: the seed and the number of an optimizer step fix its rows
-    tokenizer = tokenizer_for(cfg, part, step.tokenizer)
-    rows, held, counts = cache.load(Path(step.data))
+    tokenizer = tokenizer_for(cfg, part, inputs.tokenizer)
+    rows, held, counts = cache.load(Path(inputs.data))
     lengths, prompts = np.asarray(rows["length"]), np.asarray(rows["prompt_length"])
     weights = loss_weights(lengths, prompts, sft.prompt_loss)
     predictions = loss_weights(lengths, prompts, float(sft.prompt_loss > 0))
@@ -39,25 +39,25 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
     # 2. The actor in its engine
     ds_config = engine_configs(cfg, "sft")["actor"]
     checkpointing = cfg.hardware.gradient_checkpointing.actor
-    wrapper = load_actor(cfg, step.base, tokenizer, ds_config, dropout=sft.dropout, lora=part.lora, checkpointing=checkpointing)
+    wrapper = load_actor(cfg, inputs.base, tokenizer, ds_config, dropout=sft.dropout, lora=part.lora, checkpointing=checkpointing)
     options = {"weight_decay": sft.weight_decay, "betas": sft.betas, "eps": sft.eps}
     actor = engine.trainable(wrapper, ds_config, lr=sft.lr, lora_lr=part.lora.lr, **options)
 
     # 3. Resume from the newest checkpoint, if there is one
     work = flops.count(wrapper.hf)
-    checkpoints = Checkpoints(step.folder, step.key, cfg, {"actor": actor}, log)
+    checkpoints = Checkpoints(inputs.folder, inputs.key, cfg, {"actor": actor}, log)
     first, state, _ = checkpoints.restore()
     log.begin(first, total)
     watch = invariants.watch_weights(log, {"actor": actor}, {}, warmup_steps(sft.warmup, total) + 2)
     tokens_seen = state.get("num_tokens", 0)
 
-    def evaluation(done: int) -> dict[str, float]:
+    def evaluate(done: int) -> dict[str, float]:
         with log.phase("eval"):
-            found = evaluate(actor, held, sft.eval_examples, micro, tokenizer.pad_token_id, device)
+            found = evaluate_loss(actor, held, sft.eval_examples, micro, tokenizer.pad_token_id, device)
         log.record(done, {f"eval/{k}": v for k, v in found.items()}, f"eval perplexity {found['perplexity']:.2f}")
         return found
 
-    before = state.get("before") or evaluation(0)
+    before = state.get("before") or evaluate(0)
 
     # 4. One optimizer step per turn
     for s in range(first, total):
@@ -79,7 +79,7 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
         done, tokens = s + 1, int(lengths[here].sum())
         tokens_seen += tokens
         slots = float(sum(batch["ids"].numel() for batch in micros))
-        sums = ranks.total({"loss": loss_sum, "slots": slots}, device)
+        sums = ranks.all_reduce_sum({"loss": loss_sum, "slots": slots}, device)
         loss = sums["loss"] / weight
         metrics = {
             "train/loss": loss,
@@ -89,27 +89,27 @@ def train(cfg: Config, step: Inputs, log: RunLog, device: torch.device) -> None:
             "epoch": done / batches.per_epoch,
             "perf/padding_fraction": 0.0 if wrapper.packed else 1 - tokens / sums["slots"],
         }
-        check_finite(cfg, step.folder, step.stage, done, loss, norm, numbered(rows, here), tokenizer)
+        check_finite(cfg, inputs.folder, inputs.stage, done, loss, norm, numbered(rows, here), tokenizer)
         log.log(done, metrics, f"loss {loss:.3f}", tokens, flops.training(work, lengths[here], float(predictions[here].sum())))
         watch(done)
 
         # 5. Evaluate if due; save if due, and stop if someone asked for it
         score = None
         if sft.eval_every and done % sft.eval_every == 0 and done < total:
-            score = -evaluation(done)["loss"]
+            score = -evaluate(done)["loss"]
         checkpoints.after(done, total, {"before": before, "num_tokens": tokens_seen}, score)
     checkpoints.finish()
 
     # 6. Export, and the facts for the summary
-    after = evaluation(total)
+    after = evaluate(total)
     with log.phase("export"):
-        export(cfg, step.folder, wrapper, tokenizer, part.lora, best=lambda: checkpoints.load_best(-after["loss"]))
+        export(cfg, inputs.folder, wrapper, tokenizer, part.lora, best=lambda: checkpoints.load_best(-after["loss"]))
     facts = {f"{k}_before": v for k, v in before.items()} | {f"{k}_after": v for k, v in after.items()}
     log.result({"steps": total, "data": counts, "tokens": tokens_seen, **facts})
 
 
 @torch.no_grad()
-def evaluate(actor, held, most: int, micro: int, pad: int, device: torch.device) -> dict[str, float]:
+def evaluate_loss(actor, held, most: int, micro: int, pad: int, device: torch.device) -> dict[str, float]:
     """Loss per response token and perplexity on held-out dialogues. Collective."""
     actor.eval()
     chosen = held.select(subset(len(held), most))
@@ -120,6 +120,6 @@ def evaluate(actor, held, most: int, micro: int, pad: int, device: torch.device)
         weights = send(batch["weights"], device)
         sums["loss"] += sft_loss(logprobs, weights)
         sums["tokens"] += weights.sum()
-    found = ranks.total(sums, device)
+    found = ranks.all_reduce_sum(sums, device)
     loss = found["loss"] / found["tokens"]
     return {"loss": loss, "perplexity": math.exp(min(loss, 50))}

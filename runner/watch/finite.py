@@ -33,9 +33,9 @@ def numbered(rows, numbers) -> Iterable[dict]:
 
 
 def _save_batch(path: Path, rows: Iterable[dict], tokenizer) -> None:
-    import torch.distributed as dist
+    from runner import ranks  # not at the top: the launcher, which reads this file too, has no torch
 
-    if dist.is_initialized() and dist.get_rank():
+    if ranks.rank() != 0:
         return
     with path.open("w") as file:
         for row in rows:
