@@ -49,7 +49,7 @@ def load(path: str):
     import yaml
 
     from runner.checks.trust import load_weights, refuse_code
-    from runner.tokenizer import check_template, load_tokenizer
+    from runner.tokenizer import check_template, load_tokenizer, set_template
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -64,7 +64,8 @@ def load(path: str):
     except Exception as error:  # whatever transformers, safetensors and the hub raise
         raise UserError(f"{path} cannot talk: {redact((str(error) or repr(error)).splitlines()[0])}. {instead(path)}") from error
     # A model that was not trained here may have no template: use ours
-    tokenizer.chat_template = tokenizer.chat_template or yaml.safe_load(TEMPLATE.read_text())["chat_template"]
+    if not tokenizer.chat_template:
+        set_template(tokenizer, yaml.safe_load(TEMPLATE.read_text())["chat_template"])
     check_template(tokenizer, f"the chat template of {path}")
     return tokenizer, model
 

@@ -7,14 +7,18 @@ from runner.errors import UserError
 
 # DeepSpeed silently ignores unknown keys at the top level, so we check the user's block against those that it reads
 TOP_LEVEL_KEYS = frozenset(
-    """activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type
-    compression_training csv_monitor curriculum_learning data_efficiency data_types disable_allgather dump_state
-    eigenvalue elasticity flops_profiler fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor
-    memory_breakdown optimizer prescale_gradients progressive_layer_drop quantize_training
-    scheduler seq_parallel_communication_data_type sparse_attention sparse_gradients steps_per_print tensorboard
-    tensor_parallel torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
-    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    zero_optimization""".split()
+    """activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type
+    csv_monitor data_types disable_allgather dump_state flops_profiler fp16 gradient_accumulation_steps
+    gradient_clipping gradient_predivide_factor memory_breakdown optimizer prescale_gradients scheduler
+    seq_parallel_communication_data_type sparse_gradients steps_per_print tensorboard tensor_parallel
+    train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown wandb
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""".split()
+)
+
+# Keys that would change what is learned, which is no matter of hardware: a finished step would be reused as if they were not there
+TEACHES = frozenset(
+    """amp compression_training curriculum_learning data_efficiency eigenvalue elasticity progressive_layer_drop quantize_training
+    sparse_attention torch_autocast weight_quantization""".split()
 )
 
 # Keys that the runner decides: set by hand they would contradict the plan. -> what to set instead
@@ -43,6 +47,8 @@ def check_raw(raw: dict) -> None:
     for key in raw:
         if key in OURS:
             raise UserError(f"hardware.deepspeed.{key} is decided by the runner: set {OURS[key]} instead")
+        if key in TEACHES:
+            raise UserError(f"hardware.deepspeed.{key} changes what is learned, but hardware does not count as such: leave it out")
         if key not in TOP_LEVEL_KEYS:
             near = difflib.get_close_matches(key, TOP_LEVEL_KEYS, n=1)
             raise UserError(f"hardware.deepspeed.{key} is not a DeepSpeed setting" + (f" (did you mean {near[0]}?)" if near else ""))

@@ -215,6 +215,12 @@ def check_ppo(ppo) -> None:
     check_least(ppo, 0, "actor_weight_decay", "critic_weight_decay", "critic_warmup")
     check_least(ppo, 0, "kl_coef", "score_clip", "missing_eos_penalty", "ptx_coef", "min_response_tokens")
     check(all(ppo.stop), f"ppo.stop={ppo.stop} holds an empty string, which every response contains: leave it out")
+    largest = 0.2 * ppo.rollout_batch  # the controller's step, as a share of kl_coef, is at most largest / kl_horizon
+    check(
+        ppo.kl_target is None or ppo.kl_horizon > largest,
+        f"ppo.kl_horizon={ppo.kl_horizon} is so short that one iteration of ppo.rollout_batch={ppo.rollout_batch} responses could turn "
+        f"kl_coef to zero or below: type more than {largest:g}, by default 10000",
+    )
     check_positive(ppo, "kl_target", "cliprange", "cliprange_value", "log_ratio_clamp", "early_stop_kl")
     check_share(ppo, "ema_decay")
     check(

@@ -65,6 +65,17 @@ def without_token(logits: Tensor, token: int, rows: Tensor) -> Tensor:
     return logits.masked_fill(barred, -torch.inf)
 
 
+def bar_unused(logits: Tensor, vocabulary: int | None) -> Tensor:
+    """logits (N, V) with the columns from `vocabulary` on barred, in place and without a gradient: no token has them.
+
+    Checkpoints fill their embeddings up to a round number. A model with fewer rows, such as a small reward model, could not read such a
+    token. The value is finite because 0 * -inf would make an entropy NaN. None: every column is a token.
+    """
+    if vocabulary is not None and vocabulary < logits.size(-1):
+        logits.detach()[:, vocabulary:] = -1e4
+    return logits
+
+
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability of each token. logits (N, V) in any precision, tokens (N,) -> (N,) fp32."""
     logits = logits.float()

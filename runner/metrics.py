@@ -21,6 +21,7 @@ import torch
 from runner import flops, ranks
 from runner.advice import advise
 from runner.config import Config
+from runner.errors import UserError
 from runner.files import write_text
 from runner.watch import heartbeat, stop
 
@@ -47,7 +48,12 @@ class RunLog:
     # --- what the loops call ---
 
     def begin(self, first: int, total: int) -> None:
-        """Announce a loop over steps first..total-1."""
+        """Announce a loop over steps first..total-1. Raises UserError if its checkpoint has taken more steps than that."""
+        if first > total:
+            raise UserError(
+                f"the checkpoint has taken {first} steps, this configuration asks for {total} in all: its model would not be that of a "
+                "shorter run. Type more steps, or resume=new to start over"
+            )
         self.first, self.total, self._step_started = first, total, time.monotonic()
         self._loop_started = self._step_started
         heartbeat.now.update(step=first, total=total)

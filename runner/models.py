@@ -23,7 +23,7 @@ from runner.data.batches import send
 from runner.errors import UserError
 from runner.families import FAMILIES, Family, check_family
 from runner.files import whole_folder
-from runner.losses import chosen_logprobs, entropy, token_logprobs, warp_logits, without_token
+from runner.losses import bar_unused, chosen_logprobs, entropy, token_logprobs, warp_logits, without_token
 
 # --- the two wrappers -------------------------------------------------------------------------------------------------
 
@@ -68,18 +68,27 @@ class Wrapper(nn.Module):
 class Actor(Wrapper):
     """A causal language model that returns log-probabilities of chosen tokens, never the logits of a whole batch.
 
-    temperature, top_k, top_p: of the distribution whose log-probabilities are returned.
-    least: tokens of a response before which EOS is impossible.
+    What responses are sampled from, and their log-probabilities belong to: temperature, top_k, top_p;
+    least: tokens of a response before which EOS is impossible;
+    vocabulary: tokens of the tokenizer, where the embeddings may have more rows; None if every row is a token.
     chunk: tokens whose logits exist at a time; 0 for all at once, which ZeRO-3 needs: every rank must gather the head the same
     number of times.
     """
 
     def __init__(
-        self, model: nn.Module, family: str, chunk: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, least: int = 0
+        self,
+        model: nn.Module,
+        family: str,
+        chunk: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        least: int = 0,
+        vocabulary: int | None = None,
     ):
         super().__init__(model, family)
         self.chunk, self.least = chunk, least
-        self.sampling = (temperature, top_k, top_p)
+        self.sampling, self.vocabulary = (temperature, top_k, top_p), vocabulary
 
     def forward(
         self, ids: Tensor, mask: Tensor, index: Tensor, targets: Tensor, with_entropy: bool = False, steps: Tensor | None = None
@@ -89,7 +98,8 @@ class Actor(Wrapper):
         Args:
             ids, mask (B, T).
             index (N,): positions in the flattened (B * T) whose next token is predicted; targets (N,): those next tokens.
-            steps (N,): their positions in the response, from 0, which decide where EOS is impossible; None if it never is.
+            steps (N,): their positions in the response, from 0, which decide where EOS is impossible. None for text that was not
+                sampled: temperature and the like have no part in its log-probabilities.
         Returns: logprobs (N,), entropies (N,) without gradient, zeros unless asked for.
         """
         hidden = self.hidden_states(ids, mask)
@@ -98,7 +108,7 @@ class Actor(Wrapper):
         given = [hidden, targets]
         if self.least > 1 and steps is not None:
             given.append(send(steps + 1 < self.least, hidden.device))
-        score = partial(self._score, with_entropy)
+        score = partial(self._score, with_entropy, steps is not None)
         if not self.chunk or len(index) <= self.chunk:
             return score(*given)
         # Recomputing the logits of a chunk in the backward pass keeps one chunk in memory instead of N x V
@@ -106,12 +116,16 @@ class Actor(Wrapper):
         parts = [run(*chunk) for chunk in zip(*(x.split(self.chunk) for x in given), strict=True)]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-    def _score(self, with_entropy: bool, hidden: Tensor, targets: Tensor, early: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _score(
+        self, with_entropy: bool, sampled: bool, hidden: Tensor, targets: Tensor, early: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies (N,) from hidden states (N, H). early (N,) bool: where EOS is impossible."""
-        head = self.hf.get_output_embeddings()
-        if self.sampling == (1.0, 0, 1.0) and early is None:
-            return chosen_logprobs(head(hidden), targets, with_entropy)
-        logits = head(hidden).float()
+        logits = self.hf.get_output_embeddings()(hidden)
+        if sampled:
+            bar_unused(logits, self.vocabulary)
+        if not sampled or (self.sampling == (1.0, 0, 1.0) and early is None):
+            return chosen_logprobs(logits, targets, with_entropy)
+        logits = logits.float()
         if early is not None:
             logits = without_token(logits, self.hf.config.eos_token_id, early)
         logits = warp_logits(logits, *self.sampling, keep=targets)
@@ -156,19 +170,24 @@ def load_causal(path: str, tokenizer, **options) -> PreTrainedModel:
 
 
 def load_scalar(path: str, tokenizer, *, fresh_head: bool, seed: int, **options) -> PreTrainedModel:
-    """A one-label classifier: from a language model with a fresh head, or from a trained reward model."""
+    """A one-label classifier. fresh_head: a language model, which has no head, gets one; a reward model keeps its own."""
     made_up = {"score.weight"} if fresh_head else set()
     model = _load(AutoModelForSequenceClassification, path, made_up=made_up, num_labels=1, seed=seed, **options)
     _fit_tokenizer(model, tokenizer)
     score = model.score
     model.score = Fp32Linear(score.in_features, 1, bias=False, device="meta")
     model.score.weight = score.weight
-    if fresh_head:
+    if fresh_head and not _is_classifier(model.config):
         generator = torch.Generator(device=score.weight.device).manual_seed(seed)
         with gathered([score.weight], modify=True) as rank0:
             if rank0:
                 score.weight.data.normal_(0.0, (score.in_features + 1) ** -0.5, generator=generator)  # arXiv 2403.17031, detail 11
     return model
+
+
+def _is_classifier(config) -> bool:
+    """Whether the checkpoint was one: transformers leaves its architectures in the config until it is saved again."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def _load(

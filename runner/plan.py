@@ -26,7 +26,7 @@ from runner.errors import UserError
 from runner.families import check_family
 
 # Increase it when the code changes what a step computes
-VERSION = 5
+VERSION = 6
 
 # Settings that do not shape the result
 NOT_HASHED = ("use", "eval_every", "eval_examples", "eval_prompts")

@@ -109,6 +109,24 @@ def test_a_folder_that_cannot_talk_is_not_recommended(step, tmp_path, monkeypatc
     assert "FOLDER" in chat.instead(str(step / "model"))
 
 
+def test_a_model_without_a_template_gets_ours_with_the_bos_that_its_tokenizer_adds(step, tmp_path):
+    import shutil
+
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    shutil.copytree(step / "model", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(step / "model")
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    tokenizer.chat_template = None
+    (tmp_path / "base" / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(tmp_path / "base")
+    loaded, _ = chat.load(str(tmp_path / "base"))
+    ids = encode_prompts(loaded, [[{"role": "user", "content": "Hello."}]])[0]
+    assert ids[0] == bos[1] and ids.count(bos[1]) == 1
+
+
 # --- the dialogue -----------------------------------------------------------------------------------------------------
 
 

@@ -209,7 +209,21 @@ def test_the_best_are_kept_and_exported(two_engines, tmp_path):
     assert all(torch.equal(t, weights[1][n]) for n, t in bits(two_engines["actor"]).items())
     again = checkpoints(tmp_path, two_engines, keep_best=1)
     again.restore()
-    assert again.best == 0.9
+    assert max(again.scores) == 0.9
+
+
+def test_as_many_of_the_best_are_kept_as_asked_for_in_whatever_order_they_come(two_engines, tmp_path):
+    made = checkpoints(tmp_path, two_engines, keep_best=2, every=0, keep_last=1)
+    for done, score in enumerate([0.9, 0.8, 0.7, 0.85], start=1):
+        made.after(done, 9, {}, score)
+    made.finish()
+    assert names(tmp_path) == ["step_1", "step_4"]
+    made = checkpoints(tmp_path, two_engines, keep_best=2, every=0, keep_last=1)
+    made.restore()
+    for done, score in enumerate([0.8, 0.95], start=5):
+        made.after(done, 9, {}, score)
+    made.finish()
+    assert names(tmp_path) == ["step_1", "step_6"]
 
 
 def test_a_checkpoint_that_was_cut_short_is_none(two_engines, tmp_path, monkeypatch):
@@ -437,8 +451,8 @@ def test_rank_0_says_what_the_best_score_is(two_engines, tmp_path, monkeypatch):
         return found
 
     save(checkpoints(tmp_path, two_engines), 1, {}, score=2.5)
-    monkeypatch.setattr(ranks, "first", as_rank_0)
+    monkeypatch.setattr(ranks, "from_rank0", as_rank_0)
     monkeypatch.setattr(checkpoint, "scored", lambda paths: scored(paths) if views else [])
     made = checkpoints(tmp_path, two_engines)
     made.restore()
-    assert made.best == 2.5
+    assert made.scores == [2.5]

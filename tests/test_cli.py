@@ -278,6 +278,7 @@ WRONG = {
     "a stage that has no rows of its own": ("dataset.sources.toy.only=reward", "toy.only=reward is not one of sft, ppo, eval"),
     "no checkpoint": ("sft.use=/nowhere", "sft.use=/nowhere: this folder does not exist (looked from "),
     "mistyped DeepSpeed key": ("hardware.deepspeed={zero_optimisation:{}}", "did you mean zero_optimization?"),
+    "DeepSpeed key that teaches": ("hardware.deepspeed.progressive_layer_drop.enabled=true", "changes what is learned"),
     "our DeepSpeed key": ("hardware.deepspeed.optimizer.type=Adam", "is decided by the runner: set the stage's lr"),
     "path beside random weights": (
         "model.reward.path=/models/opt",
@@ -333,6 +334,7 @@ WRONG = {
     "no learning rate": ("sft.lr=0", "sft.lr=0.0 must be above 0"),
     "no learning rate of a part": ("ppo.critic_lr=0", "ppo.critic_lr=0.0 must be above 0"),
     "no learning rate of adapters": ("model.actor.lora.lr=0", "model.actor.lora.lr=0.0 must be above 0"),
+    "horizon of a step": ("ppo.kl_target=6 ppo.kl_horizon=12", "kl_coef to zero or below: type more than 12.8, by default 10000"),
     "target of no coefficient": ("ppo.kl_target=6 ppo.kl_coef=0", "would stay there: type ppo.kl_coef=0.05"),
     "adapters of no weight": ("model.actor.lora.dim=8 model.actor.lora.alpha=0", "model.actor.lora.alpha=0 gives its adapters (dim=8) no"),
     "empty project": ("wandb.project=", "wandb.project is empty: type a name, or wandb.mode=disabled"),

@@ -166,8 +166,8 @@ def test_the_first_margin_is_0():
 def test_the_best_is_exported_beside_the_last(folder, alone, tmp_path, monkeypatch):
     """Of three evaluations during training the second is the best."""
     accuracies = iter([0.5, 0.6, 0.9, 0.7, 0.8])
-    evaluation = dpo.evaluation
-    monkeypatch.setattr(dpo, "evaluation", lambda *args: evaluation(*args) | {"accuracy": next(accuracies)})
+    evaluate = dpo.evaluate_pairs
+    monkeypatch.setattr(dpo, "evaluate_pairs", lambda *args: evaluate(*args) | {"accuracy": next(accuracies)})
     cfg = small(max_steps=4, epochs=9, eval_every=1)
     run(replace(cfg, checkpoint=replace(cfg.checkpoint, every=0, keep_best=1)), folder, tmp_path / "work", alone)
     assert (tmp_path / "work" / "model_best" / "model.safetensors").exists()

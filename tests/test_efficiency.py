@@ -12,6 +12,7 @@ from workers import update
 
 from runner import flops, metrics
 from runner.config import Lora
+from runner.errors import UserError
 from runner.flops import Work
 from runner.metrics import RunLog
 from runner.rollout.stats import Stats
@@ -107,6 +108,13 @@ def test_the_advice_of_a_run_is_said_and_kept(alone, tmp_path, capsys, monkeypat
     log.result({})
     assert json.loads((tmp_path / "result.json").read_text())["advice"] == "2 steps of sft, ['other', 'train']"
     assert "[sft] advice: 2 steps of sft" in capsys.readouterr().out
+
+
+def test_a_checkpoint_past_the_end_is_not_passed_off_as_a_shorter_run(alone, tmp_path):
+    log = RunLog(configured("wandb.mode=disabled"), "sft", tmp_path, {}, alone)
+    log.begin(3, 3)
+    with pytest.raises(UserError, match=r"has taken 3 steps, this configuration asks for 2 in all: .* resume=new"):
+        log.begin(3, 2)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])

@@ -162,6 +162,26 @@ def test_eos_is_impossible_before_the_least_length(sampling):
     assert entropies.isfinite().all()
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 2.0}, {"top_k": 60}, {"top_p": 0.9}], ids=str)
+def test_rows_of_the_embeddings_that_are_no_token_are_never_sampled(sampling):
+    """In both engines alike, and the trainer gives the tokens the probabilities of a head without those rows."""
+    prompts = rows(LENGTHS, seed=1, vocab=50) * 6
+    free, model = actor("opt", **sampling).eval(), actor("opt", vocabulary=50, **sampling).eval()
+    assert decoder(free, prompts, slots=16).run().responses.max() >= 50
+    found = decoder(model, prompts, slots=16, vocabulary=50).run()
+    assert found.responses.max() < 50
+    assert_same(found, generate(model, prompts, list(range(len(prompts))), length=20))
+    with torch.no_grad():
+        logprobs, entropies = response_logprobs(model, found, with_entropy=True)
+    torch.testing.assert_close(logprobs, found.sampled_logprobs, rtol=1e-4, atol=1e-5)
+    first = [prompt + answer[:1] for prompt, answer in zip(prompts, found.responses.tolist(), strict=True)]
+    for n, ids in enumerate(first):
+        logits = warp_logits(model.hf(input_ids=torch.tensor([ids[:-1]])).logits[0, -1:, :50], *model.sampling).log_softmax(-1)
+        assert float(logprobs[n, 0]) == pytest.approx(float(logits[0, ids[-1]]), abs=1e-4)
+        likely = logits[logits > -torch.inf]
+        assert float(entropies[n, 0]) == pytest.approx(float(-(likely.exp() * likely).sum()), abs=1e-4)
+
+
 def test_limits_end_a_row_early():
     model = actor("opt").eval()
     limits = [3, 1, 20, 7, 2, 5, 9]

@@ -210,9 +210,10 @@ def test_entropies_are_those_of_the_sampled_distribution_and_carry_no_gradient()
     model = actor("llama", temperature=0.5, top_k=3)
     ids, mask = pad(ROWS[:1], PAD)
     index, targets = predictions(ROWS[:1], ids.size(1), left=False)
-    logp, entropies = model(ids, mask, index, targets, with_entropy=True)
+    given = (ids, mask, index, targets)
+    logp, entropies = model(*given, with_entropy=True, steps=torch.arange(len(index)))
     assert not entropies.requires_grad
-    assert model(ids, mask, index, targets)[1].eq(0).all()
+    assert model(*given)[1].eq(0).all()
     logits = model.hf(input_ids=ids).logits[0, :-1] / 0.5
     for i, target in enumerate(targets.tolist()):
         kept = sorted({*logits[i].topk(3).indices.tolist(), target})
@@ -488,6 +489,37 @@ def test_random_weights_depend_on_the_seed_alone(name, load, tokenizer, tmp_path
     assert {n for n in first if first[n].dim() > 1} <= changed  # every matrix; vectors begin at 0 or 1
 
 
+@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("sampling", [{"temperature": 0.7}, {"top_k": 8}, {"top_p": 0.5}, {"vocabulary": 50}], ids=str)
+def test_text_that_was_not_sampled_is_read_by_the_plain_softmax(sampling, chunk):
+    """As the ptx mixture of PPO is: the language model's loss, whatever responses are sampled with."""
+    ids, mask = pad(ROWS, PAD)
+    index, targets = predictions(ROWS, ids.size(1), left=False)
+    given = (ids, mask, index, targets, True)
+    plain, model = actor("llama"), actor("llama", chunk=chunk, **sampling)
+    for found, expected in zip(model(*given), plain(*given), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(*given, torch.full_like(index, 9))[0], plain(*given)[0])
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_rows_of_the_head_that_are_no_token_have_no_part_in_the_gradient(chunk):
+    short = [[token % 47 + 3 for token in row] for row in ROWS]
+    ids, mask = pad(short, PAD)
+    index, targets = predictions(short, ids.size(1), left=False)
+    model = actor("llama", chunk=chunk, vocabulary=50)
+    model(ids, mask, index, targets, False, torch.full_like(index, 9))[0].sum().backward()
+    cut = actor("llama")
+    head = cut.hf.get_output_embeddings()
+    hidden = cut.hidden_states(ids, mask)
+    real = mask.flatten().nonzero().squeeze(1)
+    logits = (hidden @ head.weight[:50].T)[torch.searchsorted(real, index)]
+    logits.log_softmax(-1).gather(1, targets.unsqueeze(1)).sum().backward()
+    for (name, found), expected in zip(model.named_parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+    assert not model.hf.get_output_embeddings().weight.grad[50:].any()
+
+
 def test_random_weights_leave_a_rank_its_own_dropout_masks(tokenizer, tmp_path):
     path, masks = config_folder("opt", tmp_path), []
     for rank in (0, 1):
@@ -495,6 +527,14 @@ def test_random_weights_leave_a_rank_its_own_dropout_masks(tokenizer, tmp_path):
         load_causal(path, tokenizer, **options(seed=7))
         masks.append(torch.rand(8))
     assert not torch.equal(*masks)
+
+
+@every_family
+def test_a_reward_model_that_is_trained_on_keeps_its_head(name, tokenizer, tmp_path):
+    given = classifier(name)
+    given.save_pretrained(tmp_path)
+    model = load_scalar(str(tmp_path), tokenizer, fresh_head=True, **options())
+    torch.testing.assert_close(model.score.weight, given.score.weight)
 
 
 @every_family

@@ -224,6 +224,43 @@ def test_another_network_or_tokenizer_cannot_be_forced(words, why, tmp_path):
         planned(tmp_path, words, "resume=force")
 
 
+GIVEN = "sft.use=facebook/opt-125m"
+ADAPTERS = "model.actor.lora.dim=4"
+OTHERS = {
+    "reward model of PPO": (f"{GIVEN} reward.use=x/rm", "reward.use=x/other", "the scale of the scores"),
+    "actor under PPO's adapters": (f"{GIVEN} reward.use=x/rm {ADAPTERS}", "sft.use=x/other", "adapters alone"),
+    "actor under DPO's adapters": (f"stage=dpo {GIVEN} {ADAPTERS}", "sft.use=x/other", "adapters alone"),
+    "base of SFT's adapters": (
+        f"stage=sft model.actor.init=pretrained model.actor.path=x/base {ADAPTERS}",
+        "model.actor.path=x/other",
+        "adapters alone",
+    ),
+    "base of a reward model's adapters": (
+        "stage=reward model.reward.init=pretrained model.reward.path=x/base model.reward.lora.dim=4",
+        "model.reward.path=x/other",
+        "adapters alone",
+    ),
+}
+
+
+@pytest.mark.parametrize("before, change, why", OTHERS.values(), ids=OTHERS)
+def test_another_model_cannot_be_forced_under_what_was_trained_on_the_old_one(before, change, why, tmp_path):
+    def last(*overrides: str) -> Step:
+        return plan(replace(configured(*overrides), store=str(tmp_path)))[-1]
+
+    interrupt(last(*before.split()))
+    now = [word for word in before.split() if word.partition("=")[0] != change.partition("=")[0]] + [change]
+    assert last(*now).earlier
+    with pytest.raises(UserError, match=rf"resume=force cannot continue from .*: .*{why}.*resume=new"):
+        last(*now, "resume=force")
+
+
+def test_another_actor_that_trains_in_full_can_be_forced(tmp_path):
+    interrupt(plan(replace(configured("stage=dpo", GIVEN), store=str(tmp_path)))[-1])
+    forced = plan(replace(configured("stage=dpo", "sft.use=x/other", "resume=force"), store=str(tmp_path)))[-1]
+    assert "goes_on_from" in forced.facts
+
+
 @pytest.mark.parametrize("stage", ["dpo", "ppo"])
 @pytest.mark.parametrize("word", ["dataset.sft_only=[FILE]", "dataset.ppo_only=[FILE]", "model.tokenizer_vocab=300"])
 def test_rows_of_another_stage_that_make_another_tokenizer_cannot_be_forced(stage, word, tmp_path):

@@ -47,7 +47,7 @@ class Checkpoints:
     def __init__(self, folder: Path, key: str, cfg: Config, engines: dict, log: RunLog, average=None):
         self.folder, self.key, self.cfg, self.engines, self.log, self.average = folder, key, cfg, engines, log, average
         self.saved: str | None = None  # name of the newest checkpoint, saved or being written
-        self.best = -np.inf
+        self.scores: list[float] = []  # of the evaluations so far; after a restart, of those whose checkpoints were kept
         self._writer: Writer | None = None
         self._last = time.monotonic()  # when a save began
 
@@ -59,8 +59,7 @@ class Checkpoints:
         Args: state: JSON facts of the stage, the same on every rank. score: of an evaluation at this step; higher is better.
         """
         settings, reason = self.cfg.checkpoint, stop.asked()
-        best = score is not None and settings.keep_best > 0 and score > self.best
-        self.best = max(self.best, score if score is not None else -np.inf)
+        best = score is not None and self._is_among_best(score)
         often = settings.every > 0 and done % settings.every == 0
         # Rank 0's clock decides for all
         in_time = ranks.rank() > 0 or time.monotonic() - self._last <= 60 * settings.minutes
@@ -188,10 +187,17 @@ class Checkpoints:
         self.log.restore(manifest["log"])
         self.saved = path.name
         # As rank 0 sees it, so that all ranks decide alike
-        self.best = ranks.from_rank0(lambda: max((score for score, _ in scored(complete(self.folder))), default=-np.inf))
+        self.scores = ranks.from_rank0(lambda: [score for score, _ in scored(complete(self.folder))])
         shared = path / SHARED
         tensors = load_file(shared) if shared.exists() else {}
         return manifest["step"], manifest["state"], tensors
+
+    def _is_among_best(self, score: float) -> bool:
+        """Whether a new score makes its checkpoint one of the `keep_best` best."""
+        most = self.cfg.checkpoint.keep_best
+        best = sorted(self.scores)[-most:] if most else []
+        self.scores.append(score)
+        return most > 0 and (len(best) < most or score > best[0])
 
     def load_best(self, score: float) -> bool:
         """Give the engines the weights of the best kept checkpoint, if it scored higher than `score`. Returns whether it did."""

@@ -28,6 +28,11 @@ TOKENIZER = "the tokenizer of a model with random weights is trained on its data
 FIXED = dict.fromkeys(("ppo.normalize_scores", "ppo.calibration_prompts"), SCALE)
 FIXED |= dict.fromkeys(("model.family", "model.actor.shape", "model.reward.shape"), NETWORK)
 FIXED |= {f"model.{part}.lora.{name}": NETWORK for part in ("actor", "reward") for name in ("dim", "targets", "train_rest")}
+FIXED["parents.reward"] = SCALE
+# The same where adapters alone train: the model under them
+UNDER = "with adapters alone a checkpoint holds nothing else, and they belong to the model that they were trained on"
+UNDER_ACTOR = dict.fromkeys(("parents.sft", "model.actor.path", "model.actor.revision"), UNDER)
+UNDER_REWARD = dict.fromkeys(("model.reward.path", "model.reward.revision"), UNDER)
 MAKES_TOKENIZER = ("model.tokenizer_vocab", "model.chat_template", "dataset.")
 # Characters of a value in a list of differences
 SHOWN = 60
@@ -163,6 +168,8 @@ def check_forced(cfg: Config, stage: str, earlier: Unfinished) -> None:
 def _unfit(cfg: Config, stage: str, earlier: Unfinished) -> tuple[str, str] | None:
     """A setting that has changed and that no checkpoint can continue with, and why: see FIXED."""
     fixed = FIXED | (dict.fromkeys(MAKES_TOKENIZER, TOKENIZER) if cfg.makes_tokenizer(stage) else {})
+    fixed |= UNDER_ACTOR if cfg.model.actor.adapters_only else {}
+    fixed |= UNDER_REWARD if cfg.model.reward.adapters_only else {}
     for key, line in zip(earlier.differences, earlier.describe(), strict=True):
         why = next((why for start, why in fixed.items() if key.startswith(start)), None)
         if why and key != "dataset.pretrain":

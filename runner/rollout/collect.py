@@ -101,8 +101,10 @@ def sample(models: Models, reader: Reader, prompts: list[list[int]], seed: int, 
                 ids, mask = (x.to(reader.device) for x in pad(rows, reader.pad, left=True))
                 parts.append(hf.generate(actor, ids, mask.sum(dim=1), uniform, pad=reader.pad, eos=reader.eos, together=not whole))
                 continue
-            options = {"slots": reader.rollout_micro, "least": actor.least, "pad": reader.pad, "eos": reader.eos, "stops": reader.stops}
-            decoder = graph.Decoder(network, actor.sampling, rows, uniform, **options)
+            options = {"least": actor.least, "vocabulary": actor.vocabulary, "stops": reader.stops}
+            decoder = graph.Decoder(
+                network, actor.sampling, rows, uniform, slots=reader.rollout_micro, pad=reader.pad, eos=reader.eos, **options
+            )
             parts.append(decoder.run())
             reader.stats.add(decoder.stats)
             del decoder  # frees its cache before the next one allocates as much

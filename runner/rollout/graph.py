@@ -17,7 +17,7 @@ from runner import attention
 from runner.data.batches import fetch, send
 from runner.data.batches import pad as padded
 from runner.engine import free_memory
-from runner.losses import warp_logits, without_token
+from runner.losses import bar_unused, warp_logits, without_token
 from runner.packing import lay_out
 from runner.rollout import kernels
 from runner.rollout.families import network_of
@@ -69,6 +69,7 @@ class Decoder:
         pad: int,
         eos: int,
         least: int = 0,
+        vocabulary: int | None = None,
         limits: list[int] | None = None,
         stops: Stops | None = None,
     ):
@@ -78,11 +79,12 @@ class Decoder:
             uniform (N, R): a random number for each response and token (see sampling.py); R tokens at most, EOS included.
             slots: responses sampled at a time.
             least: tokens before which EOS is impossible.
+            vocabulary: as of the Actor.
             limits: tokens of each response at most, where that is fewer than R.
             stops: a response that reaches one is sampled no further, once a look has told. Cutting it there is left to the caller.
         """
         self.network, self.sampling, self.prompts = network, sampling, prompts
-        self.pad, self.eos, self.least, self.stops = pad, eos, least, stops
+        self.pad, self.eos, self.least, self.vocabulary, self.stops = pad, eos, least, vocabulary, stops
         self.device, self.stats, self.graphs = network.device, Stats(), {}
         self.watch = Stopwatch(self.device)
         (count, most), self.size = uniform.shape, min(slots, len(prompts))
@@ -232,6 +234,7 @@ class Decoder:
             return kernels.attend(q, k, v, *cache, self.rotary, self.network.alibi)
 
         logits = self.network.head(self.network.hidden(lanes.tokens, lanes.positions.clamp(min=0), attend))
+        bar_unused(logits, self.vocabulary)
         if self.least > 1:
             logits = without_token(logits, self.eos, lanes.steps + 1 < self.least)
         if self.sampling != (1.0, 0, 1.0):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from runner.losses import token_logprobs, warp_logits, without_token
+from runner.losses import bar_unused, token_logprobs, warp_logits, without_token
 from runner.models import Actor
 from runner.rollout.record import Rollout
 from runner.rollout.sampling import invert
@@ -21,7 +21,7 @@ class InverseSampling(LogitsProcessor):
         self.logprobs = torch.zeros_like(uniform, dtype=torch.float32)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step, logits = input_ids.size(1) - self.prompt_width, scores.float()
+        step, logits = input_ids.size(1) - self.prompt_width, bar_unused(scores.float(), self.actor.vocabulary)
         if step + 1 < self.actor.least:
             logits = without_token(logits, self.eos, torch.ones(len(logits), dtype=torch.bool, device=logits.device))
         logits = warp_logits(logits, *self.actor.sampling)

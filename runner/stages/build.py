@@ -50,7 +50,7 @@ def load_actor(
     checkpointing: bool = False,
     sampling: dict | None = None,
 ) -> Actor:
-    """A causal language model in its wrapper. sampling: PPO's temperature, top_k, top_p and least; None for the plain softmax."""
+    """A causal language model in its wrapper. sampling: PPO's temperature, top_k and so on (see Actor); None for the plain softmax."""
     with engines.building(ds_config):
         model = load_causal(path, tokenizer, **_options(cfg, cfg.model.actor, path, dropout))
     # Under ZeRO-3 all ranks gather the head together, so each must call it the same number of times
