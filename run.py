@@ -26,7 +26,8 @@ from runner.errors import UserError
 from runner.files import remove_unused
 from runner.forecast.fit import refuse_the_impossible
 from runner.forecast.show import show_forecast
-from runner.plan import plan, show, show_details
+from runner.plan import plan
+from runner.plan_view import show, show_details
 from runner.suggest import check_overrides, in_words
 from runner.watch import stop
 

@@ -1,5 +1,7 @@
-"""Files and folders that are complete or absent."""
+"""Files and folders that are complete or absent, and the hashes that name them."""
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -57,3 +59,8 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hash_of(facts: object) -> str:
+    """The hash of facts that JSON can hold, in hexadecimal. The names of steps and of cached data are its beginning."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

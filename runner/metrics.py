@@ -23,6 +23,7 @@ from runner.advice import advise
 from runner.config import Config
 from runner.files import write_text
 from runner.watch import heartbeat, stop
+from runner.words import clock
 
 # Prefixes of the metrics that differ between two otherwise identical runs
 CLOCK = ("time/", "perf/tokens", "perf/mfu", "perf/mbu", "perf/gpu_mem", "rollout/decode_ms")
@@ -124,7 +125,7 @@ class RunLog:
         if headline and (now - self._last_line >= QUIET or step in (1, self.total)):
             self._last_line = now
             left = (now - self._loop_started) / max(1, step - self.first) * (self.total - step)
-            self.say(f"step {step}/{self.total}  {headline}  {_clock(left)} left", passing=True)
+            self.say(f"step {step}/{self.total}  {headline}  {clock(left)} left", passing=True)
 
     def record(self, step: int, metrics: dict[str, float], headline: str = "") -> None:
         """Record metrics between two steps: evaluations."""
@@ -249,8 +250,3 @@ def _git_commit() -> str | None:
         return (git / head[5:]).read_text().strip() if head.startswith("ref: ") else head
     except OSError:
         return None
-
-
-def _clock(seconds: float) -> str:
-    seconds = round(seconds)
-    return f"{seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02}" if seconds >= 3600 else f"{seconds // 60}:{seconds % 60:02}"

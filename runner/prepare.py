@@ -5,7 +5,6 @@ workers only open files.
 """
 
 import hashlib
-import json
 import math
 import os
 import sys
@@ -24,7 +23,7 @@ from runner.data.sources import data_key
 from runner.durable.lock import lock
 from runner.errors import UserError, did_you_mean
 from runner.families import check_family
-from runner.files import whole_folder
+from runner.files import hash_of, whole_folder
 from runner.plan import Step
 from runner.preflight import preflight
 
@@ -203,7 +202,7 @@ def _own_tokenizer(cfg: Config, store: Path) -> str:
     if cfg.model.chat_template is None:
         raise UserError(f"model.chat_template=null asks for that of a checkpoint, and init=random has none. {NO_TEMPLATE}")
     facts = [data_key(cfg.dataset, "sft"), cfg.model.chat_template, cfg.model.tokenizer_vocab]
-    name = f"tokenizer-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]}"
+    name = f"tokenizer-{hash_of(facts)[:10]}"
     folder = store / "base" / name
     with lock(store / "locks" / name, "the tokenizer"):
         if not folder.exists():

@@ -118,7 +118,8 @@ def test_the_plan_comes_without_torch_and_shows_everything(here, without_torch):
 
 def test_the_plan_fits_80_columns(here, monkeypatch, capsys):
     """Also with the longest states, and without blanks at the end of its lines."""
-    from runner.plan import plan, show
+    from runner.plan import plan
+    from runner.plan_view import show
 
     cfg = configured()
     for step in (steps := plan(cfg)):
@@ -149,7 +150,8 @@ def engines(plan: str) -> dict[str, dict]:
 
 def test_what_other_settings_switch_off_is_noted(tmp_path, capsys):
     """And not refused: a sweep over them may well have it. Not of steps that are done, as `make run` leaves them in runs/store."""
-    from runner.plan import plan, show, unread
+    from runner.plan import plan
+    from runner.plan_view import show, unread
 
     words = ["model.actor.lora.train_rest=true", "dataset.pretrain=[x/y]", "checkpoint.keep_best=1", "reward.eval_every=0"]
     cfg = configured(*words, f"store={tmp_path}")

@@ -17,7 +17,7 @@ from runner.forecast.duration import LINKS, step_seconds, why_no_time
 from runner.forecast.fit import cure, fits, refuse_the_impossible, warnings
 from runner.forecast.memory import host_bytes, peaks, samples_whole
 from runner.forecast.network import network, networks
-from runner.forecast.show import forecast, price, rows_of, show_forecast, spell, steps_of_stage
+from runner.forecast.show import forecast, price, rows_of, show_forecast, steps_of_stage
 from runner.models import Actor, add_lora
 from runner.plan import plan
 
@@ -363,11 +363,3 @@ def test_machines_are_paid_by_the_gpu():
     for gpus, paid in ((1, "$1.00"), (8, "$8.00")):
         assert price(on("model=opt1.3b", H200, f"hardware.gpus={gpus}", "hardware.price_per_hour=1"), 3600) == paid
     assert price(on("model=opt1.3b", H200, "hardware.price_per_hour=0"), 3600) == "-"
-
-
-TIMES = {None: "-", 1e-5: "0 s", 0.014: "0.014 s", 59.4: "59 s", 59.7: "1.0 min", 90: "1.5 min", 3597: "1 h 0 min", 7182: "2 h 0 min"}
-
-
-@pytest.mark.parametrize(("seconds", "text"), TIMES.items())
-def test_times_are_spelt_for_people(seconds, text):
-    assert spell(seconds) == text

@@ -12,10 +12,11 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from runner.reporting.report import Section, markdown, num, pct, print_sections, sparkline
+from runner.reporting.report import Section, markdown, print_sections, sparkline
 from runner.reporting.results import read_curves
 from runner.reporting.summary import show_summary
 from runner.reporting.sweep_table import SweepTable, show_sweep
+from runner.words import clock, duration, num, pct, spell
 
 COMMON = {"world_size": 1, "resumed_from": 0, "tokens": 120_000}
 SFT = COMMON | {
@@ -370,6 +371,13 @@ def test_sparkline_and_numbers():
     assert len(sparkline(list(range(1000)))) == 20 and sparkline([2.0, 2.0]) == "▄▄" and sparkline([1.0]) == ""
     assert [num(x) for x in (None, 12, 1234567, 0.0031, -0.0, 12.345, 1234.5)] == ["-", "12", "1,234,567", "0.003", "0.00", "12.3", "1,234"]
     assert pct(0.5) == "50.0 %" and pct(None) == "-"
+
+
+def test_times_are_said_as_measured_as_foreseen_or_as_left():
+    said = {None: ("-", "-"), 1e-5: ("0.0 s", "0 s"), 0.014: ("0.0 s", "0.014 s"), 59.4: ("59 s", "59 s"), 59.7: ("60 s", "1.0 min")}
+    said |= {90: ("1 min 30 s", "1.5 min"), 3597: ("59 min 57 s", "1 h 0 min"), 7182: ("1 h 59 min", "2 h 0 min")}
+    assert {seconds: (duration(seconds), spell(seconds)) for seconds in said} == said
+    assert [clock(s) for s in (4.6, 65, 3599.4, 3600, 3725, 36000)] == ["0:05", "1:05", "59:59", "1:00:00", "1:02:05", "10:00:00"]
 
 
 def test_lines_do_not_part_a_number_from_its_unit():

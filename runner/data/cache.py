@@ -6,7 +6,6 @@ A cache folder holds train.arrow, eval.arrow and counts.json. Rows by stage:
     ppo     input_ids (the prompt), turns (JSON), length, source
 """
 
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -25,7 +24,7 @@ from runner.data.sources import VERSION, content_key, data_key, has_rows_for, ro
 from runner.data.split import held_out, prompt_hash
 from runner.durable.lock import lock
 from runner.errors import UserError
-from runner.files import whole_folder
+from runner.files import hash_of, whole_folder
 from runner.tokenizer import fingerprint, plain
 
 BATCH = 1000
@@ -43,7 +42,7 @@ def build(store: Path, dataset: Dataset, stage: str, tokenizer, model: Model) ->
         made = _encoded(examples(dataset, share, counts), encoder, f"tokenising {dataset.name} for {stage}")
         _write(folder, stage, dataset, made, counts)
 
-    return _cached(store, f"{share}-{_short_hash(facts)}", fill)
+    return _cached(store, f"{share}-{hash_of(facts)[:12]}", fill)
 
 
 def build_pretrain(store: Path, dataset: Dataset, tokenizer, model: Model) -> Path:
@@ -72,7 +71,7 @@ def build_pretrain(store: Path, dataset: Dataset, tokenizer, model: Model) -> Pa
             raise UserError(f"dataset.pretrain holds fewer than the {block} tokens of one block")
         _finish(folder, counts)
 
-    return _cached(store, f"pretrain-{_short_hash(facts)}", fill)
+    return _cached(store, f"pretrain-{hash_of(facts)[:12]}", fill)
 
 
 def load(folder: Path):
@@ -107,10 +106,6 @@ def counts_of(folder: Path) -> dict:
 
 def _damaged(folder: Path, error: Exception) -> UserError:
     return UserError(f"the tokenised data in {folder} are damaged ({error}): delete this folder, and they are made anew")
-
-
-def _short_hash(facts: dict) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _cached(store: Path, name: str, fill) -> Path:

@@ -58,6 +58,7 @@ def fits(cfg: Config, stage: str) -> bool:
 
 
 def gb(count: float) -> str:
+    """Of an estimate: whole ones. A disk that is nearly full needs other digits, see watch/machine.py."""
     return f"{count / 1e9:,.0f} GB"
 
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from runner.reporting.report import Section, bar, duration, markdown, num, pct, print_sections, short, sparkline
+from runner.reporting.report import Section, bar, markdown, print_sections, sparkline
 from runner.reporting.results import Trained, headline, spent, trained_of
+from runner.words import duration, num, pct, short
 
 if TYPE_CHECKING:
     from runner.plan import Step
