@@ -15,7 +15,7 @@ from pathlib import Path
 from runner.batch_sizes import accumulation, micro_batch
 from runner.checks.paths import is_local, no_folder
 from runner.checks.trust import check_vocabulary, check_weights, read_settings
-from runner.config import PARENTS, SHARES, Config, Hardware, Source
+from runner.config import ENGINES, PARENTS, SHARES, Config, Hardware, Source, frozen_models
 from runner.data.adapters import check_adapter
 from runner.data.sources import content_key, data_key, has_rows_for, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
@@ -211,21 +211,14 @@ def _pinned_facts(stage: str, path: str) -> dict:
 
 def engine_configs(cfg: Config, stage: str) -> dict[str, dict]:
     """The DeepSpeed config of every engine of a stage. Replicated frozen models need none."""
-    micro, gas = micro_batch(cfg, stage), accumulation(cfg, stage)
-    block = getattr(cfg, stage)
-    if stage == "sft":
-        return {"actor": training_config(cfg, "actor", micro, gas, block.grad_clip)}
-    if stage == "reward":
-        return {"reward": training_config(cfg, "critic", micro, gas, block.grad_clip)}
-    # The ptx mixture adds as many micro batches of text again to every step of the actor
-    texts = stage == "ppo" and block.ptx_coef
-    configs = {"actor": training_config(cfg, "actor", micro, gas * (2 if texts else 1), block.grad_clip)}
-    if stage == "ppo":
-        configs["critic"] = training_config(cfg, "critic", micro, gas, block.grad_clip)
-    for name in ("ref", "reward") if stage == "ppo" else ("ref",):
-        if getattr(cfg.hardware.zero, name) == 3 and not (name == "ref" and cfg.model.actor.adapters_only):
-            configs[name] = frozen_config(cfg, name)
-    return configs
+    micro, gas, block = micro_batch(cfg, stage), accumulation(cfg, stage), getattr(cfg, stage)
+    configs = {}
+    for engine in ENGINES[stage]:
+        # The ptx mixture adds as many micro batches of text again to every step of the actor
+        doubled = stage == "ppo" and engine == "actor" and block.ptx_coef
+        name = "reward" if stage == "reward" else engine  # as its checkpoints call it
+        configs[name] = training_config(cfg, engine, micro, gas * (2 if doubled else 1), block.grad_clip)
+    return configs | {name: frozen_config(cfg, name) for name in frozen_models(cfg, stage) if getattr(cfg.hardware.zero, name) == 3}
 
 
 def command(cfg: Config, folder: Path) -> str:

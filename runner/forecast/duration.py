@@ -10,7 +10,7 @@ from runner import flops
 from runner.batch_sizes import micro_positions, step_batch
 from runner.config import Config
 from runner.forecast.memory import itemsize, samples_whole, slots
-from runner.forecast.network import trained
+from runner.forecast.sizes import trained
 from runner.sampling_sizes import PROBE
 
 # Shares of the data sheet's rates: of arithmetic in training and scoring, of memory bandwidth in decoding
