@@ -51,7 +51,7 @@ class RunLog:
         """Announce a loop over steps first..total-1."""
         self.first, self.total, self._step_started = first, total, time.monotonic()
         self._loop_started = self._step_started
-        heartbeat.now.update(step=first, total=total)
+        heartbeat.status.update(step=first, total=total)
         if first:
             self.say(f"resumed at step {first} of {total}")
 
@@ -84,9 +84,9 @@ class RunLog:
     def phase(self, name: str):
         """Book the time inside on this phase. Waits for the GPU, or its time would be booked on the next one."""
         start = time.monotonic()
-        heartbeat.now["phase"] = name
+        heartbeat.status["phase"] = name
         yield  # no `finally`: after an error, `phase` says where it happened
-        heartbeat.now["phase"] = ""
+        heartbeat.status["phase"] = ""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if name == "eval":
@@ -103,7 +103,7 @@ class RunLog:
         spent them; None for the whole step.
         """
         now = time.monotonic()
-        heartbeat.now["step"] = step
+        heartbeat.status["step"] = step
         row = {"step": step, **metrics}
         seconds = now - self._step_started
         busy = seconds if during is None else self.step_phases[during]
