@@ -21,7 +21,7 @@ from yaml import YAMLError
 
 from runner.checks.flags import sweeps
 from runner.door import load
-from runner.durable.resume import refuse
+from runner.durable.resume import refuse_changed_config
 from runner.errors import UserError
 from runner.files import remove_unused
 from runner.forecast.fit import refuse_the_impossible
@@ -75,7 +75,7 @@ def run(composed: DictConfig) -> None:
     refuse_the_impossible(cfg, [step.stage for step in steps if not step.done])
     for step in steps:
         if step.earlier and cfg.resume == "auto" and HydraConfig.get().mode == RunMode.RUN:
-            refuse(cfg, step.stage, step.earlier)
+            refuse_changed_config(cfg, step.stage, step.earlier)
 
     # Not at the top: --help and dry_run can do without
     from runner.launch import launch

@@ -48,7 +48,8 @@ def load(path: str):
     import transformers
     import yaml
 
-    from runner.checks.trust import load_weights, refuse_code
+    from runner.checks.trust import refuse_code
+    from runner.models import load_weights
     from runner.tokenizer import check_template, load_tokenizer
 
     transformers.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, and the hashes that name them."""
+"""Files and folders that are complete or absent, JSON files, and the hashes that name them."""
 
 import hashlib
 import json
@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from runner.errors import UserError
 
 
 @contextmanager
@@ -50,6 +52,17 @@ def write_text(path: Path, text: str) -> None:
     work.write_text(text, encoding="utf-8")
     flush(work)
     os.replace(work, path)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises UserError if there is none, or it is cut short."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Is it complete?") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return found
 
 
 def flush(path: Path) -> None:

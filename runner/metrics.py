@@ -8,7 +8,6 @@ Metric names are an API; README.md lists them.
 import json
 import math
 import os
-import re
 import secrets
 import time
 from collections import Counter, defaultdict
@@ -22,6 +21,7 @@ from runner import flops, ranks
 from runner.advice import advise
 from runner.config import Config
 from runner.files import write_text
+from runner.wandb_login import has_wandb_key
 from runner.watch import heartbeat, stop
 from runner.words import clock
 
@@ -225,21 +225,6 @@ class RunLog:
         run.define_metric(axis)
         run.define_metric("*", step_metric=axis)
         return run
-
-
-def wandb_server() -> str:
-    """The address of the W&B server: from the environment, from `wandb login --host`, or W&B's own."""
-    settings = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings"
-    typed = re.search(r"^base_url\s*=\s*(\S+)", settings.read_text(errors="replace"), re.MULTILINE) if settings.exists() else None
-    return os.environ.get("WANDB_BASE_URL") or (typed[1] if typed else "https://api.wandb.ai")
-
-
-def has_wandb_key(in_file: bool = False) -> bool:
-    """Whether W&B finds an API key. in_file: only in ~/.netrc, not in the environment."""
-    if os.environ.get("WANDB_API_KEY") and not in_file:
-        return True
-    netrc = Path("~/.netrc").expanduser()
-    return netrc.exists() and "api.wandb.ai" in netrc.read_text(errors="replace")
 
 
 def _git_commit() -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from runner.batch_sizes import accumulation, micro_batch
 from runner.checks.paths import is_local, no_folder
-from runner.checks.trust import check_vocabulary, check_weights, read_settings
+from runner.checks.trust import check_vocabulary, check_weights
 from runner.config import ENGINES, PARENTS, SHARES, Config, Hardware, Source, frozen_models
 from runner.data.adapters import check_adapter
 from runner.data.sources import content_key, data_key, has_rows_for, sources_of
@@ -23,7 +23,7 @@ from runner.durable.manifest import steps_done
 from runner.durable.resume import Unfinished, check_forced, forced, unfinished
 from runner.errors import UserError
 from runner.families import check_family
-from runner.files import hash_of
+from runner.files import hash_of, read_json
 from runner.words import short
 
 # Increase it when the code changes what a step computes
@@ -116,7 +116,7 @@ def _check_whole(step: Step) -> None:
         return
     try:
         for name in ("result.json", "model/config.json"):
-            read_settings(step.folder / name)
+            read_json(step.folder / name)
         check_weights(step.folder / "model")
         check_vocabulary(step.folder / "model")
     except UserError as error:
@@ -176,19 +176,22 @@ def _first_weights(cfg: Config, name: str) -> dict:
     if part.init == "random":
         return {name: lora | {"init": "random", "shape": part.shape}}
     if is_local(part.path):
-        return {name: lora | {"path": _files(f"model.{name}.path", part.path)}}
+        return {name: lora | {"path": _checked_files(f"model.{name}.path", part.path)}}
     return {name: lora | {"path": part.path, "revision": part.revision}}
 
 
-def _files(key: str, path: str) -> list[list]:
-    """The files of a local checkpoint, given under `key`: name, size and time of each. Where the folder is does not matter."""
+def _checked_files(key: str, path: str) -> list[list]:
+    """The files of a local checkpoint, given under `key`: name, size and time of each. Where the folder is does not matter.
+
+    Raises UserError for a folder that is no checkpoint of a family that we know.
+    """
     folder = Path(path)
     if not folder.exists():
         raise UserError(no_folder(key, path))
     if not (folder / "config.json").exists():
         inside = f". Type {key}={folder / 'model'}" if (folder / "model" / "config.json").exists() else ""
         raise UserError(f"{key}={path} is not a Hugging Face checkpoint: there is no {folder / 'config.json'}{inside}")
-    check_family(f"{key}={path}", read_settings(folder / "config.json").get("model_type"))
+    check_family(f"{key}={path}", read_json(folder / "config.json").get("model_type"))
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
 
 
@@ -196,8 +199,8 @@ def _pinned_facts(stage: str, path: str) -> dict:
     """What identifies a pinned checkpoint: the files of a folder, the name of a hub model."""
     if not is_local(path):
         return {"use": path}
-    folder, files = Path(path), _files(f"{stage}.use", path)
-    settings = read_settings(folder / "config.json")
+    folder, files = Path(path), _checked_files(f"{stage}.use", path)
+    settings = read_json(folder / "config.json")
     kind = "".join(map(str, settings.get("architectures") or ()))
     if kind and (stage == "reward") != kind.endswith("ForSequenceClassification"):
         wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"

@@ -480,18 +480,18 @@ HARMLESS = [
 
 @pytest.mark.parametrize("text", HARMLESS)
 def test_what_is_no_secret_passes(text):
-    assert secrets.find(text) is None
+    assert secrets.kind_of_secret(text) is None
     assert secrets.redact(text) == text
 
 
 def test_a_plain_word_of_the_environment_passes(monkeypatch):
     monkeypatch.setenv("KEYRING_MODE", "disabled")
-    assert secrets.find("wandb.mode=disabled") is None
+    assert secrets.kind_of_secret("wandb.mode=disabled") is None
 
 
 def test_every_preset_passes():
     for file in (ROOT / "conf").rglob("*.yaml"):
-        assert secrets.find(file.read_text()) is None, file
+        assert secrets.kind_of_secret(file.read_text()) is None, file
 
 
 def test_redact_strikes_out_the_environments_secrets_and_nothing_else(monkeypatch, tmp_path):
@@ -529,7 +529,7 @@ def test_wandb_gets_a_config_without_secrets_and_no_remote_url(monkeypatch, tmp_
     monkeypatch.setattr(metrics.ranks, "rank", lambda: 0)
     metrics.RunLog(configured("wandb.mode=offline"), "sft", tmp_path, {}, torch.device("cpu"))
     assert wandb.Settings.call_args.kwargs["disable_git"] is True
-    assert secrets.find(json.dumps(wandb.init.call_args.kwargs["config"])) is None
+    assert secrets.kind_of_secret(json.dumps(wandb.init.call_args.kwargs["config"])) is None
 
 
 # --- network ----------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def _numbered(sources: list) -> dict:
     return {str(i): settings | {"content": content} for i, (settings, content) in enumerate(sources)}
 
 
-def refuse(cfg: Config, stage: str, earlier: Unfinished) -> None:
+def refuse_changed_config(cfg: Config, stage: str, earlier: Unfinished) -> None:
     """Raise UserError: what was interrupted, how it differs, and the three ways on. A step that has learnt nothing yet is only noted."""
     if complete(earlier.folder)[-1].name == "step_0":
         print(f"{stage} starts over: {earlier.folder}, with another configuration, was interrupted before its first step", file=sys.stderr)

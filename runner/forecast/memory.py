@@ -6,10 +6,9 @@ fragmentation. tests/test_forecast.py compares it with measured runs.
 
 from dataclasses import dataclass
 
-from runner.batch_sizes import micro_positions
+from runner.batch_sizes import PREFILL_TOKENS, fits_whole, micro_positions
 from runner.config import ENGINES, Config
 from runner.forecast.sizes import Sizes, frozen, model_sizes, trained
-from runner.sampling_sizes import PREFILL_TOKENS, fits_whole
 
 
 @dataclass(frozen=True)

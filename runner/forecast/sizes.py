@@ -8,9 +8,9 @@ from omegaconf import OmegaConf
 
 from runner import flops
 from runner.checks.paths import is_local
-from runner.checks.trust import read_settings
 from runner.config import Config, Lora, ModelPart, frozen_models
 from runner.families import FAMILIES
+from runner.files import read_json
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _shape(part: ModelPart, pinned: str | None) -> dict:
     path = pinned or part.path
     settings = Path(path) / "config.json"
     if is_local(path) and settings.exists():
-        return read_settings(settings)
+        return read_json(settings)
     return _described().get(path, {})
 
 

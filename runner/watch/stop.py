@@ -22,7 +22,7 @@ from runner.errors import UserError
 # Exit code of a command that was stopped cleanly: typing it again resumes. 75, "temporary failure" in sysexits.h
 RESUME_ME = os.EX_TEMPFAIL
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# The time limit counts from here: run.py imports this module first
+# The time limit counts from here, some tenths of a second after Python has started: MARGIN is longer
 STARTED = time.time()
 
 # In the step folder: the launcher tells the workers, and rank 0 tells the launcher that it has stopped
