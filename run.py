@@ -137,4 +137,4 @@ if __name__ == "__main__":
         if WANTS_TRACEBACK or called:
             raise
         folder = f"hydra.{'sweep' if sweeps(sys.argv) else 'run'}.dir=/a/folder/of/yours"
-        sys.exit(f"error: {error.filename} cannot be made here ({error.strerror}): call run.py from a folder of yours, or type {folder}")
+        sys.exit(f"error: {error.filename} cannot be created here ({error.strerror}): call run.py from a folder of yours, or type {folder}")

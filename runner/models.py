@@ -222,7 +222,9 @@ def load_weights(auto, path: str, revision: str | None = None, made_up: Set[str]
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
-        raise UserError(f"the weights in {path} have other sizes than its config.json says: they are not those of one model") from error
+        raise UserError(
+            f"the weights in {path} do not have the sizes that its config.json says: the files belong to different models"
+        ) from error
     if missing := sorted(set(report["missing_keys"]) - made_up):
         raise UserError(f"{path} lacks {len(missing)} of the weights that its config.json asks for, such as {missing[0]}: copy it again")
     return model

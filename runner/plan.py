@@ -135,7 +135,7 @@ def _check_share(cfg: Config, stage: str) -> None:
         return
     if alone:
         instead = "type stage=ppo" if stage == cfg.stage else f"give the model of stage {stage} with {stage}.use=..."
-        raise UserError(f"dataset={dataset.name} holds prompts alone, which serve PPO only: {instead}")
+        raise UserError(f"dataset={dataset.name} holds only prompts, which only PPO can use: {instead}")
     others = f"give it a share, for example dataset.split.{share}=1, or a checkpoint with {stage}.use=..."
     only = "type stage=sft, " if stage != "sft" and not (dataset.split.reward or dataset.split.ppo) else ""
     raise UserError(f"dataset={dataset.name} leaves stage {stage} no rows (dataset.split.{share}=0): {only}{others}")

@@ -42,7 +42,7 @@ def unread(cfg: Config, stages: list[str]) -> Iterator[str]:
         yield f"{no_effect}: only adapters train, at model.actor.lora.lr={cfg.model.actor.lora.lr:g}"
     heads = [rate_key(stage, "critic") for stage in stages if "critic" in ENGINES[stage]]
     if heads and cfg.model.reward.adapters_only:
-        head = f"{' and '.join(heads)} move{'s' * (len(heads) == 1)} the head alone"
+        head = f"{' and '.join(heads)} move{'s' * (len(heads) == 1)} only the head"
         yield f"{head}: the adapters train at model.reward.lora.lr={cfg.model.reward.lora.lr:g}"
     if "dpo" in stages and cfg.dataset.split.ppo:
         share = f"dataset.split.ppo={cfg.dataset.split.ppo:g}"

@@ -66,7 +66,7 @@ def _writable(store: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"store={store} cannot be made ({error.strerror}): type store=/a/folder/of/yours") from error
+        raise UserError(f"store={store} cannot be created ({error.strerror}): type store=/a/folder/of/yours") from error
     try:
         TemporaryFile(dir=path).close()
     except OSError as error:
@@ -178,7 +178,7 @@ def _tokenizer(cfg: Config, store: Path, part: ModelPart, key: str) -> tuple[str
         if cfg.model.chat_template is not None:
             set_template(tokenizer, cfg.model.chat_template)
     if tokenizer.chat_template is None:
-        raise UserError(f"{path} brings no chat template, and model.chat_template=null asks for it. {NO_TEMPLATE}")
+        raise UserError(f"{path} has no chat template, and model.chat_template=null asks for it. {NO_TEMPLATE}")
     check_template(tokenizer, "model.chat_template")
     if own not in (None, tokenizer.chat_template):
         _note_template(path)
@@ -189,7 +189,7 @@ def _tokenizer(cfg: Config, store: Path, part: ModelPart, key: str) -> tuple[str
 def _note_template(path: str) -> None:
     """Once, though actor and reward model may be the same checkpoint."""
     print(
-        f"note: {path} brings a chat template of its own, which model.chat_template replaces. To keep it, type model.chat_template=null",
+        f"note: {path} has a chat template of its own, which model.chat_template replaces. To keep it, type model.chat_template=null",
         file=sys.stderr,
     )
 

@@ -164,7 +164,7 @@ def test_what_other_settings_switch_off_is_noted(tmp_path, capsys):
     cfg = configured("model.actor.lora.train_rest=true", "model.actor.lora.dim=8", "dataset.pretrain=[x/y]", "ppo.ptx_coef=1")
     assert not list(unread(cfg, ["sft", "reward", "ppo"]))
     (note,) = unread(configured("model.reward.lora.dim=8", "reward.lr=1e-4"), ["sft", "reward", "ppo"])
-    assert note == "reward.lr and ppo.critic_lr move the head alone: the adapters train at model.reward.lora.lr=0.0002"
+    assert note == "reward.lr and ppo.critic_lr move only the head: the adapters train at model.reward.lora.lr=0.0002"
     dpo = configured("stage=dpo", "dataset.split.ppo=3")
     (note,) = unread(dpo, ["sft", "dpo"])
     assert "PPO's share of the prompts (dataset.split.ppo=3) unused" in note
@@ -669,7 +669,7 @@ def test_over_ssh_secrets_must_lie_in_files(here, refused, monkeypatch):
 
 def test_a_store_that_cannot_be_made_is_said(refused, here):
     (here / "file").write_text("")
-    assert "store=file/store cannot be made (Not a directory): type store=" in refused("store=file/store")
+    assert "store=file/store cannot be created (Not a directory): type store=" in refused("store=file/store")
 
 
 def full(*args, **kwargs):
@@ -685,7 +685,7 @@ def test_a_store_that_cannot_be_written_to_is_said(refused, here, monkeypatch):
 def test_a_working_folder_in_which_nothing_can_be_made_is_said(refused, here):
     (here / "runs").write_text("")
     assert "call run.py from a folder of yours, or type hydra.run.dir=/a/folder/of/yours" in refused("dry_run=true")
-    assert "runs/x cannot be made here (Not a directory)" in refused("dry_run=true", f"hydra.run.dir={here}/runs/x")
+    assert "runs/x cannot be created here (Not a directory)" in refused("dry_run=true", f"hydra.run.dir={here}/runs/x")
     assert "or type hydra.sweep.dir=" in refused("-m", "dry_run=true", "seed=1,2")
 
 
@@ -749,15 +749,13 @@ def test_a_checkpoints_own_chat_template_is_kept_or_said_to_be_replaced(here, to
 
     ours, used = read("tuned")
     assert used == ours
-    note = (
-        "note: ./tuned brings a chat template of its own, which model.chat_template replaces. To keep it, type model.chat_template=null\n"
-    )
+    note = "note: ./tuned has a chat template of its own, which model.chat_template replaces. To keep it, type model.chat_template=null\n"
     assert capsys.readouterr().err == note
     assert read("tuned", "model.chat_template=null") == (None, own)
     assert read("base") == (ours, ours)
     assert read("tuned") == (ours, ours)
     assert capsys.readouterr().err == ""  # said once, though the reward model may be the same checkpoint
-    with pytest.raises(UserError, match=r"\./base brings no chat template, and model\.chat_template=null asks for it\. Leave model"):
+    with pytest.raises(UserError, match=r"\./base has no chat template, and model\.chat_template=null asks for it\. Leave model"):
         read("base", "model.chat_template=null")
 
 

@@ -191,7 +191,7 @@ def test_an_unfinished_rollout_is_not_adopted(tmp_path, capsys):
 
 
 def test_the_scale_of_the_scores_cannot_be_forced(tmp_path):
-    """It is measured once, when PPO begins, and the critic has learnt in it."""
+    """It is measured once, when PPO begins, and the critic was trained on that scale."""
 
     def ppo(*overrides: str) -> Step:
         return plan(replace(configured("sft.use=facebook/opt-125m", "reward.use=x/rm", *overrides), store=str(tmp_path)))[-1]

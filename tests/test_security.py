@@ -154,7 +154,7 @@ def test_everything_that_unpickles_says_weights_only():
 
 BROKEN = {
     "config.json": (b'{"model_type":', "config.json cannot be read"),
-    "tokenizer_config.json": (b"[1]", "tokenizer_config.json is no JSON object"),
+    "tokenizer_config.json": (b"[1]", "tokenizer_config.json is not a JSON object"),
     "tokenizer.json": (b'{"version": "1.0", "trunc', r"tokenizer.json cannot be read: .*\. Is it complete\?"),
     "model.safetensors": (b"\0" * 50, "model.safetensors is damaged .*: copy or download it again"),
 }
@@ -180,7 +180,7 @@ def test_a_model_folder_without_weights_is_not_filled_with_random_ones(model, tm
     (model / "model.safetensors").unlink()
     for words in (PLACES["actor"], PLACES["sft.use"]):
         cfg = configured(*[word.format(model=model) for word in words], f"store={tmp_path}/store", "dataset.toy_rows=100", *SHORT)
-        with pytest.raises(UserError, match="holds no weights"):
+        with pytest.raises(UserError, match="has no weights"):
             prepare(cfg, plan(cfg))
 
 
@@ -399,7 +399,7 @@ def test_a_lock_is_not_written_through_a_link(tmp_path):
     (tmp_path / "mine").write_text("precious")
     (tmp_path / "locks").mkdir()
     (tmp_path / "locks" / "step").symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match="is a symlink"), lock(tmp_path / "locks" / "step", "the step"):
+    with pytest.raises(UserError, match="is a symlink: refusing to write through it"), lock(tmp_path / "locks" / "step", "the step"):
         pass
     assert (tmp_path / "mine").read_text() == "precious"
 

@@ -44,7 +44,7 @@ def refused_pickle(path: str, revision: str | None) -> UserError:
     settings = _file(path, "config.json", revision)
     found = next(_with_code(Path(settings).parent), None) if settings else None
     what = found or f"a .bin file of {path} holds more than tensors"
-    return UserError(f"{what}: refused, and nothing of it was run. Use a checkpoint in safetensors, from someone you trust")
+    return UserError(f"{what}: refused, and none of it was run. Use a checkpoint in safetensors, from someone you trust")
 
 
 def _with_code(folder: Path) -> Iterator[str]:
@@ -81,7 +81,7 @@ def check_vocabulary(folder: Path) -> None:
     """Raise UserError when a model folder has no tokenizer, or one whose JSON is cut short: what transformers says then names no file."""
     found = [folder / name for name in VOCABULARIES if (folder / name).is_file()]
     if folder.is_dir() and not found:
-        raise UserError(f"model folder {folder} holds no tokenizer: none of {', '.join(VOCABULARIES)}")
+        raise UserError(f"model folder {folder} has no tokenizer: none of {', '.join(VOCABULARIES)}")
     for file in found:
         if file.suffix == ".json":
             read_json(file)
@@ -92,7 +92,7 @@ def check_weights(folder: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     if not has_weights(folder):
-        raise UserError(f"model folder {folder} holds no weights: neither *.safetensors nor *.bin")
+        raise UserError(f"model folder {folder} has no weights: neither *.safetensors nor *.bin")
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "np"):

@@ -105,7 +105,7 @@ def counts_of(folder: Path) -> dict:
 
 
 def _damaged(folder: Path, error: Exception) -> UserError:
-    return UserError(f"the tokenised data in {folder} are damaged ({error}): delete this folder, and they are made anew")
+    return UserError(f"the tokenised data in {folder} is damaged ({error}): delete this folder and it will be rebuilt")
 
 
 def _cached(store: Path, name: str, fill) -> Path:
@@ -164,8 +164,8 @@ def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
         return "the rows of dataset.eval_only have all of its prompts"
     every = [(source, example) for source in sources if source.only != "eval" for example in adapted(dataset, source, Counts())]
     if stage != "sft" and every and not any(only_use(*one) in (None, share) for one in every):
-        beside = f"dataset.sft_only=[{dataset.path or 'FILE'}]"
-        return f"none of its rows has a `rejected`: they serve SFT. Type stage=sft, or give pairs and put these rows beside them: {beside}"
+        beside = f"give pairs and put these rows beside them: dataset.sft_only=[{dataset.path or 'FILE'}]"
+        return f"none of its rows has a `rejected`: only SFT can use them. Type stage=sft, or {beside}"
     if all(source.only == "eval" for source in sources):
         return "all its sources are to evaluate on (only=eval)"
     dropped = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.most_common() if n)
@@ -182,7 +182,7 @@ def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
     prompts = len({prompt_hash(example.prompt) for _, example in every})
     return (
         f"{counts.train} train, {counts.eval} held out, dropped: {dropped or 'none'}. All its rows together have {prompts} different "
-        f"prompt{'s' * (prompts != 1)}, and a prompt serves one stage, to train on or to hold out. "
+        f"prompt{'s' * (prompts != 1)}, and each prompt is used by one stage, to train on or to hold out. "
         "Give more prompts, or change dataset.split or dataset.holdout"
     )
 

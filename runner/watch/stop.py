@@ -190,7 +190,7 @@ def out_of_time(where: str) -> Exception:
     if _progressed():
         return Stopped(f"stopped by the time limit {where}; the same command resumes from there")
     return UserError(
-        f"the time limit came {where}, and nothing was saved since this command started: the same command would get no further. "
+        f"the time limit was reached {where}, and nothing was saved since this command started: the same command would get no further. "
         "Type a longer time_limit"
     )
 
