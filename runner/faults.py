@@ -132,7 +132,8 @@ def examine(end: End) -> Fault:
         return Fault("", f"{end.step.stage}: {note['message']}", repeats=True)
     rule = next(rule for rule in FAULTS if rule.fits(end))
     what, advice = rule.explain(end)
-    lines = end.last_lines(10**6 if end.cfg.debug and note else 3 if note else 8)
+    count = 3 if note else 8
+    lines = end.last_lines(10**6 if note and end.cfg.debug else count)
     last = "\n".join(f"  {line.removeprefix('~')}" for line in lines) or "  (none)"
     text = f"{end.step.stage}: {what}. {advice} {kept(end.step)}\nIts last lines:\n{last}\nFull logs: {end.step.folder / 'logs'}"
     return Fault(what, text, rule.repeats or bool(note and note["user"]))

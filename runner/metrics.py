@@ -198,8 +198,9 @@ class RunLog:
         if mode == "disabled":
             return None
         if mode == "auto":
-            off = os.environ.get("WANDB_MODE")  # the launcher sets it where there is no network
-            mode = off if off in ("offline", "disabled") else "online" if has_wandb_key() else "offline"
+            mode = os.environ.get("WANDB_MODE")  # the launcher sets it where there is no network
+            if mode not in ("offline", "disabled"):
+                mode = "online" if has_wandb_key() else "offline"
         import wandb
 
         id_file = self.folder / "wandb_id"

@@ -54,6 +54,15 @@ class Step:
         """The model that this step produces: a Hugging Face folder or hub id."""
         return self.pinned or str(self.folder / "model")
 
+    def state(self) -> str:
+        """What a command would do about it: given, reused, run, or resume N, the optimizer steps (PPO: iterations) of its checkpoint."""
+        if self.pinned:
+            return "given"
+        if self.done:
+            return "reused"
+        at = steps_done(self.folder)
+        return "run" if at is None else f"resume {at}"
+
 
 def plan(cfg: Config) -> list[Step]:
     """The steps of cfg.stage in the order they run, parents first."""

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.config import ENGINES, PARTS, Config, rate_key
-from runner.durable.manifest import steps_done
 from runner.plan import Step, command, engine_configs, missing_hostfile
 from runner.words import short
 
@@ -14,17 +13,17 @@ from runner.words import short
 def show(cfg: Config, steps: list[Step]) -> None:
     """Print what will run, on what hardware, with which batch sizes."""
     h = cfg.hardware
-    unit = "GPU" if h.accelerator == "cuda" else "process" if h.gpus == 1 else "processes"
+    unit = "GPU"
+    if h.accelerator == "cpu":
+        unit = "process" if h.gpus == 1 else "processes"
     machine = f"{h.nodes} x {h.gpus} {unit}" if h.nodes > 1 else f"{h.gpus} {unit}"
     where = f"hardware={h.name} ({machine}, {h.precision})"
     print(f"\n{cfg.name}: {cfg.stage} of model={cfg.model.name} on dataset={cfg.dataset.name}, {where}, seed {cfg.seed}")
     rows = [("step", "", "batch = micro x ranks x acc.", "folder")]
     for step in steps:
-        at = steps_done(step.folder)
-        state = "given" if step.pinned else "reused" if step.done else "run" if at is None else f"resume {at}"
         micro, gas = micro_batch(cfg, step.stage), accumulation(cfg, step.stage)
         algebra = f"{step_batch(cfg, step.stage)} = {micro} x {h.world_size} x {gas}"
-        rows.append((step.stage, state, "" if step.done else algebra, short(Path(step.pinned or step.folder))))
+        rows.append((step.stage, step.state(), "" if step.done else algebra, short(Path(step.pinned or step.folder))))
     print_columns(rows)
     for note in unread(cfg, [step.stage for step in steps if not step.done]):
         print(f"note: {note}")

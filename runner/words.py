@@ -11,7 +11,14 @@ def num(value: float | None, sign: str = "") -> str:
     if not math.isfinite(value) or isinstance(value, int):
         return f"{value:{sign},}"
     size = abs(value)
-    digits = 0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 0.01 or size < 0.0005 else 3
+    if size >= 1000:
+        digits = 0
+    elif size >= 10:
+        digits = 1
+    elif 0.0005 <= size < 0.01:
+        digits = 3
+    else:
+        digits = 2
     return f"{round(value, digits) + 0.0:{sign},.{digits}f}"
 
 

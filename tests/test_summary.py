@@ -18,12 +18,13 @@ from runner.reporting.summary import show_summary
 from runner.reporting.sweep_table import SweepTable, show_sweep
 from runner.words import clock, duration, num, pct, spell
 
+OWNED = {"sft": 2500, "reward": 5000, "ppo": 5000}
 COMMON = {"world_size": 1, "resumed_from": 0, "tokens": 120_000}
 SFT = COMMON | {
     "stage": "sft",
     "seconds": 31.4,
     "steps": 120,
-    "data": {"train": 1920, "eval": 96, "truncated": 14, "dropped": {"empty_response": 2, "duplicate": 31}},
+    "data": {"train": 1920, "eval": 96, "truncated": 14, "dropped": {"empty_response": 2, "duplicate": 31}, "owned": OWNED},
     "phases": {"train": 22.0, "eval": 3.1, "load": 1.2},
     "loss_before": 6.24,
     "loss_after": 1.83,
@@ -34,7 +35,7 @@ REWARD = COMMON | {
     "stage": "reward",
     "seconds": 42.0,
     "steps": 200,
-    "data": {"train": 3840, "eval": 612, "truncated": 0, "dropped": {}},
+    "data": {"train": 3840, "eval": 612, "truncated": 0, "dropped": {}, "owned": OWNED},
     "phases": {"train": 35.0, "eval": 5.5},
     "accuracy": 0.712,
     "accuracy_low": 0.675,
@@ -58,7 +59,7 @@ PPO = COMMON | {
     "seconds": 161.0,
     "steps": 60,
     "resumed_from": 40,
-    "data": {"train": 3840, "eval": 64, "truncated": 3, "dropped": {"too_long": 5}},
+    "data": {"train": 3840, "eval": 64, "truncated": 3, "dropped": {"too_long": 5}, "owned": OWNED},
     "phases": {"rollout": 95.0, "train": 50.0, "eval": 12.0},
     "before": {"score": -0.04, "kl": 0.0, "length": 18.2, "truncated_rate": 0.031, "judge": 0.41},
     "after": {"score": 1.31, "kl": 3.27, "length": 21.9, "truncated_rate": 0.016, "judge": 0.83},
@@ -258,13 +259,15 @@ def test_next_command_repeats_the_overrides(tmp_path):
 
 def test_pinned_and_missing_facts(tmp_path):
     pinned = make_step(tmp_path / "s", "sft", SFT, pinned="facebook/opt-125m")  # what lies in the folder is not this model's
-    bare = make_step(tmp_path / "s", "reward", {"stage": "reward"})
-    ppo = make_step(tmp_path / "s", "ppo", {"before": None, "samples": None, "after": {"score": float("nan")}})
+    bare = make_step(tmp_path / "s", "reward", None)
+    unjudged = [facts | {"judge": None} for facts in (PPO["before"], PPO["after"] | {"score": float("nan")})]
+    samples = [PPO["samples"][0] | {"sft_judge": None, "ppo_judge": None}]
+    ppo = make_step(tmp_path / "s", "ppo", PPO | {"before": unjudged[0], "after": unjudged[1], "samples": samples})
     text = summary([pinned, bare, ppo], tmp_path / "run")
     assert row(text, "sft  ", "e").split() == ["sft", "given", "-", "-", "-", "-", "-", "-"]
     assert "perplexity" not in text and "facebook/opt-125m" in row(text, "sft given ", "opt")
-    assert row(text, "reward  ").split()[1:] == ["trained", *"------"]
-    assert row(text, "score").split() == ["score", "-", "nan", "-"]
+    assert row(text, "reward  ").split()[1:] == ["missing", *"------"]
+    assert row(text, "score").split() == ["score", "-0.04", "nan", "+nan"]
     assert "judge" not in text and "Calibration" not in text
 
 

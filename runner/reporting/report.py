@@ -161,7 +161,13 @@ def escape(words: str) -> str:
 
 def clean(words: str) -> str:
     """Without control characters: a model may well have learnt to write terminal escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else " " if c.isspace() else "�" for c in words.strip("\n"))
+
+    def shown(c: str) -> str:
+        if c.isprintable() or c == "\n":
+            return c
+        return " " if c.isspace() else "�"
+
+    return "".join(map(shown, words.strip("\n")))
 
 
 def clip(words: str, limit: int) -> str:
