@@ -638,6 +638,14 @@ def test_wandb_without_a_network_stays_offline_or_is_refused(monkeypatch, capsys
     assert set(asked) == {"https://wandb.example.com"}
 
 
+def test_what_the_launcher_imports_at_the_top_is_quick():
+    """torch takes seconds, and wandb one: only what needs them imports them."""
+    modules = ("preflight", "plan_view", "wandb_login", "forecast.show", "reporting.summary", "faults")
+    code = f"import sys, {', '.join(f'runner.{name}' for name in modules)}; print({{'torch', 'transformers', 'wandb'}} & {{*sys.modules}})"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert told.stdout.strip() == "set()", told.stderr
+
+
 def test_a_server_that_needs_no_proxy_is_asked_itself(monkeypatch):
     from runner import preflight
 
