@@ -226,13 +226,13 @@ SILENT = 5.0
 def _least_waiting(beat: dict, newest: float, waited: set[int]) -> tuple[bool, bool, bool, int]:
     """A key that sorts heartbeats: the rank that most probably kept the others waiting comes first.
 
-    newest: time of the last heartbeat of all. waited: ranks that say in a note that they waited.
+    newest: time of the last heartbeat of all. waited: ranks that left a note, and so have waited.
     """
     return (
         beat["rank"] in waited,  # whatever its last heartbeat says: it was made while the rank failed, and the late one lives on
-        beat["time"] > newest - SILENT,  # a rank that is silent is dead, or was stopped
-        beat["where"] == heartbeat.WAITING,  # one that is at work has not come to the collective yet
-        beat["step"],  # where all wait, the others are in the collective of a later step
+        beat["time"] > newest - SILENT,  # a silent rank is dead, or was stopped
+        beat["where"] == heartbeat.WAITING,  # a rank at work has not come to the collective yet
+        beat["step"],  # of ranks that all wait, the one farthest behind
     )
 
 
