@@ -453,7 +453,7 @@ def test_data_that_is_no_file_of_rows_is_said_before_it_is_read(here, refused):
     (here / "data" / "gone.jsonl").symlink_to("nowhere")
     os.mkfifo(here / "pipe.jsonl")
     assert "folder ./data was not written by datasets' save_to_disk: name one of" in refused("dataset=jsonl", "dataset.path=./data")
-    assert "no regular file" in refused("dataset=jsonl", "dataset.path=pipe.jsonl")
+    assert "not a regular file" in refused("dataset=jsonl", "dataset.path=pipe.jsonl")
     assert refused("dataset=jsonl", "dataset.path=data/gone.jsonl").endswith("similar names there: rows.jsonl")
 
 
