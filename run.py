@@ -21,12 +21,13 @@ from yaml import YAMLError
 
 from runner.checks.flags import sweeps
 from runner.door import load
-from runner.durable.resume import refuse
+from runner.durable.resume import refuse_changed_config
 from runner.errors import UserError
 from runner.files import remove_unused
 from runner.forecast.fit import refuse_the_impossible
 from runner.forecast.show import show_forecast
-from runner.plan import plan, show, show_details
+from runner.plan import plan
+from runner.plan_view import show, show_details
 from runner.suggest import check_overrides, in_words
 from runner.watch import stop
 
@@ -74,7 +75,7 @@ def run(composed: DictConfig) -> None:
     refuse_the_impossible(cfg, [step.stage for step in steps if not step.done])
     for step in steps:
         if step.earlier and cfg.resume == "auto" and HydraConfig.get().mode == RunMode.RUN:
-            refuse(cfg, step.stage, step.earlier)
+            refuse_changed_config(cfg, step.stage, step.earlier)
 
     # Not at the top: --help and dry_run can do without
     from runner.launch import launch
@@ -136,4 +137,4 @@ if __name__ == "__main__":
         if WANTS_TRACEBACK or called:
             raise
         folder = f"hydra.{'sweep' if sweeps(sys.argv) else 'run'}.dir=/a/folder/of/yours"
-        sys.exit(f"error: {error.filename} cannot be made here ({error.strerror}): call run.py from a folder of yours, or type {folder}")
+        sys.exit(f"error: {error.filename} cannot be created here ({error.strerror}): call run.py from a folder of yours, or type {folder}")

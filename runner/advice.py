@@ -5,10 +5,12 @@ nothing is said: most runs are fine as they are. Nothing here imports torch.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from statistics import median
 
 from runner.batch_sizes import micro_batch, step_batch
 from runner.config import ENGINES, Config
+from runner.words import pct
 
 # Share of the time below which a win is not worth a line
 NOTABLE = 0.1
@@ -18,6 +20,9 @@ FEW = 5
 ROOM = 0.45
 # Below these shares of the data sheet's rates a larger micro batch is likely to help
 LOW_MFU, LOW_MBU = 0.35, 0.5
+
+# Rough figures: no decimals
+percent = partial(pct, digits=0)
 
 Suggestion = tuple[float, str]  # share of the time that it can save at most, what to say
 
@@ -64,20 +69,20 @@ class Seen:
 def around(stage: str, seen: Seen) -> Iterator[Suggestion]:
     """Time around the training."""
     if share := seen.stage("eval"):
-        yield share / 2, f"evaluations took {pct(share)} of the stage: {stage}.eval_every=0, or a larger number, makes fewer"
+        yield share / 2, f"evaluations took {percent(share)} of the stage: {stage}.eval_every=0, or a larger number, makes fewer"
     if share := seen.stage("checkpoint"):
-        yield share, f"checkpoints took {pct(share)} of the stage: a larger checkpoint.every or checkpoint.minutes makes fewer"
+        yield share, f"checkpoints took {percent(share)} of the stage: a larger checkpoint.every or checkpoint.minutes makes fewer"
     if share := seen.stage("data"):
-        yield share, f"reading and padding rows took {pct(share)} of the stage: a store on a faster disk helps"
+        yield share, f"reading and padding rows took {percent(share)} of the stage: a store on a faster disk helps"
     if share := seen.stage("export"):
-        yield share / 2, f"writing the models took {pct(share)} of the stage: a store on a faster disk helps"
+        yield share / 2, f"writing the models took {percent(share)} of the stage: a store on a faster disk helps"
 
 
 def padding(stage: str, seen: Seen) -> Iterator[Suggestion]:
     """Padding costs as much as real tokens."""
     empty = seen.median("perf/padding_fraction") or 0.0
     busy = seen.step("scoring", "update") if stage == "ppo" else seen.step("train")
-    text = f"{pct(empty)} of the positions were padding"
+    text = f"{percent(empty)} of the positions were padding"
     yield empty * busy, f"{text}: model.attention=packed computes no padding"
 
 
@@ -91,16 +96,16 @@ def memory(cfg: Config, stage: str, seen: Seen) -> Iterator[Suggestion]:
     if on:
         # One quarter: forward, recomputed forward, and a backward that costs two
         words = " ".join(f"hardware.gradient_checkpointing.{key}=false" for key in on)
-        yield busy / 4, f"{room}: {words} saves up to {pct(busy / 4)} of the time"
+        yield busy / 4, f"{room}: {words} saves up to {percent(busy / 4)} of the time"
     mfu, micro = seen.median("perf/mfu"), micro_batch(cfg, stage)
     if mfu is not None and mfu < LOW_MFU and step_batch(cfg, stage) % (2 * micro * cfg.hardware.world_size) == 0:
-        yield busy * (1 - mfu / LOW_MFU) / 2, f"{room} at {pct(mfu)} MFU: try hardware.micro_batch.{stage}={2 * micro}"
+        yield busy * (1 - mfu / LOW_MFU) / 2, f"{room} at {percent(mfu)} MFU: try hardware.micro_batch.{stage}={2 * micro}"
 
 
 def rollouts(cfg: Config, seen: Seen) -> Iterator[Suggestion]:
     """Sampling: the right engine, with as many responses at a time as there are."""
     share, micro, cuda = seen.step("rollout"), cfg.hardware.micro_batch.rollout, cfg.hardware.accelerator == "cuda"
-    took = f"rollouts took {pct(share)} of a PPO step"
+    took = f"rollouts took {percent(share)} of a PPO step"
     if cfg.rollout.engine == "hf":
         yield share / 2, f"{took}: rollout.engine=auto samples faster than transformers' generate"
     mine, mbu = cfg.ppo.rollout_batch // cfg.hardware.world_size, seen.median("perf/mbu")
@@ -111,7 +116,7 @@ def rollouts(cfg: Config, seen: Seen) -> Iterator[Suggestion]:
         saved = share * (1 - mbu / LOW_MBU) / 2
         yield (
             saved,
-            f"{took}, at {pct(mbu)} of the memory bandwidth: more responses at a time (ppo.rollout_batch) fill the GPU better",
+            f"{took}, at {percent(mbu)} of the memory bandwidth: more responses at a time (ppo.rollout_batch) fill the GPU better",
         )
 
 
@@ -121,11 +126,7 @@ def scoring(cfg: Config, seen: Seen) -> Iterator[Suggestion]:
     apart = (seen.median("rollout/logprob_mismatch") or 0.0) > cfg.rollout.max_mismatch
     if apart and cfg.rollout.max_mismatch:
         text = "sampler and trainer differ by more than rollout.max_mismatch, so the actor rereads every rollout"
-        yield share / 4, f"scoring took {pct(share)} of a PPO step, and {text}: see rollout/logprob_mismatch"
+        yield share / 4, f"scoring took {percent(share)} of a PPO step, and {text}: see rollout/logprob_mismatch"
     mine, micro = cfg.ppo.rollout_batch // cfg.hardware.world_size, cfg.hardware.micro_batch.score
     if cfg.hardware.accelerator == "cuda" and 2 * micro <= mine and seen.room(cfg):
-        yield share / 4, f"scoring took {pct(share)} of a PPO step: try hardware.micro_batch.score={2 * micro}"
-
-
-def pct(share: float) -> str:
-    return f"{100 * share:.0f} %"
+        yield share / 4, f"scoring took {percent(share)} of a PPO step: try hardware.micro_batch.score={2 * micro}"

@@ -1,9 +1,14 @@
-"""How many sequences an optimizer step takes, and how they divide over ranks and micro batches."""
+"""How many sequences an optimizer step takes, how they divide over ranks and micro batches, and what sampling reads at a time. No torch."""
 
 import math
 
 from runner.config import Config
 from runner.errors import UserError
+
+# Prompt tokens per prefill
+PREFILL_TOKENS = 16384
+# The trainer rereads every PROBE-th row of a rollout, to check that it agrees with the sampler
+PROBE = 8
 
 
 def batches_per_epoch(rows: int, batch: int, drop_last: bool) -> int:
@@ -54,3 +59,8 @@ def accumulation(cfg: Config, stage: str) -> int:
 def micro_positions(cfg: Config, stage: str) -> int:
     """Tokens of a micro batch, at most: `micro_batch` rows of maximum length, or more rows that are shorter."""
     return micro_batch(cfg, stage) * (cfg.model.max_prompt_tokens + cfg.model.max_response_tokens)
+
+
+def fits_whole(weights: float, free: float) -> bool:
+    """Whether sampling under ZeRO-3 gathers all weights once: only if that leaves half of the GPU's free memory for the cache. In bytes."""
+    return 2 * weights < free

@@ -39,7 +39,7 @@ def instead(path: str) -> str:
 
 
 def load(path: str):
-    """Tokenizer and model, on the GPU if there is one. Raises UserError for anything that cannot talk."""
+    """Tokenizer and model, on the GPU if there is one. Raises UserError for anything that one cannot chat with."""
     from runner.preflight import hub_answers
 
     if not Path(path).exists() and "HF_HUB_OFFLINE" not in os.environ and not hub_answers():
@@ -48,7 +48,8 @@ def load(path: str):
     import transformers
     import yaml
 
-    from runner.checks.trust import load_weights, refuse_code
+    from runner.checks.trust import refuse_code
+    from runner.models import load_weights
     from runner.tokenizer import check_template, load_tokenizer, set_template
 
     transformers.logging.set_verbosity_error()
@@ -62,7 +63,7 @@ def load(path: str):
         tokenizer = load_tokenizer(path)
         model = load_weights(transformers.AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=False).to(device).eval()
     except Exception as error:  # whatever transformers, safetensors and the hub raise
-        raise UserError(f"{path} cannot talk: {redact((str(error) or repr(error)).splitlines()[0])}. {instead(path)}") from error
+        raise UserError(f"cannot chat with {path}: {redact((str(error) or repr(error)).splitlines()[0])}. {instead(path)}") from error
     # A model that was not trained here may have no template: use ours
     if not tokenizer.chat_template:
         set_template(tokenizer, yaml.safe_load(TEMPLATE.read_text())["chat_template"])

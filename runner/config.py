@@ -20,6 +20,12 @@ ENGINES = {"sft": ("actor",), "reward": ("critic",), "dpo": ("actor",), "ppo": (
 PARTS = {"actor": "actor", "critic": "reward"}
 
 
+def frozen_models(cfg: "Config", stage: str) -> tuple[str, ...]:
+    """Models that a stage only reads, by their names in the hardware block. No ref where the actor without its adapters serves as one."""
+    ref = () if cfg.model.actor.adapters_only else ("ref",)
+    return {"dpo": ref, "ppo": (*ref, "reward")}.get(stage, ())
+
+
 def rate_key(stage: str, engine: str) -> str:
     """The key of an engine's learning rate."""
     return f"{stage}.{engine}_lr" if stage == "ppo" else f"{stage}.lr"

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from runner import ranks
+from runner.batch_sizes import fits_whole
 from runner.errors import UserError
 from runner.models import parameter_groups
-from runner.sampling_sizes import fits_whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

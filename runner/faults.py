@@ -8,10 +8,12 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
+from typing import NamedTuple
 
 from runner.batch_sizes import micro_batch
 from runner.config import Config
@@ -72,6 +74,13 @@ class End:
         note = self.culprit[2]
         return f"{note['kind']}: {note['message']}" if note else "\n".join(self.last_lines(200))
 
+    def says(self, pattern: str) -> bool:
+        return re.search(pattern, self.said) is not None
+
+    def died_of(self, number: int) -> bool:
+        """Whether signal `number` ended the rank that failed first."""
+        return self.culprit[1] == -number
+
     @cached_property
     def who(self) -> str:
         """'rank 1, in phase update after step 12,'; 'the worker' where there is only one."""
@@ -121,12 +130,13 @@ def examine(end: End) -> Fault:
     note = end.culprit[2]
     if note and note["user"] and not end.cfg.debug:
         return Fault("", f"{end.step.stage}: {note['message']}", repeats=True)
-    explain, repeats = next((explain, repeats) for fits, explain, repeats in FAULTS if fits(end))
-    what, advice = explain(end)
-    lines = end.last_lines(10**6 if end.cfg.debug and note else 3 if note else 8)
+    rule = next(rule for rule in FAULTS if rule.fits(end))
+    what, advice = rule.explain(end)
+    count = 3 if note else 8
+    lines = end.last_lines(10**6 if note and end.cfg.debug else count)
     last = "\n".join(f"  {line.removeprefix('~')}" for line in lines) or "  (none)"
     text = f"{end.step.stage}: {what}. {advice} {kept(end.step)}\nIts last lines:\n{last}\nFull logs: {end.step.folder / 'logs'}"
-    return Fault(what, text, repeats or bool(note and note["user"]))
+    return Fault(what, text, rule.repeats or bool(note and note["user"]))
 
 
 def kept(step: Step) -> str:
@@ -180,8 +190,9 @@ def _memory_refused(end: End) -> tuple[str, str]:
 
 
 def _host_full(end: End) -> tuple[str, str]:
-    what = f"{end.who} was killed (-9) by the kernel for want of CPU memory ({end.oom_kills} such kill{'s' * (end.oom_kills > 1)} meanwhile"
-    return f"{what}, limit {gb(memory_limit())})", LESS_CPU_MEMORY
+    kills = f"{end.oom_kills} such kill{'s' * (end.oom_kills > 1)} meanwhile"
+    what = f"{end.who} was killed (-9) by the kernel because CPU memory ran out ({kills}, limit {gb(memory_limit())})"
+    return what, LESS_CPU_MEMORY
 
 
 LESS_CPU_MEMORY = (
@@ -192,8 +203,8 @@ LESS_CPU_MEMORY = (
 
 def _killed(end: End) -> tuple[str, str]:
     if end.oom_kills is None:
-        return f"{end.who} was killed (-9)", f"Most likely by the kernel for want of CPU memory. {LESS_CPU_MEMORY}"
-    return f"{end.who} was killed (-9)", "Somebody sent the signal: the kernel reports no want of memory meanwhile."
+        return f"{end.who} was killed (-9)", f"Most likely by the kernel because CPU memory ran out. {LESS_CPU_MEMORY}"
+    return f"{end.who} was killed (-9)", "Somebody sent the signal: the kernel did not report running out of memory."
 
 
 def _bus_error(end: End) -> tuple[str, str]:
@@ -212,20 +223,27 @@ def _bus_error(end: End) -> tuple[str, str]:
 SILENT = 5.0
 
 
-def _late(end: End) -> tuple[str, str]:
-    """Name the rank that kept the others waiting: one that is dead, or one that is not waiting itself, or the one farthest behind.
+def _least_waiting(beat: dict, newest: float, waited: set[int]) -> tuple[bool, bool, bool, int]:
+    """A key that sorts heartbeats: the rank that most probably kept the others waiting comes first.
 
-    A rank that left a note has waited, whatever its last heartbeat says: it was made while the rank failed, and the late one lives on.
+    newest: time of the last heartbeat of all. waited: ranks that left a note, and so have waited.
     """
+    return (
+        beat["rank"] in waited,  # whatever its last heartbeat says: it was made while the rank failed, and the late one lives on
+        beat["time"] > newest - SILENT,  # a silent rank is dead, or was stopped
+        beat["where"] == heartbeat.WAITING,  # a rank at work has not come to the collective yet
+        beat["step"],  # of ranks that all wait, the one farthest behind
+    )
+
+
+def _late(end: End) -> tuple[str, str]:
+    """Name the rank that kept the others waiting."""
     minutes = f"{end.cfg.hardware.timeout_minutes:g}"
     what = f"the ranks waited for each other longer than hardware.timeout_minutes={minutes}"
     if end.beats:
         newest = max(beat["time"] for beat in end.beats)
         waited = {note["rank"] for note in end.notes}
-        late = min(
-            end.beats,
-            key=lambda b: (b["rank"] in waited, b["time"] > newest - SILENT, b["where"] == heartbeat.WAITING, b["step"]),
-        )
+        late = min(end.beats, key=lambda beat: _least_waiting(beat, newest, waited))
         at = late["where"] if late["where"] == heartbeat.WAITING else f"at {late['where'] or 'unknown code'}"
         what += f"; rank {late['rank']} is late, {place(late)}, {at}"
         if late["time"] <= newest - SILENT:
@@ -255,7 +273,7 @@ def _disk_full(end: End) -> tuple[str, str]:
 
 
 def _is_disk_full(end: End) -> bool:
-    if re.search(r"No space left on device|Disk quota exceeded", end.said):
+    if end.says(r"No space left on device|Disk quota exceeded"):
         return True
     # torch.save does not say why
     writing = "inline_container" in end.said or "file write failed" in end.said
@@ -278,16 +296,29 @@ def _loss_scale(end: End) -> tuple[str, str]:
     )
 
 
+def _died_of_a_signal(end: End) -> bool:
+    return end.culprit[1] < 0
+
+
 def _signal(end: End) -> tuple[str, str]:
     names = {4: "an illegal instruction", 6: "an abort", 8: "an arithmetic error", 11: "a segmentation fault", 15: "SIGTERM"}
     number = -end.culprit[1]
     return f"{end.who} died of {names.get(number, 'signal')} (-{number})", "A fault of a library, a driver or the machine."
 
 
+def _could_not_be_started(end: End) -> bool:
+    """By the exit codes of the shell that runs the launch command."""
+    return end.code in (126, 127)
+
+
 def _no_command(end: End) -> tuple[str, str]:
     what = "is not there" if end.code == 127 else "cannot be run"
     program = end.cfg.hardware.launch.split()[0]
     return f"the launch command {what}: it begins with {program}", "Install what is missing, or type another hardware.launch=..."
+
+
+def _left_a_note(end: End) -> bool:
+    return end.culprit[2] is not None
 
 
 def _exception(end: End) -> tuple[str, str]:
@@ -303,31 +334,33 @@ def _unknown(end: End) -> tuple[str, str]:
     return f"{end.who} {ended}", "The launch command or its log may say why."
 
 
-def _says(pattern: str):
-    compiled = re.compile(pattern)
-    return lambda end: bool(compiled.search(end.said))
+# --- the table --------------------------------------------------------------------------------------------------------
 
 
-def _died(number: int):
-    return lambda end: end.culprit[1] == -number
+class Rule(NamedTuple):
+    fits: Callable[[End], bool]
+    explain: Callable[[End], tuple[str, str]]  # what happened, half a sentence; then probable cause and what to type
+    repeats: bool  # would happen again
 
 
+GPU_FULL = r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|OutOfMemoryError"
+NO_HUB = r"LocalEntryNotFoundError|OfflineModeIsEnabled|Max retries exceeded|couldn't connect to 'http|Couldn't reach"
 TIMEOUT = r"(?i)timed out (waiting|after)|wait timeout|collective operation timeout|heartbeat monitor timed out"
-# How a fault is recognised, how it is explained, and whether it would repeat. The first that fits counts
+# The first rule that fits counts
 FAULTS = (
-    (lambda end: _died(9)(end) and bool(end.oom_kills), _host_full, True),
-    (_died(9), _killed, False),
-    (_died(7), _bus_error, True),
-    (_says(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|OutOfMemoryError"), _gpu_full, True),
-    (_says(r"ModuleNotFoundError|No module named "), _missing_module, True),
-    (_says(r"CalledProcessError.*(cuda_utils|launcher)\.c"), _no_kernels, True),
-    (_is_disk_full, _disk_full, True),
-    (_says(r"loss scale already at minimum"), _loss_scale, True),
-    (_says(r"LocalEntryNotFoundError|OfflineModeIsEnabled|Max retries exceeded|couldn't connect to 'http|Couldn't reach"), _hub, False),
-    (_says(TIMEOUT), _late, False),
-    (_says(r"MemoryError|can't allocate memory|Cannot allocate memory|bad_alloc"), _memory_refused, True),
-    (lambda end: end.culprit[1] < 0, _signal, False),
-    (lambda end: end.culprit[2] is not None, _exception, False),
-    (lambda end: end.code in (126, 127), _no_command, True),
-    (lambda end: True, _unknown, False),
+    Rule(lambda end: end.died_of(9) and bool(end.oom_kills), _host_full, repeats=True),
+    Rule(lambda end: end.died_of(9), _killed, repeats=False),
+    Rule(lambda end: end.died_of(7), _bus_error, repeats=True),
+    Rule(lambda end: end.says(GPU_FULL), _gpu_full, repeats=True),
+    Rule(lambda end: end.says(r"ModuleNotFoundError|No module named "), _missing_module, repeats=True),
+    Rule(lambda end: end.says(r"CalledProcessError.*(cuda_utils|launcher)\.c"), _no_kernels, repeats=True),
+    Rule(_is_disk_full, _disk_full, repeats=True),
+    Rule(lambda end: end.says(r"loss scale already at minimum"), _loss_scale, repeats=True),
+    Rule(lambda end: end.says(NO_HUB), _hub, repeats=False),
+    Rule(lambda end: end.says(TIMEOUT), _late, repeats=False),
+    Rule(lambda end: end.says(r"MemoryError|can't allocate memory|Cannot allocate memory|bad_alloc"), _memory_refused, repeats=True),
+    Rule(_died_of_a_signal, _signal, repeats=False),
+    Rule(_left_a_note, _exception, repeats=False),
+    Rule(_could_not_be_started, _no_command, repeats=True),
+    Rule(lambda end: True, _unknown, repeats=False),
 )

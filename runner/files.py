@@ -1,10 +1,14 @@
-"""Files and folders that are complete or absent."""
+"""Files and folders that are complete or absent, JSON files, and the hashes that name them."""
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from runner.errors import UserError
 
 
 @contextmanager
@@ -50,6 +54,17 @@ def write_text(path: Path, text: str) -> None:
     os.replace(work, path)
 
 
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises UserError if there is none, or it is cut short."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Is it complete?") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return found
+
+
 def flush(path: Path) -> None:
     """fsync a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -57,3 +72,8 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hash_of(facts: object) -> str:
+    """The hash of facts that JSON can hold, in hexadecimal. The names of steps and of cached data are its beginning."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from runner import faults
-from runner.checks.secrets import find, redact
+from runner.checks.secrets import kind_of_secret, redact
 from runner.config import STAGES, Config
 from runner.durable.lock import lock
 from runner.durable.manifest import steps_done
@@ -111,7 +111,7 @@ def _write_inputs(cfg: Config, step: Step, inputs: dict) -> None:
 def inherited(environment: dict[str, str]) -> dict[str, str]:
     """The part of an environment that workers on all machines get, without anything that looks like a secret: it is written to a file."""
     wanted = {name: value for name, value in environment.items() if name.startswith(INHERITED) and not name.endswith(SECRET)}
-    return {name: value for name, value in wanted.items() if not find(f"{name}={value}")}
+    return {name: value for name, value in wanted.items() if not kind_of_secret(f"{name}={value}")}
 
 
 def _environment(cfg: Config) -> dict[str, str]:

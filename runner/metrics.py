@@ -8,7 +8,6 @@ Metric names are an API; README.md lists them.
 import json
 import math
 import os
-import re
 import secrets
 import time
 from collections import Counter, defaultdict
@@ -23,7 +22,9 @@ from runner.advice import advise
 from runner.config import Config
 from runner.errors import UserError
 from runner.files import write_text
+from runner.wandb_login import has_wandb_key
 from runner.watch import heartbeat, stop
+from runner.words import clock
 
 # Prefixes of the metrics that differ between two otherwise identical runs
 CLOCK = ("time/", "perf/tokens", "perf/mfu", "perf/mbu", "perf/gpu_mem", "rollout/decode_ms")
@@ -56,7 +57,7 @@ class RunLog:
             )
         self.first, self.total, self._step_started = first, total, time.monotonic()
         self._loop_started = self._step_started
-        heartbeat.now.update(step=first, total=total)
+        heartbeat.status.update(step=first, total=total)
         if first:
             self.say(f"resumed at step {first} of {total}")
 
@@ -89,9 +90,9 @@ class RunLog:
     def phase(self, name: str):
         """Book the time inside on this phase. Waits for the GPU, or its time would be booked on the next one."""
         start = time.monotonic()
-        heartbeat.now["phase"] = name
+        heartbeat.status["phase"] = name
         yield  # no `finally`: after an error, `phase` says where it happened
-        heartbeat.now["phase"] = ""
+        heartbeat.status["phase"] = ""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if name == "eval":
@@ -108,7 +109,7 @@ class RunLog:
         spent them; None for the whole step.
         """
         now = time.monotonic()
-        heartbeat.now["step"] = step
+        heartbeat.status["step"] = step
         row = {"step": step, **metrics}
         seconds = now - self._step_started
         busy = seconds if during is None else self.step_phases[during]
@@ -130,7 +131,7 @@ class RunLog:
         if headline and (now - self._last_line >= QUIET or step in (1, self.total)):
             self._last_line = now
             left = (now - self._loop_started) / max(1, step - self.first) * (self.total - step)
-            self.say(f"step {step}/{self.total}  {headline}  {_clock(left)} left", passing=True)
+            self.say(f"step {step}/{self.total}  {headline}  {clock(left)} left", passing=True)
 
     def record(self, step: int, metrics: dict[str, float], headline: str = "") -> None:
         """Record metrics between two steps: evaluations."""
@@ -203,8 +204,9 @@ class RunLog:
         if mode == "disabled":
             return None
         if mode == "auto":
-            off = os.environ.get("WANDB_MODE")  # the launcher sets it where there is no network
-            mode = off if off in ("offline", "disabled") else "online" if has_wandb_key() else "offline"
+            mode = os.environ.get("WANDB_MODE")  # the launcher sets it where there is no network
+            if mode not in ("offline", "disabled"):
+                mode = "online" if has_wandb_key() else "offline"
         import wandb
 
         id_file = self.folder / "wandb_id"
@@ -232,21 +234,6 @@ class RunLog:
         return run
 
 
-def wandb_server() -> str:
-    """The address of the W&B server: from the environment, from `wandb login --host`, or W&B's own."""
-    settings = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings"
-    typed = re.search(r"^base_url\s*=\s*(\S+)", settings.read_text(errors="replace"), re.MULTILINE) if settings.exists() else None
-    return os.environ.get("WANDB_BASE_URL") or (typed[1] if typed else "https://api.wandb.ai")
-
-
-def has_wandb_key(in_file: bool = False) -> bool:
-    """Whether W&B finds an API key. in_file: only in ~/.netrc, not in the environment."""
-    if os.environ.get("WANDB_API_KEY") and not in_file:
-        return True
-    netrc = Path("~/.netrc").expanduser()
-    return netrc.exists() and "api.wandb.ai" in netrc.read_text(errors="replace")
-
-
 def _git_commit() -> str | None:
     """The commit of this code, read from .git without starting a subprocess."""
     git = Path(__file__).parents[1] / ".git"
@@ -255,8 +242,3 @@ def _git_commit() -> str | None:
         return (git / head[5:]).read_text().strip() if head.startswith("ref: ") else head
     except OSError:
         return None
-
-
-def _clock(seconds: float) -> str:
-    seconds = round(seconds)
-    return f"{seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02}" if seconds >= 3600 else f"{seconds // 60}:{seconds % 60:02}"

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
 
 from runner import attention, packing, ranks
-from runner.checks.trust import has_weights, load_weights, refuse_code
+from runner.checks.trust import has_weights, refuse_code, refused_pickle
 from runner.config import Lora
 from runner.data.batches import send
 from runner.errors import UserError
@@ -225,6 +226,27 @@ def _load(
         torch.manual_seed(dropouts)
         return model
     return load_weights(auto, path, revision, made_up, config=config, **options)
+
+
+def load_weights(auto, path: str, revision: str | None = None, made_up: Set[str] = frozenset(), **options):
+    """The model of a checkpoint, by the transformers class `auto`. made_up: weights that the checkpoint need not have.
+
+    Raises UserError for pickles that hold code, and for weights that are missing or have other sizes: transformers makes those up, with a
+    warning that nobody reads.
+    """
+    try:
+        model, report = auto.from_pretrained(path, revision=revision, output_loading_info=True, **options)
+    except UnpicklingError as error:
+        raise refused_pickle(path, revision) from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise UserError(
+            f"the weights in {path} do not have the sizes that its config.json says: the files belong to different models"
+        ) from error
+    if missing := sorted(set(report["missing_keys"]) - made_up):
+        raise UserError(f"{path} lacks {len(missing)} of the weights that its config.json asks for, such as {missing[0]}: copy it again")
+    return model
 
 
 def family_of(config, path: str) -> Family:

@@ -1,22 +1,21 @@
 """The plan: which steps a command needs, which of them are already done, and the DeepSpeed configs of each.
 
 A run is a make target. Every step has a key: a hash of what shapes its result (stage block, model fields that it reads, data, seed,
-parents' keys), and not of where or how fast it runs. Its folder in the store is named after the key. Pure: no torch, no network,
-nothing is started.
+parents' keys), and not of where or how fast it runs. Its folder in the store is named after the key.
+
+Starts and writes nothing; no torch, no network. Reads what the key and the refusals depend on: local data files (their hashes), local
+checkpoints (config.json, headers of safetensors, tokenizers), and in the store DONE, facts.json and manifests.
 """
 
-import hashlib
-import json
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from runner.batch_sizes import accumulation, micro_batch, step_batch
+from runner.batch_sizes import accumulation, micro_batch
 from runner.checks.paths import is_local, no_folder
-from runner.checks.trust import check_vocabulary, check_weights, read_settings
-from runner.config import ENGINES, PARENTS, PARTS, SHARES, Config, Hardware, Source, rate_key
+from runner.checks.trust import check_vocabulary, check_weights
+from runner.config import ENGINES, PARENTS, SHARES, Config, Hardware, Source, frozen_models
 from runner.data.adapters import check_adapter
 from runner.data.sources import content_key, data_key, has_rows_for, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
@@ -24,6 +23,8 @@ from runner.durable.manifest import steps_done
 from runner.durable.resume import Unfinished, check_forced, forced, unfinished
 from runner.errors import UserError
 from runner.families import check_family
+from runner.files import hash_of, read_json
+from runner.words import short
 
 # Increase it when the code changes what a step computes
 VERSION = 6
@@ -53,6 +54,15 @@ class Step:
         """The model that this step produces: a Hugging Face folder or hub id."""
         return self.pinned or str(self.folder / "model")
 
+    def state(self) -> str:
+        """What a command would do about it: given, reused, run, or resume N, the optimizer steps (PPO: iterations) of its checkpoint."""
+        if self.pinned:
+            return "given"
+        if self.done:
+            return "reused"
+        at = steps_done(self.folder)
+        return "run" if at is None else f"resume {at}"
+
 
 def plan(cfg: Config) -> list[Step]:
     """The steps of cfg.stage in the order they run, parents first."""
@@ -65,7 +75,7 @@ def plan(cfg: Config) -> list[Step]:
     for stage in (*parents_wanted, cfg.stage):
         if getattr(cfg, stage) is None:
             raise UserError(f"stage={cfg.stage} needs the block {stage}: leave out ~{stage}")
-        accumulation(cfg, stage)
+        accumulation(cfg, stage)  # refuses an inexact division
         parents = {parent: steps[parent] for parent in PARENTS[stage] if parent in steps}
         pinned = getattr(cfg, stage).use
         facts = _pinned_facts(stage, pinned) if pinned else _facts(cfg, stage, parents)
@@ -75,12 +85,12 @@ def plan(cfg: Config) -> list[Step]:
             _check_whole(steps[stage])
         else:
             _check_share(cfg, stage)
-            command(cfg, steps[stage].folder)
+            command(cfg, steps[stage].folder)  # refuses a launch command without {folder}
     return list(steps.values())
 
 
 def _key(facts: dict) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+    return hash_of(facts)[:10]
 
 
 def _folder(cfg: Config, stage: str, key: str) -> Path:
@@ -115,11 +125,11 @@ def _check_whole(step: Step) -> None:
         return
     try:
         for name in ("result.json", "model/config.json"):
-            read_settings(step.folder / name)
+            read_json(step.folder / name)
         check_weights(step.folder / "model")
         check_vocabulary(step.folder / "model")
     except UserError as error:
-        raise UserError(f"{_shown(step.folder)} says DONE, but {error}. Delete the folder to train it again") from error
+        raise UserError(f"{short(step.folder)} says DONE, but {error}. Delete the folder to train it again") from error
 
 
 def _check_share(cfg: Config, stage: str) -> None:
@@ -134,7 +144,7 @@ def _check_share(cfg: Config, stage: str) -> None:
         return
     if alone:
         instead = "type stage=ppo" if stage == cfg.stage else f"give the model of stage {stage} with {stage}.use=..."
-        raise UserError(f"dataset={dataset.name} holds prompts alone, which serve PPO only: {instead}")
+        raise UserError(f"dataset={dataset.name} holds only prompts, which only PPO can use: {instead}")
     others = f"give it a share, for example dataset.split.{share}=1, or a checkpoint with {stage}.use=..."
     only = "type stage=sft, " if stage != "sft" and not (dataset.split.reward or dataset.split.ppo) else ""
     raise UserError(f"dataset={dataset.name} leaves stage {stage} no rows (dataset.split.{share}=0): {only}{others}")
@@ -175,19 +185,22 @@ def _first_weights(cfg: Config, name: str) -> dict:
     if part.init == "random":
         return {name: lora | {"init": "random", "shape": part.shape}}
     if is_local(part.path):
-        return {name: lora | {"path": _files(f"model.{name}.path", part.path)}}
+        return {name: lora | {"path": _checked_files(f"model.{name}.path", part.path)}}
     return {name: lora | {"path": part.path, "revision": part.revision}}
 
 
-def _files(key: str, path: str) -> list[list]:
-    """The files of a local checkpoint, given under `key`: name, size and time of each. Where the folder is does not matter."""
+def _checked_files(key: str, path: str) -> list[list]:
+    """The files of a local checkpoint, given under `key`: name, size and time of each. Where the folder is does not matter.
+
+    Raises UserError for a folder that is no checkpoint of a family that we know.
+    """
     folder = Path(path)
     if not folder.exists():
         raise UserError(no_folder(key, path))
     if not (folder / "config.json").exists():
         inside = f". Type {key}={folder / 'model'}" if (folder / "model" / "config.json").exists() else ""
         raise UserError(f"{key}={path} is not a Hugging Face checkpoint: there is no {folder / 'config.json'}{inside}")
-    check_family(f"{key}={path}", read_settings(folder / "config.json").get("model_type"))
+    check_family(f"{key}={path}", read_json(folder / "config.json").get("model_type"))
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
 
 
@@ -195,8 +208,8 @@ def _pinned_facts(stage: str, path: str) -> dict:
     """What identifies a pinned checkpoint: the files of a folder, the name of a hub model."""
     if not is_local(path):
         return {"use": path}
-    folder, files = Path(path), _files(f"{stage}.use", path)
-    settings = read_settings(folder / "config.json")
+    folder, files = Path(path), _checked_files(f"{stage}.use", path)
+    settings = read_json(folder / "config.json")
     kind = "".join(map(str, settings.get("architectures") or ()))
     if kind and (stage == "reward") != kind.endswith("ForSequenceClassification"):
         wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"
@@ -210,21 +223,14 @@ def _pinned_facts(stage: str, path: str) -> dict:
 
 def engine_configs(cfg: Config, stage: str) -> dict[str, dict]:
     """The DeepSpeed config of every engine of a stage. Replicated frozen models need none."""
-    micro, gas = micro_batch(cfg, stage), accumulation(cfg, stage)
-    block = getattr(cfg, stage)
-    if stage == "sft":
-        return {"actor": training_config(cfg, "actor", micro, gas, block.grad_clip)}
-    if stage == "reward":
-        return {"reward": training_config(cfg, "critic", micro, gas, block.grad_clip)}
-    # The ptx mixture adds as many micro batches of text again to every step of the actor
-    texts = stage == "ppo" and block.ptx_coef
-    configs = {"actor": training_config(cfg, "actor", micro, gas * (2 if texts else 1), block.grad_clip)}
-    if stage == "ppo":
-        configs["critic"] = training_config(cfg, "critic", micro, gas, block.grad_clip)
-    for name in ("ref", "reward") if stage == "ppo" else ("ref",):
-        if getattr(cfg.hardware.zero, name) == 3 and not (name == "ref" and cfg.model.actor.adapters_only):
-            configs[name] = frozen_config(cfg, name)
-    return configs
+    micro, gas, block = micro_batch(cfg, stage), accumulation(cfg, stage), getattr(cfg, stage)
+    configs = {}
+    for engine in ENGINES[stage]:
+        # The ptx mixture adds as many micro batches of text again to every step of the actor
+        doubled = stage == "ppo" and engine == "actor" and block.ptx_coef
+        name = "reward" if stage == "reward" else engine  # as its checkpoints call it
+        configs[name] = training_config(cfg, engine, micro, gas * (2 if doubled else 1), block.grad_clip)
+    return configs | {name: frozen_config(cfg, name) for name in frozen_models(cfg, stage) if getattr(cfg.hardware.zero, name) == 3}
 
 
 def command(cfg: Config, folder: Path) -> str:
@@ -255,75 +261,3 @@ def missing_hostfile(cfg: Config) -> str | None:
         f"hardware.hostfile={h.hostfile} does not exist (looked from {Path.cwd()}): write one line `machine slots={h.gpus}` into it for "
         f"each of the {h.nodes} machines, or type hardware.hostfile=/where/it/is"
     )
-
-
-# --- showing it -------------------------------------------------------------------------------------------------------
-
-
-def show(cfg: Config, steps: list[Step]) -> None:
-    """Print what will run, on what hardware, with which batch sizes."""
-    h = cfg.hardware
-    unit = "GPU" if h.accelerator == "cuda" else "process" if h.gpus == 1 else "processes"
-    machine = f"{h.nodes} x {h.gpus} {unit}" if h.nodes > 1 else f"{h.gpus} {unit}"
-    where = f"hardware={h.name} ({machine}, {h.precision})"
-    print(f"\n{cfg.name}: {cfg.stage} of model={cfg.model.name} on dataset={cfg.dataset.name}, {where}, seed {cfg.seed}")
-    rows = [("step", "", "batch = micro x ranks x acc.", "folder")]
-    for step in steps:
-        at = steps_done(step.folder)
-        state = "given" if step.pinned else "reused" if step.done else "run" if at is None else f"resume {at}"
-        micro, gas = micro_batch(cfg, step.stage), accumulation(cfg, step.stage)
-        algebra = f"{step_batch(cfg, step.stage)} = {micro} x {h.world_size} x {gas}"
-        rows.append((step.stage, state, "" if step.done else algebra, _shown(step.pinned or step.folder)))
-    print_columns(rows)
-    for note in unread(cfg, [step.stage for step in steps if not step.done]):
-        print(f"note: {note}")
-
-
-def unread(cfg: Config, stages: list[str]) -> Iterator[str]:
-    """Settings that other settings switch off. Noted and not refused: a sweep over those others may well include them."""
-    for engine, name in PARTS.items():
-        lora = getattr(cfg.model, name).lora
-        if any(engine in ENGINES[stage] for stage in stages) and lora.train_rest and not lora.dim:
-            yield f"model.{name}.lora.train_rest=true has no effect: there are no adapters (model.{name}.lora.dim=0)"
-    rates = [rate_key(stage, "actor") for stage in stages if "actor" in ENGINES[stage]]
-    if rates and cfg.model.actor.adapters_only:
-        no_effect = f"{' and '.join(rates)} ha{'s' if len(rates) == 1 else 've'} no effect"
-        yield f"{no_effect}: only adapters train, at model.actor.lora.lr={cfg.model.actor.lora.lr:g}"
-    heads = [rate_key(stage, "critic") for stage in stages if "critic" in ENGINES[stage]]
-    if heads and cfg.model.reward.adapters_only:
-        head = f"{' and '.join(heads)} move{'s' * (len(heads) == 1)} the head alone"
-        yield f"{head}: the adapters train at model.reward.lora.lr={cfg.model.reward.lora.lr:g}"
-    if "dpo" in stages and cfg.dataset.split.ppo:
-        share = f"dataset.split.ppo={cfg.dataset.split.ppo:g}"
-        yield f"stage=dpo leaves PPO's share of the prompts ({share}) unused; with 0 the other stages get it"
-    if "ppo" in stages and cfg.dataset.pretrain and not cfg.ppo.ptx_coef:
-        yield "dataset.pretrain has no effect: ppo.ptx_coef=0 mixes in no text. InstructGPT uses ppo.ptx_coef=27.8"
-    for stage in stages if cfg.checkpoint.keep_best else ():
-        if not getattr(cfg, stage).eval_every:
-            yield f"checkpoint.keep_best={cfg.checkpoint.keep_best} has no effect on {stage}: {stage}.eval_every=0 scores no checkpoint"
-
-
-def print_columns(rows: list[tuple[str, ...]]) -> None:
-    """Print a table with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def show_details(cfg: Config, steps: list[Step]) -> None:
-    """Print the launch command and the DeepSpeed configs of each step, for dry_run."""
-    h = cfg.hardware
-    if note := missing_hostfile(cfg):
-        print(f"\nnote: {note}")
-    for step in steps:
-        if step.done:
-            continue
-        print(f"\n--- {step.stage}: launch command, {h.world_size} rank{'s' * (h.world_size > 1)}\n{command(cfg, step.folder)}")
-        for name, config in engine_configs(cfg, step.stage).items():
-            print(f"\n--- {step.stage}: DeepSpeed config of the {name} engine\n{json.dumps(config, indent=2)}")
-
-
-def _shown(path) -> str:
-    """A path relative to the working directory where it lies inside it."""
-    path = Path(path)
-    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)

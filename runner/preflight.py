@@ -19,6 +19,7 @@ from runner.config import Config
 from runner.data.sources import sources_of
 from runner.errors import UserError
 from runner.plan import Step, engine_configs, missing_hostfile, over_ssh
+from runner.wandb_login import has_wandb_key, wandb_server
 
 
 def preflight(cfg: Config, steps: list[Step]) -> None:
@@ -77,8 +78,6 @@ def _check_wandb(cfg: Config) -> None:
     """wandb.mode=online needs a key and a network. The worker would only find out after everything is tokenised, and after 90 s."""
     if cfg.wandb.mode not in ("online", "auto"):
         return
-    from runner.metrics import has_wandb_key, wandb_server
-
     server = wandb_server()
     if cfg.wandb.mode == "auto":
         if has_wandb_key() and os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not answers(server):

@@ -5,7 +5,6 @@ workers only open files.
 """
 
 import hashlib
-import json
 import math
 import os
 import sys
@@ -24,7 +23,7 @@ from runner.data.sources import data_key
 from runner.durable.lock import lock
 from runner.errors import UserError, did_you_mean
 from runner.families import check_family
-from runner.files import whole_folder
+from runner.files import hash_of, whole_folder
 from runner.plan import Step
 from runner.preflight import preflight
 
@@ -67,7 +66,7 @@ def _writable(store: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"store={store} cannot be made ({error.strerror}): type store=/a/folder/of/yours") from error
+        raise UserError(f"store={store} cannot be created ({error.strerror}): type store=/a/folder/of/yours") from error
     try:
         TemporaryFile(dir=path).close()
     except OSError as error:
@@ -179,7 +178,7 @@ def _tokenizer(cfg: Config, store: Path, part: ModelPart, key: str) -> tuple[str
         if cfg.model.chat_template is not None:
             set_template(tokenizer, cfg.model.chat_template)
     if tokenizer.chat_template is None:
-        raise UserError(f"{path} brings no chat template, and model.chat_template=null asks for it. {NO_TEMPLATE}")
+        raise UserError(f"{path} has no chat template, and model.chat_template=null asks for it. {NO_TEMPLATE}")
     check_template(tokenizer, "model.chat_template")
     if own not in (None, tokenizer.chat_template):
         _note_template(path)
@@ -190,7 +189,7 @@ def _tokenizer(cfg: Config, store: Path, part: ModelPart, key: str) -> tuple[str
 def _note_template(path: str) -> None:
     """Once, though actor and reward model may be the same checkpoint."""
     print(
-        f"note: {path} brings a chat template of its own, which model.chat_template replaces. To keep it, type model.chat_template=null",
+        f"note: {path} has a chat template of its own, which model.chat_template replaces. To keep it, type model.chat_template=null",
         file=sys.stderr,
     )
 
@@ -203,7 +202,7 @@ def _own_tokenizer(cfg: Config, store: Path) -> str:
     if cfg.model.chat_template is None:
         raise UserError(f"model.chat_template=null asks for that of a checkpoint, and init=random has none. {NO_TEMPLATE}")
     facts = [data_key(cfg.dataset, "sft"), cfg.model.chat_template, cfg.model.tokenizer_vocab]
-    name = f"tokenizer-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]}"
+    name = f"tokenizer-{hash_of(facts)[:10]}"
     folder = store / "base" / name
     with lock(store / "locks" / name, "the tokenizer"):
         if not folder.exists():

@@ -75,7 +75,7 @@ def work(folder: Path) -> None:
         {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}[inputs.stage].train(cfg, inputs, log, device)
     except stop.Stopped as stopped:
         log.close()
-        leave(folder, stop.NOTE, json.dumps({"reason": str(stopped), **heartbeat.now}))
+        leave(folder, stop.NOTE, json.dumps({"reason": str(stopped), **heartbeat.status}))
     else:
         leave(folder, "DONE", time.strftime("%Y-%m-%d %H:%M:%S\n"))
     dist.destroy_process_group()
@@ -127,7 +127,7 @@ def report(folder: Path, rank: int, error: BaseException) -> None:
         "message": redact(str(error)),
         "traceback": redact(traceback.format_exc()),
         "memory": gpu_memory(error),
-        **{name: heartbeat.now[name] for name in ("phase", "step")},
+        **{name: heartbeat.status[name] for name in ("phase", "step")},
     }
     with suppress(OSError):  # a full disk: the log's last lines, which the launcher keeps, must do
         (folder / "logs" / f"error_rank{rank}.json").write_text(json.dumps(note))

@@ -85,19 +85,19 @@ def test_what_is_no_checkpoint_is_named_with_what_to_type(path, why, step, tmp_p
 
 
 def test_a_reward_model_and_broken_weights_are_refused_in_one_line(step, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=r"^error: .*critic cannot talk: it is a reward model[^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^error: cannot chat with .*critic: it is a reward model[^\n]*$"):
         typed(monkeypatch, "Hello\n", step / "critic")
     for file in (step / "model").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[:100] if file.suffix == ".safetensors" else file.read_bytes())
-    with pytest.raises(SystemExit, match=r"^error: .*cannot talk: [^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^error: cannot chat with .*: [^\n]*$"):
         typed(monkeypatch, "Hello\n", tmp_path)
     weights = load_file(step / "model" / "model.safetensors")
     lost = next(name for name in weights if "layers" in name)
     save_file({name: w for name, w in weights.items() if name != lost}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SystemExit, match=rf"cannot talk: .* lacks 1 of the weights [^\n]*{lost}[^\n]*$"):
+    with pytest.raises(SystemExit, match=rf"cannot chat with .*: .* lacks 1 of the weights [^\n]*{lost}[^\n]*$"):
         typed(monkeypatch, "Hello\n", tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(SystemExit, match=r"cannot talk: model folder .* holds no tokenizer: none of tokenizer.json, "):
+    with pytest.raises(SystemExit, match=r"cannot chat with .*: model folder .* has no tokenizer: none of tokenizer.json, "):
         typed(monkeypatch, "Hello\n", tmp_path)
 
 

@@ -102,7 +102,7 @@ def test_an_average_that_no_checkpoint_holds_begins_with_its_weights(zero, alone
     save(checkpoints(tmp_path, {"actor": first}), 2, {})
     ema = Ema(second.module, 0.9)
     checkpoints(tmp_path, {"actor": second}, ema).restore()
-    assert "step_2 holds no averaged weights: the average starts from its weights" in capsys.readouterr().out
+    assert "step_2 has no averaged weights: the average starts from its weights" in capsys.readouterr().out
     with ema.swapped_in():
         assert all(torch.equal(t, bits(second)[n]) for n, t in bits(first).items())
     save(checkpoints(tmp_path, {"actor": first}, Ema(first.module, 0.9)), 3, {})
@@ -285,7 +285,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(spoil, says, t
 
 def test_a_checkpoint_of_another_model_is_refused(two_engines, tmp_path):
     save(checkpoints(tmp_path, two_engines), 3, {})
-    with pytest.raises(UserError, match=r"it is another model's"):
+    with pytest.raises(UserError, match=r"it belongs to another model"):
         checkpoints(tmp_path, {"actor": trainable(actor("llama"), 0), "critic": two_engines["critic"]}).restore()
 
 

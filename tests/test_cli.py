@@ -118,7 +118,8 @@ def test_the_plan_comes_without_torch_and_shows_everything(here, without_torch):
 
 def test_the_plan_fits_80_columns(here, monkeypatch, capsys):
     """Also with the longest states, and without blanks at the end of its lines."""
-    from runner.plan import plan, show
+    from runner.plan import plan
+    from runner.plan_view import show
 
     cfg = configured()
     for step in (steps := plan(cfg)):
@@ -149,7 +150,8 @@ def engines(plan: str) -> dict[str, dict]:
 
 def test_what_other_settings_switch_off_is_noted(tmp_path, capsys):
     """And not refused: a sweep over them may well have it. Not of steps that are done, as `make run` leaves them in runs/store."""
-    from runner.plan import plan, show, unread
+    from runner.plan import plan
+    from runner.plan_view import show, unread
 
     words = ["model.actor.lora.train_rest=true", "dataset.pretrain=[x/y]", "checkpoint.keep_best=1", "reward.eval_every=0"]
     cfg = configured(*words, f"store={tmp_path}")
@@ -162,7 +164,7 @@ def test_what_other_settings_switch_off_is_noted(tmp_path, capsys):
     cfg = configured("model.actor.lora.train_rest=true", "model.actor.lora.dim=8", "dataset.pretrain=[x/y]", "ppo.ptx_coef=1")
     assert not list(unread(cfg, ["sft", "reward", "ppo"]))
     (note,) = unread(configured("model.reward.lora.dim=8", "reward.lr=1e-4"), ["sft", "reward", "ppo"])
-    assert note == "reward.lr and ppo.critic_lr move the head alone: the adapters train at model.reward.lora.lr=0.0002"
+    assert note == "reward.lr and ppo.critic_lr move only the head: the adapters train at model.reward.lora.lr=0.0002"
     dpo = configured("stage=dpo", "dataset.split.ppo=3")
     (note,) = unread(dpo, ["sft", "dpo"])
     assert "PPO's share of the prompts (dataset.split.ppo=3) unused" in note
@@ -453,7 +455,7 @@ def test_data_that_is_no_file_of_rows_is_said_before_it_is_read(here, refused):
     (here / "data" / "gone.jsonl").symlink_to("nowhere")
     os.mkfifo(here / "pipe.jsonl")
     assert "folder ./data was not written by datasets' save_to_disk: name one of" in refused("dataset=jsonl", "dataset.path=./data")
-    assert "no regular file" in refused("dataset=jsonl", "dataset.path=pipe.jsonl")
+    assert "not a regular file" in refused("dataset=jsonl", "dataset.path=pipe.jsonl")
     assert refused("dataset=jsonl", "dataset.path=data/gone.jsonl").endswith("similar names there: rows.jsonl")
 
 
@@ -638,6 +640,14 @@ def test_wandb_without_a_network_stays_offline_or_is_refused(monkeypatch, capsys
     assert set(asked) == {"https://wandb.example.com"}
 
 
+def test_what_the_launcher_imports_at_the_top_is_quick():
+    """torch takes seconds, and wandb one: only what needs them imports them."""
+    modules = ("preflight", "plan_view", "wandb_login", "forecast.show", "reporting.summary", "faults")
+    code = f"import sys, {', '.join(f'runner.{name}' for name in modules)}; print({{'torch', 'transformers', 'wandb'}} & {{*sys.modules}})"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert told.stdout.strip() == "set()", told.stderr
+
+
 def test_a_server_that_needs_no_proxy_is_asked_itself(monkeypatch):
     from runner import preflight
 
@@ -669,7 +679,7 @@ def test_over_ssh_secrets_must_lie_in_files(here, refused, monkeypatch):
 
 def test_a_store_that_cannot_be_made_is_said(refused, here):
     (here / "file").write_text("")
-    assert "store=file/store cannot be made (Not a directory): type store=" in refused("store=file/store")
+    assert "store=file/store cannot be created (Not a directory): type store=" in refused("store=file/store")
 
 
 def full(*args, **kwargs):
@@ -685,7 +695,7 @@ def test_a_store_that_cannot_be_written_to_is_said(refused, here, monkeypatch):
 def test_a_working_folder_in_which_nothing_can_be_made_is_said(refused, here):
     (here / "runs").write_text("")
     assert "call run.py from a folder of yours, or type hydra.run.dir=/a/folder/of/yours" in refused("dry_run=true")
-    assert "runs/x cannot be made here (Not a directory)" in refused("dry_run=true", f"hydra.run.dir={here}/runs/x")
+    assert "runs/x cannot be created here (Not a directory)" in refused("dry_run=true", f"hydra.run.dir={here}/runs/x")
     assert "or type hydra.sweep.dir=" in refused("-m", "dry_run=true", "seed=1,2")
 
 
@@ -749,15 +759,13 @@ def test_a_checkpoints_own_chat_template_is_kept_or_said_to_be_replaced(here, to
 
     ours, used = read("tuned")
     assert used == ours
-    note = (
-        "note: ./tuned brings a chat template of its own, which model.chat_template replaces. To keep it, type model.chat_template=null\n"
-    )
+    note = "note: ./tuned has a chat template of its own, which model.chat_template replaces. To keep it, type model.chat_template=null\n"
     assert capsys.readouterr().err == note
     assert read("tuned", "model.chat_template=null") == (None, own)
     assert read("base") == (ours, ours)
     assert read("tuned") == (ours, ours)
     assert capsys.readouterr().err == ""  # said once, though the reward model may be the same checkpoint
-    with pytest.raises(UserError, match=r"\./base brings no chat template, and model\.chat_template=null asks for it\. Leave model"):
+    with pytest.raises(UserError, match=r"\./base has no chat template, and model\.chat_template=null asks for it\. Leave model"):
         read("base", "model.chat_template=null")
 
 
@@ -929,7 +937,7 @@ def test_every_command_of_the_readme_makes_a_plan(tmp_path, monkeypatch):
         (tmp_path / re.search(r"^# (conf/.*)$", preset, re.MULTILINE)[1]).write_text(preset)
     monkeypatch.setattr(runner.plan, "data_key", lambda dataset, share: {})
     monkeypatch.setattr(runner.plan, "content_key", lambda source, toy_rows: "")
-    monkeypatch.setattr(runner.plan, "_files", lambda key, path: [])
+    monkeypatch.setattr(runner.plan, "_checked_files", lambda key, path: [])
     monkeypatch.setattr(runner.plan, "_pinned_facts", lambda stage, path: {})
     lines = [line for block in code_blocks("bash") for line in block.splitlines() if line.startswith("python run.py")]
     assert len(lines) > 25

@@ -597,10 +597,10 @@ def damaged_parquet() -> bytes:
         ("a.csv", b"x,y\n", "unknown format; use one of .json, .jsonl"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 100, mtime=0)[:-20], "cannot be read"),
         ("a.json", b'[{"prompt": "x"},\n oops]', r"a.json:2: not valid JSON"),
-        ("a.json", b"3", "holds no list of JSON objects"),
+        ("a.json", b"3", "is not a list of JSON objects but a single int"),
         ("a.json", b"[" * 100_000, "not valid JSON"),
         ("a.json", b"1" * 5000, "not valid JSON"),
-        ("a.parquet", b"nothing", "is no Parquet file"),
+        ("a.parquet", b"nothing", "is not a Parquet file"),
         ("a.parquet", damaged_parquet(), "a.parquet cannot be read: .*complete"),
     ],
 )
@@ -771,7 +771,7 @@ def test_prompts_of_their_own_go_to_ppo_alone(data, build, tmp_path):
 
 def test_a_data_set_of_prompts_trains_ppo_and_nothing_else(data, build, tmp_path):
     rows = [{"prompt": f"Say {i}"} for i in range(30)]
-    with pytest.raises(UserError, match=r"a.jsonl:1: no response among the fields prompt; .* serve PPO alone: dataset=prompts"):
+    with pytest.raises(UserError, match=r"a.jsonl:1: no response among the fields prompt; .* Only PPO can use .*: dataset=prompts"):
         build(data(rows, path=str(tmp_path / "a.jsonl")), "ppo")
     dataset = data(rows, split=PhaseSplit(0, 0, 1))
     dataset = replace(dataset, sources={"mine": replace(dataset.sources["mine"], adapter="prompts", only="ppo")})
@@ -974,7 +974,7 @@ def test_demonstrations_cannot_train_the_other_stages(data, build):
 
 def test_a_single_prompt_is_named_as_the_cause(data, build):
     same = [{"prompt": "Say it", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(30)]
-    with pytest.raises(UserError, match=r"30 train, 0 held out.*together have 1 different prompt, and a prompt serves one stage"):
+    with pytest.raises(UserError, match=r"30 train, 0 held out.*together have 1 different prompt, and each prompt is used by one stage"):
         build(data(same, **only("sft"), holdout=1e-9), "sft")
 
 
@@ -1034,7 +1034,7 @@ def test_a_broken_row_stops_with_its_line(line, message, data, build, tmp_path):
     lines = [json.dumps(row) for row in pairs(30)]
     lines[line - 1] = BROKEN[line - 1]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UserError, match=rf"a.jsonl:{line}: {message}.*dataset.on_bad_row=skip"):
+    with pytest.raises(UserError, match=rf"a.jsonl:{line}: {message}.*Fix the row, or type dataset.on_bad_row=skip"):
         build(dataset, "sft")
 
 
@@ -1223,5 +1223,5 @@ def test_damaged_tokenised_data_is_named_with_its_folder(tmp_path):
 
     for text in ("", "bad"):
         (tmp_path / "train.arrow").write_text(text)
-        with pytest.raises(UserError, match=f"the tokenised data in {tmp_path} are damaged .*: delete this folder"):
+        with pytest.raises(UserError, match=f"the tokenised data in {tmp_path} is damaged .*: delete this folder and it will be rebuilt"):
             load(tmp_path)

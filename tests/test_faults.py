@@ -155,7 +155,7 @@ def test_a_full_gpu_names_phase_numbers_and_the_next_value(stage, phase, traceba
 def test_want_of_memory_is_told_from_a_signal_that_somebody_sent(tmp_path):
     cfg, step = made(tmp_path)
     full, sent, unknown = (ended(cfg, step, -9, oom_kills=kills) for kills in (2, 0, None))
-    assert "was killed (-9) by the kernel for want of CPU memory (2 such kills meanwhile, limit " in full.text and full.repeats
+    assert "was killed (-9) by the kernel because CPU memory ran out (2 such kills meanwhile, limit " in full.text and full.repeats
     assert "was killed (-9). Somebody sent the signal" in sent.text and not sent.repeats
     assert "was killed (-9). Most likely by the kernel" in unknown.text
 

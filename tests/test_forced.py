@@ -73,7 +73,7 @@ def test_a_changed_setting_holds_from_there_on(settings, place, change, begun, a
     run(cfg, "ppo", folder, tmp_path, alone)
     said = "".join(capsys.readouterr())
     assert ("the unfinished rollout of step_0_1 was made with the old configuration" in said) == (place == "step_0_1")
-    assert ("holds no averaged weights" in said) == (new["ema_decay"] > 0 and not settings["ema_decay"])
+    assert ("has no averaged weights" in said) == (new["ema_decay"] > 0 and not settings["ema_decay"])
 
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "policy/updates" in row]

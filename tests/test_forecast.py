@@ -10,14 +10,15 @@ from tiny import CONF, NAMES, PAD, SHAPES, VOCAB, configured, family, no_dropout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from runner import flops
+from runner.config import STAGES, frozen_models
 from runner.data.batches import pad
 from runner.errors import UserError
 from runner.forecast import fit
 from runner.forecast.duration import LINKS, step_seconds, why_no_time
 from runner.forecast.fit import cure, fits, refuse_the_impossible, warnings
 from runner.forecast.memory import host_bytes, peaks, samples_whole
-from runner.forecast.network import network, networks
-from runner.forecast.show import forecast, price, rows_of, show_forecast, spell, steps_of_stage
+from runner.forecast.show import forecast, price, rows_of, show_forecast, steps_of_stage
+from runner.forecast.sizes import model_sizes, sizes_of
 from runner.models import Actor, add_lora
 from runner.plan import plan
 
@@ -37,7 +38,7 @@ def test_sizes_are_those_of_the_real_network(name):
     """All matrices exactly; vectors and positions, a thousandth of the weights and less, are left out."""
     cfg = on(f"model={name}")
     for net, part, auto in zip(
-        networks(cfg), (cfg.model.actor, cfg.model.reward), (AutoModelForCausalLM, AutoModelForSequenceClassification), strict=True
+        model_sizes(cfg), (cfg.model.actor, cfg.model.reward), (AutoModelForCausalLM, AutoModelForSequenceClassification), strict=True
     ):
         with torch.device("meta"):
             made = auto.from_config(AutoConfig.for_model(cfg.model.family, num_labels=1, **part.shape))
@@ -56,7 +57,7 @@ def test_adapters_are_counted_as_peft_makes_them(words):
             AutoModelForCausalLM.from_config(AutoConfig.for_model(cfg.model.family, **cfg.model.actor.shape)), cfg.model.actor.lora
         )
     real = sum(p.numel() for p in made.parameters() if p.requires_grad)
-    assert networks(cfg)[0].trained(cfg.model.actor.lora) == real
+    assert model_sizes(cfg)[0].trained(cfg.model.actor.lora) == real
 
 
 def folder(path: Path, **changes) -> Path:
@@ -69,25 +70,25 @@ def folder(path: Path, **changes) -> Path:
 def test_a_folder_says_itself_what_is_in_it(tmp_path):
     found = folder(tmp_path / "small")
     for words in ((f"model.actor.path={found}",), (f"sft.use={found}",)):
-        net, _ = networks(on("model=opt66b", *words))
+        net, _ = model_sizes(on("model=opt66b", *words))
         assert (net.hidden, net.layers) == (64, 3)
-    assert networks(on("model=opt66b", f"model.actor.path={folder(tmp_path / 'odd', hidden_size='big')}")) is None
-    assert network("bloom", {"n_embed": 64, "n_layer": 2, "n_head": 4, "vocab_size": 9}, scalar=False).inner == 256
+    assert model_sizes(on("model=opt66b", f"model.actor.path={folder(tmp_path / 'odd', hidden_size='big')}")) is None
+    assert sizes_of("bloom", {"n_embed": 64, "n_layer": 2, "n_head": 4, "vocab_size": 9}, scalar=False).inner == 256
 
 
 def test_of_a_hub_model_the_preset_that_names_it_knows():
     """Not the preset into which its name was typed."""
     for words in (("model.actor.path=facebook/opt-125m",), ("sft.use=facebook/opt-125m",)):
-        assert networks(on("model=opt66b", *words))[0] == networks(on("model=opt125m"))[0]
+        assert model_sizes(on("model=opt66b", *words))[0] == model_sizes(on("model=opt125m"))[0]
     for words in (("model.actor.path=me/mine",), ("reward.use=me/mine",)):
-        assert networks(on("model=opt66b", *words)) is None
+        assert model_sizes(on("model=opt66b", *words)) is None
         refuse_the_impossible(on("model=opt66b", "hardware=a6000", *words), ["sft"])
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_is_foreseen(path):
     cfg = on(f"model={path.stem}", H200)
-    assert networks(cfg)[0] == network(cfg.model.family, cfg.model.actor.shape, scalar=False)
+    assert model_sizes(cfg)[0] == sizes_of(cfg.model.family, cfg.model.actor.shape, scalar=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,7 +114,7 @@ def test_layers_keep_as_many_values_as_the_table_of_families_says(name):
             model.hidden_states(*pad(rows([32, 32, 32, 32]), PAD))
         return sum(values for values, _ in found.values()) / 128
 
-    net = network(family(name), settings(2).to_dict(), scalar=False)
+    net = sizes_of(family(name), settings(2).to_dict(), scalar=False)
     assert (kept(4) - kept(2)) / 2 == pytest.approx(net.kept, rel=0.1)
 
 
@@ -197,7 +198,7 @@ def test_what_gpus_send_each_other_is_counted(zero, recomputed, times):
     words = ("model=opt1.3b", "hardware=a6000", "hardware.gpus=2", f"hardware.zero.actor={zero}")
     words += (f"hardware.gradient_checkpointing.actor={str(recomputed).lower()}",)
     slow, fast = (step_seconds(on(*words, f"hardware.link_gb_s={rate}"), "sft", 256, 256) for rate in (10, 20))
-    sent = times * 2 * networks(on(*words))[0].weights / 2
+    sent = times * 2 * model_sizes(on(*words))[0].weights / 2
     assert slow - fast == pytest.approx(sent / LINKS / 20e9)
 
 
@@ -205,12 +206,12 @@ def test_weights_that_are_not_whole_are_gathered_for_every_token():
     """DeepSpeed-Chat's 66B: 132 GB through links of 200 GB/s, 256 times."""
     apart, whole = on("experiment=opt_multi_node_66b"), on("experiment=opt_multi_node_66b", "hardware.memory_gb=400")
     assert (samples_whole(apart), samples_whole(whole)) == (False, True)
-    gathering = 256 * 2 * networks(apart)[0].weights * 63 / 64 / LINKS / 200e9
+    gathering = 256 * 2 * model_sizes(apart)[0].weights * 63 / 64 / LINKS / 200e9
     assert gathering < step_seconds(apart, "ppo", 256, 256) < 1.5 * gathering
     assert step_seconds(apart, "ppo", 256, 256) > 5 * step_seconds(whole, "ppo", 256, 256)
     # They count with the whole ones
     more = peaks(whole, "ppo")["rollout"] - peaks(apart, "ppo")["rollout"]
-    assert more == 2 * networks(apart)[0].weights
+    assert more == 2 * model_sizes(apart)[0].weights
 
 
 def test_weights_that_are_not_whole_are_sampled_from_by_generate():
@@ -227,7 +228,7 @@ def test_a_rollout_that_the_trainer_reads_all_of_takes_longer():
 
 def test_averages_mixtures_and_offloading_are_counted():
     plain, average = on("model=opt1.3b", H200), on("model=opt1.3b", H200, "ppo.ema_decay=0.99")
-    weights = networks(plain)[0].weights
+    weights = model_sizes(plain)[0].weights
     assert peaks(average, "ppo")["rollout"] - peaks(plain, "ppo")["rollout"] == 4 * weights
     offloaded = on("model=opt1.3b", H200, *OFFLOADED)
     assert host_bytes(plain, "sft") == 0 and host_bytes(offloaded, "sft") == 16 * weights
@@ -237,9 +238,15 @@ def test_averages_mixtures_and_offloading_are_counted():
     assert step_seconds(on("model=opt1.3b", H200, "rollout.engine=hf"), "ppo", 99, 99) > 1.3 * step_seconds(plain, "ppo", 99, 99)
 
 
+def test_a_stage_only_reads_the_reference_and_the_reward_model():
+    alone = on("model=opt1.3b", H200, "model.actor.lora.dim=8")
+    found = [[frozen_models(cfg, stage) for stage in STAGES] for cfg in (on("model=opt1.3b", H200), alone)]
+    assert found == [[(), (), ("ref",), ("ref", "reward")], [(), (), (), ("reward",)]]
+
+
 def test_dpo_is_sft_of_pairs_with_a_frozen_model_beside_it():
     cfg, size = on("model=opt1.3b", H200, "stage=dpo", "dpo.global_batch=64", "sft.global_batch=128"), 2
-    weights = networks(cfg)[0].weights
+    weights = model_sizes(cfg)[0].weights
     assert peaks(cfg, "dpo")["states"] - peaks(cfg, "sft")["states"] == size * weights
     # Half as many pairs as dialogues are as many sequences, read once more: a quarter of forward, forward again and backward
     assert step_seconds(cfg, "dpo", 200, 200) == pytest.approx(1.25 * step_seconds(cfg, "sft", 200, 200), rel=0.01)
@@ -363,11 +370,3 @@ def test_machines_are_paid_by_the_gpu():
     for gpus, paid in ((1, "$1.00"), (8, "$8.00")):
         assert price(on("model=opt1.3b", H200, f"hardware.gpus={gpus}", "hardware.price_per_hour=1"), 3600) == paid
     assert price(on("model=opt1.3b", H200, "hardware.price_per_hour=0"), 3600) == "-"
-
-
-TIMES = {None: "-", 1e-5: "0 s", 0.014: "0.014 s", 59.4: "59 s", 59.7: "1.0 min", 90: "1.5 min", 3597: "1 h 0 min", 7182: "2 h 0 min"}
-
-
-@pytest.mark.parametrize(("seconds", "text"), TIMES.items())
-def test_times_are_spelt_for_people(seconds, text):
-    assert spell(seconds) == text

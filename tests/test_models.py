@@ -620,7 +620,7 @@ def test_weights_that_are_missing_or_of_other_sizes_are_not_made_up(name, tokeni
         load_causal(str(tmp_path), tokenizer, **options())
     halved = {key: weight[: len(weight) // 2].clone() for key, weight in weights.items()}
     save_file(halved, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"have other sizes than its config.json says"):
+    with pytest.raises(UserError, match=r"do not have the sizes that its config.json says"):
         load_causal(str(tmp_path), tokenizer, **options())
 
 

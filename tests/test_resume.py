@@ -16,7 +16,7 @@ from tiny import configured
 from runner.config import Config
 from runner.durable.lock import is_held, lock
 from runner.durable.manifest import SHARED, complete, damage, read_manifest, sealed, write_manifest
-from runner.durable.resume import adopt, differences, in_settings, refuse, write_facts
+from runner.durable.resume import adopt, differences, in_settings, refuse_changed_config, write_facts
 from runner.errors import UserError
 from runner.plan import Step, plan
 
@@ -53,7 +53,7 @@ def test_a_changed_one_is_shown_with_the_difference(tmp_path):
     step = planned(tmp_path, "sft.lr=0.5", "model.max_response_tokens=20")
     assert step.folder != planned(tmp_path).folder and step.earlier.folder == planned(tmp_path).folder
     with pytest.raises(UserError) as caught:
-        refuse(configured("stage=sft"), "sft", step.earlier)
+        refuse_changed_config(configured("stage=sft"), "sft", step.earlier)
     text = str(caught.value)
     assert f"stage sft was interrupted at step 12 in {step.earlier.folder}" in text
     was = configured()
@@ -101,7 +101,7 @@ def test_what_lies_in_no_setting_is_told_too(tmp_path):
 
 def test_what_was_interrupted_before_its_first_step_is_left_with_a_word(tmp_path, capsys):
     interrupt(planned(tmp_path), at=0)
-    refuse(configured("stage=sft"), "sft", planned(tmp_path, "sft.lr=0.5").earlier)
+    refuse_changed_config(configured("stage=sft"), "sft", planned(tmp_path, "sft.lr=0.5").earlier)
     assert "sft starts over: " in capsys.readouterr().err
 
 
@@ -191,7 +191,7 @@ def test_an_unfinished_rollout_is_not_adopted(tmp_path, capsys):
 
 
 def test_the_scale_of_the_scores_cannot_be_forced(tmp_path):
-    """It is measured once, when PPO begins, and the critic has learnt in it."""
+    """It is measured once, when PPO begins, and the critic was trained on that scale."""
 
     def ppo(*overrides: str) -> Step:
         return plan(replace(configured("sft.use=facebook/opt-125m", "reward.use=x/rm", *overrides), store=str(tmp_path)))[-1]
@@ -218,7 +218,7 @@ def test_another_network_or_tokenizer_cannot_be_forced(words, why, tmp_path):
     interrupt(planned(tmp_path))
     step = planned(tmp_path, *words.split())
     with pytest.raises(UserError, match=rf"cannot be continued with the new ones: .*{why}.*resume=new") as refused:
-        refuse(configured(*words.split()), step.stage, step.earlier)
+        refuse_changed_config(configured(*words.split()), step.stage, step.earlier)
     assert "resume=force" not in str(refused.value)  # it is not offered where it would be refused
     with pytest.raises(UserError, match=rf"resume=force cannot continue from .*: .* -> .*: .*{why}.*resume=new"):
         planned(tmp_path, words, "resume=force")

@@ -154,7 +154,7 @@ def test_everything_that_unpickles_says_weights_only():
 
 BROKEN = {
     "config.json": (b'{"model_type":', "config.json cannot be read"),
-    "tokenizer_config.json": (b"[1]", "tokenizer_config.json is no JSON object"),
+    "tokenizer_config.json": (b"[1]", "tokenizer_config.json is not a JSON object"),
     "tokenizer.json": (b'{"version": "1.0", "trunc', r"tokenizer.json cannot be read: .*\. Is it complete\?"),
     "model.safetensors": (b"\0" * 50, "model.safetensors is damaged .*: copy or download it again"),
 }
@@ -180,7 +180,7 @@ def test_a_model_folder_without_weights_is_not_filled_with_random_ones(model, tm
     (model / "model.safetensors").unlink()
     for words in (PLACES["actor"], PLACES["sft.use"]):
         cfg = configured(*[word.format(model=model) for word in words], f"store={tmp_path}/store", "dataset.toy_rows=100", *SHORT)
-        with pytest.raises(UserError, match="holds no weights"):
+        with pytest.raises(UserError, match="has no weights"):
             prepare(cfg, plan(cfg))
 
 
@@ -399,7 +399,7 @@ def test_a_lock_is_not_written_through_a_link(tmp_path):
     (tmp_path / "mine").write_text("precious")
     (tmp_path / "locks").mkdir()
     (tmp_path / "locks" / "step").symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match="is a symlink"), lock(tmp_path / "locks" / "step", "the step"):
+    with pytest.raises(UserError, match="is a symlink: refusing to write through it"), lock(tmp_path / "locks" / "step", "the step"):
         pass
     assert (tmp_path / "mine").read_text() == "precious"
 
@@ -480,18 +480,18 @@ HARMLESS = [
 
 @pytest.mark.parametrize("text", HARMLESS)
 def test_what_is_no_secret_passes(text):
-    assert secrets.find(text) is None
+    assert secrets.kind_of_secret(text) is None
     assert secrets.redact(text) == text
 
 
 def test_a_plain_word_of_the_environment_passes(monkeypatch):
     monkeypatch.setenv("KEYRING_MODE", "disabled")
-    assert secrets.find("wandb.mode=disabled") is None
+    assert secrets.kind_of_secret("wandb.mode=disabled") is None
 
 
 def test_every_preset_passes():
     for file in (ROOT / "conf").rglob("*.yaml"):
-        assert secrets.find(file.read_text()) is None, file
+        assert secrets.kind_of_secret(file.read_text()) is None, file
 
 
 def test_redact_strikes_out_the_environments_secrets_and_nothing_else(monkeypatch, tmp_path):
@@ -529,7 +529,7 @@ def test_wandb_gets_a_config_without_secrets_and_no_remote_url(monkeypatch, tmp_
     monkeypatch.setattr(metrics.ranks, "rank", lambda: 0)
     metrics.RunLog(configured("wandb.mode=offline"), "sft", tmp_path, {}, torch.device("cpu"))
     assert wandb.Settings.call_args.kwargs["disable_git"] is True
-    assert secrets.find(json.dumps(wandb.init.call_args.kwargs["config"])) is None
+    assert secrets.kind_of_secret(json.dumps(wandb.init.call_args.kwargs["config"])) is None
 
 
 # --- network ----------------------------------------------------------------------------------------------------------

@@ -284,7 +284,9 @@ def test_no_stage_starts_when_no_time_is_left_or_a_signal_came():
     stop._launcher.deadline = time.time() + 20
     stop.STARTED, before = time.time() - 1000, stop.STARTED
     try:
-        with pytest.raises(UserError, match=r"the time limit came before stage reward, and nothing was saved.* Type a longer time_limit"):
+        with pytest.raises(
+            UserError, match=r"the time limit was reached before stage reward, and nothing was saved.* Type a longer time_limit"
+        ):
             stop.check("reward")
         stop._launcher.progressed = True
         with pytest.raises(stop.Stopped, match="the time limit before stage reward"):

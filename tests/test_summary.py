@@ -12,17 +12,19 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from runner.reporting.report import Section, markdown, num, pct, print_sections, sparkline
+from runner.reporting.report import Section, markdown, print_sections, sparkline
 from runner.reporting.results import read_curves
 from runner.reporting.summary import show_summary
 from runner.reporting.sweep_table import SweepTable, show_sweep
+from runner.words import clock, duration, num, pct, spell
 
+OWNED = {"sft": 2500, "reward": 5000, "ppo": 5000}
 COMMON = {"world_size": 1, "resumed_from": 0, "tokens": 120_000}
 SFT = COMMON | {
     "stage": "sft",
     "seconds": 31.4,
     "steps": 120,
-    "data": {"train": 1920, "eval": 96, "truncated": 14, "dropped": {"empty_response": 2, "duplicate": 31}},
+    "data": {"train": 1920, "eval": 96, "truncated": 14, "dropped": {"empty_response": 2, "duplicate": 31}, "owned": OWNED},
     "phases": {"train": 22.0, "eval": 3.1, "load": 1.2},
     "loss_before": 6.24,
     "loss_after": 1.83,
@@ -33,7 +35,7 @@ REWARD = COMMON | {
     "stage": "reward",
     "seconds": 42.0,
     "steps": 200,
-    "data": {"train": 3840, "eval": 612, "truncated": 0, "dropped": {}},
+    "data": {"train": 3840, "eval": 612, "truncated": 0, "dropped": {}, "owned": OWNED},
     "phases": {"train": 35.0, "eval": 5.5},
     "accuracy": 0.712,
     "accuracy_low": 0.675,
@@ -57,7 +59,7 @@ PPO = COMMON | {
     "seconds": 161.0,
     "steps": 60,
     "resumed_from": 40,
-    "data": {"train": 3840, "eval": 64, "truncated": 3, "dropped": {"too_long": 5}},
+    "data": {"train": 3840, "eval": 64, "truncated": 3, "dropped": {"too_long": 5}, "owned": OWNED},
     "phases": {"rollout": 95.0, "train": 50.0, "eval": 12.0},
     "before": {"score": -0.04, "kl": 0.0, "length": 18.2, "truncated_rate": 0.031, "judge": 0.41},
     "after": {"score": 1.31, "kl": 3.27, "length": 21.9, "truncated_rate": 0.016, "judge": 0.83},
@@ -257,13 +259,15 @@ def test_next_command_repeats_the_overrides(tmp_path):
 
 def test_pinned_and_missing_facts(tmp_path):
     pinned = make_step(tmp_path / "s", "sft", SFT, pinned="facebook/opt-125m")  # what lies in the folder is not this model's
-    bare = make_step(tmp_path / "s", "reward", {"stage": "reward"})
-    ppo = make_step(tmp_path / "s", "ppo", {"before": None, "samples": None, "after": {"score": float("nan")}})
+    bare = make_step(tmp_path / "s", "reward", None)
+    unjudged = [facts | {"judge": None} for facts in (PPO["before"], PPO["after"] | {"score": float("nan")})]
+    samples = [PPO["samples"][0] | {"sft_judge": None, "ppo_judge": None}]
+    ppo = make_step(tmp_path / "s", "ppo", PPO | {"before": unjudged[0], "after": unjudged[1], "samples": samples})
     text = summary([pinned, bare, ppo], tmp_path / "run")
     assert row(text, "sft  ", "e").split() == ["sft", "given", "-", "-", "-", "-", "-", "-"]
     assert "perplexity" not in text and "facebook/opt-125m" in row(text, "sft given ", "opt")
-    assert row(text, "reward  ").split()[1:] == ["trained", *"------"]
-    assert row(text, "score").split() == ["score", "-", "nan", "-"]
+    assert row(text, "reward  ").split()[1:] == ["missing", *"------"]
+    assert row(text, "score").split() == ["score", "-0.04", "nan", "+nan"]
     assert "judge" not in text and "Calibration" not in text
 
 
@@ -370,6 +374,13 @@ def test_sparkline_and_numbers():
     assert len(sparkline(list(range(1000)))) == 20 and sparkline([2.0, 2.0]) == "▄▄" and sparkline([1.0]) == ""
     assert [num(x) for x in (None, 12, 1234567, 0.0031, -0.0, 12.345, 1234.5)] == ["-", "12", "1,234,567", "0.003", "0.00", "12.3", "1,234"]
     assert pct(0.5) == "50.0 %" and pct(None) == "-"
+
+
+def test_times_are_said_as_measured_as_foreseen_or_as_left():
+    said = {None: ("-", "-"), 1e-5: ("0.0 s", "0 s"), 0.014: ("0.0 s", "0.014 s"), 59.4: ("59 s", "59 s"), 59.7: ("60 s", "1.0 min")}
+    said |= {90: ("1 min 30 s", "1.5 min"), 3597: ("59 min 57 s", "1 h 0 min"), 7182: ("1 h 59 min", "2 h 0 min")}
+    assert {seconds: (duration(seconds), spell(seconds)) for seconds in said} == said
+    assert [clock(s) for s in (4.6, 65, 3599.4, 3600, 3725, 36000)] == ["0:05", "1:05", "59:59", "1:00:00", "1:02:05", "10:00:00"]
 
 
 def test_lines_do_not_part_a_number_from_its_unit():

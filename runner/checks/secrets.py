@@ -32,7 +32,7 @@ ADVICE = (
 )
 
 
-def find(text: str) -> str | None:
+def kind_of_secret(text: str) -> str | None:
     """What kind of secret the text contains; None if there is none."""
     for kind, pattern in PATTERNS.items():
         if pattern.search(text):
@@ -53,14 +53,14 @@ def redact(text: str) -> str:
 def refuse_in_overrides(argv: list[str]) -> None:
     """Raise UserError for a secret on the command line, without repeating it."""
     for argument in argv:
-        if kind := find(argument):
+        if kind := kind_of_secret(argument):
             raise UserError(f"{redact(argument).partition('=')[0]} on the command line holds {kind}. {ADVICE}")
 
 
 def refuse_in_config(config: Mapping) -> None:
     """Raise UserError for a secret in any value of a composed configuration, presets included, without repeating it."""
     for key, text in _leaves(config):
-        if kind := find(f"{key.rpartition('.')[2]}={text}"):
+        if kind := kind_of_secret(f"{key.rpartition('.')[2]}={text}"):
             raise UserError(f"{redact(key)} in the configuration holds {kind}. {ADVICE}")
 
 

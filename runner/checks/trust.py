@@ -5,14 +5,13 @@ Here what it refuses is refused in words, and before anything is loaded. It is n
 calls it passes trust_remote_code, true or false.
 """
 
-import json
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from pickle import UnpicklingError
 
 from runner.errors import UserError
+from runner.files import read_json
 
 # For a hub model that has only .bin files, transformers would ask a service on the internet to convert it, behind our back
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -24,7 +23,7 @@ def refuse_code(path: str, revision: str | None, remedy: str = "type model.trust
     """Raise UserError when the settings of a checkpoint (folder or hub id) ask for Python code of its own, or of others."""
     for name in SETTINGS:
         file = _file(path, name, revision)
-        settings = read_settings(Path(file)) if file else {}
+        settings = read_json(Path(file)) if file else {}
         if asked := _code_of(settings):
             raise UserError(
                 f"{path} brings Python code of its own ({asked} in {name}), which would run on this machine: refused. "
@@ -40,31 +39,12 @@ def _code_of(settings: dict) -> str | None:
     return f"the attention kernel {attention}" if isinstance(attention, str) and "/" in attention else None
 
 
-def load_weights(auto, path: str, revision: str | None = None, made_up: Set[str] = frozenset(), **options):
-    """The model of a checkpoint, by the transformers class `auto`. made_up: weights that the checkpoint need not have.
-
-    Raises UserError for pickles that hold code, and for weights that are missing or have other sizes: transformers makes those up, with a
-    warning that nobody reads.
-    """
-    try:
-        model, report = auto.from_pretrained(path, revision=revision, output_loading_info=True, **options)
-    except UnpicklingError as error:
-        raise _refused_pickle(path, revision) from error
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
-            raise
-        raise UserError(f"the weights in {path} have other sizes than its config.json says: they are not those of one model") from error
-    if missing := sorted(set(report["missing_keys"]) - made_up):
-        raise UserError(f"{path} lacks {len(missing)} of the weights that its config.json asks for, such as {missing[0]}: copy it again")
-    return model
-
-
-def _refused_pickle(path: str, revision: str | None) -> UserError:
+def refused_pickle(path: str, revision: str | None) -> UserError:
     """The message for a checkpoint whose pickles torch has refused to load."""
     settings = _file(path, "config.json", revision)
     found = next(_with_code(Path(settings).parent), None) if settings else None
     what = found or f"a .bin file of {path} holds more than tensors"
-    return UserError(f"{what}: refused, and nothing of it was run. Use a checkpoint in safetensors, from someone you trust")
+    return UserError(f"{what}: refused, and none of it was run. Use a checkpoint in safetensors, from someone you trust")
 
 
 def _with_code(folder: Path) -> Iterator[str]:
@@ -89,17 +69,6 @@ def _file(path: str, name: str, revision: str | None) -> str | None:
     return None
 
 
-def read_settings(file: Path) -> dict:
-    """A JSON file of a checkpoint: its settings, or its vocabulary."""
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}. Is it complete?") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{file} is no JSON object")
-    return settings
-
-
 def has_weights(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "*.bin"))
 
@@ -112,10 +81,10 @@ def check_vocabulary(folder: Path) -> None:
     """Raise UserError when a model folder has no tokenizer, or one whose JSON is cut short: what transformers says then names no file."""
     found = [folder / name for name in VOCABULARIES if (folder / name).is_file()]
     if folder.is_dir() and not found:
-        raise UserError(f"model folder {folder} holds no tokenizer: none of {', '.join(VOCABULARIES)}")
+        raise UserError(f"model folder {folder} has no tokenizer: none of {', '.join(VOCABULARIES)}")
     for file in found:
         if file.suffix == ".json":
-            read_settings(file)
+            read_json(file)
 
 
 def check_weights(folder: Path) -> None:
@@ -123,7 +92,7 @@ def check_weights(folder: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     if not has_weights(folder):
-        raise UserError(f"model folder {folder} holds no weights: neither *.safetensors nor *.bin")
+        raise UserError(f"model folder {folder} has no weights: neither *.safetensors nor *.bin")
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "np"):

@@ -152,7 +152,7 @@ def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ..
         raise null
     else:
         missing = no_field(row, "prompt", PROMPTS)
-        message = f"field {key} is no dialogue (it does not begin with 'Human:'), and there is {missing}"
+        message = f"field {key} is not a dialogue (it does not begin with 'Human:'), and there is {missing}"
         raise Unmapped(message, missing.map, missing.verdict)
     if not turns or turns[-1]["role"] != "assistant":
         empty = not turns or PLACE.search(str(row[key]))

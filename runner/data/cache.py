@@ -6,7 +6,6 @@ A cache folder holds train.arrow, eval.arrow and counts.json. Rows by stage:
     ppo     input_ids (the prompt), turns (JSON), length, source
 """
 
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -25,7 +24,7 @@ from runner.data.sources import VERSION, content_key, data_key, has_rows_for, ro
 from runner.data.split import held_out, prompt_hash
 from runner.durable.lock import lock
 from runner.errors import UserError
-from runner.files import whole_folder
+from runner.files import hash_of, whole_folder
 from runner.tokenizer import fingerprint, plain
 
 BATCH = 1000
@@ -43,7 +42,7 @@ def build(store: Path, dataset: Dataset, stage: str, tokenizer, model: Model) ->
         made = _encoded(examples(dataset, share, counts), encoder, f"tokenising {dataset.name} for {stage}")
         _write(folder, stage, dataset, made, counts)
 
-    return _cached(store, f"{share}-{_short_hash(facts)}", fill)
+    return _cached(store, f"{share}-{hash_of(facts)[:12]}", fill)
 
 
 def build_pretrain(store: Path, dataset: Dataset, tokenizer, model: Model) -> Path:
@@ -72,7 +71,7 @@ def build_pretrain(store: Path, dataset: Dataset, tokenizer, model: Model) -> Pa
             raise UserError(f"dataset.pretrain holds fewer than the {block} tokens of one block")
         _finish(folder, counts)
 
-    return _cached(store, f"pretrain-{_short_hash(facts)}", fill)
+    return _cached(store, f"pretrain-{hash_of(facts)[:12]}", fill)
 
 
 def load(folder: Path):
@@ -106,11 +105,7 @@ def counts_of(folder: Path) -> dict:
 
 
 def _damaged(folder: Path, error: Exception) -> UserError:
-    return UserError(f"the tokenised data in {folder} are damaged ({error}): delete this folder, and they are made anew")
-
-
-def _short_hash(facts: dict) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    return UserError(f"the tokenised data in {folder} is damaged ({error}): delete this folder and it will be rebuilt")
 
 
 def _cached(store: Path, name: str, fill) -> Path:
@@ -169,8 +164,8 @@ def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
         return "the rows of dataset.eval_only have all of its prompts"
     every = [(source, example) for source in sources if source.only != "eval" for example in adapted(dataset, source, Counts())]
     if stage != "sft" and every and not any(only_use(*one) in (None, share) for one in every):
-        beside = f"dataset.sft_only=[{dataset.path or 'FILE'}]"
-        return f"none of its rows has a `rejected`: they serve SFT. Type stage=sft, or give pairs and put these rows beside them: {beside}"
+        beside = f"give pairs and put these rows beside them: dataset.sft_only=[{dataset.path or 'FILE'}]"
+        return f"none of its rows has a `rejected`: only SFT can use them. Type stage=sft, or {beside}"
     if all(source.only == "eval" for source in sources):
         return "all its sources are to evaluate on (only=eval)"
     dropped = ", ".join(f"{n} {reason}" for reason, n in counts.dropped.most_common() if n)
@@ -187,7 +182,7 @@ def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
     prompts = len({prompt_hash(example.prompt) for _, example in every})
     return (
         f"{counts.train} train, {counts.eval} held out, dropped: {dropped or 'none'}. All its rows together have {prompts} different "
-        f"prompt{'s' * (prompts != 1)}, and a prompt serves one stage, to train on or to hold out. "
+        f"prompt{'s' * (prompts != 1)}, and each prompt is used by one stage, to train on or to hold out. "
         "Give more prompts, or change dataset.split or dataset.holdout"
     )
 

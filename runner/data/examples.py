@@ -88,7 +88,7 @@ def adapted(dataset: Dataset, source: Source, counts: Counts) -> Iterator[Exampl
 
 
 def _cure(dataset: Dataset, source: Source, error: Exception) -> str:
-    skip = "Mend the row, or type dataset.on_bad_row=skip to count such rows and go on"
+    skip = "Fix the row, or type dataset.on_bad_row=skip to count such rows and go on"
     if not isinstance(error, Unmapped):
         return skip
     if error.verdict:
@@ -99,7 +99,7 @@ def _cure(dataset: Dataset, source: Source, error: Exception) -> str:
     if source.path != dataset.path:
         names = "field prompt" if prompts else "fields prompt and response"
         return f"Name its {names}, or give its source a map in a conf/dataset/ file. {skip}"
-    alone = "" if prompts else " Prompts without an answer serve PPO alone: dataset=prompts reads them, or dataset.ppo_only beside pairs."
+    alone = "" if prompts else " Only PPO can use prompts without an answer: dataset=prompts reads them, or dataset.ppo_only beside pairs."
     return f"If all rows are like this one, type dataset.fields='{error.map}' (leave out what is not there).{alone} {skip}"
 
 

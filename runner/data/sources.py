@@ -122,7 +122,7 @@ def _existing(source: Source) -> Path:
         _check_split(source, has_splits=(found / "dataset_dict.json").is_file())
         return found
     if not found.is_file():
-        raise UserError(f"data file {path} is no regular file, and it is read more than once: write its rows to a .jsonl file first")
+        raise UserError(f"data file {path} is not a regular file, and it is read more than once: write its rows to a .jsonl file first")
     if not found.name.endswith(SUFFIXES):
         raise UserError(f"data file {path}: unknown format; use one of {', '.join(SUFFIXES)}")
     _check_split(source, has_splits=False)
@@ -199,7 +199,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
         lists = [v for v in values.values() if isinstance(v, list)]
         values = lists[0] if len(lists) == 1 else [values]
     if not isinstance(values, list):
-        raise UserError(f"{path} holds no list of JSON objects, but a single {type(values).__name__}")
+        raise UserError(f"{path} is not a list of JSON objects but a single {type(values).__name__}")
     for number, value in enumerate(values, 1):
         ok = isinstance(value, dict)
         yield f"{path} row {number}", value if ok else BrokenRow(f"a row must be a JSON object, this is a {type(value).__name__}")
@@ -212,7 +212,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is no Parquet file: {error}") from error
+        raise UserError(f"{path} is not a Parquet file: {error}") from error
     number, batches = 0, file.iter_batches()
     while batch := _next_rows(batches, path):
         for row in batch:

@@ -252,7 +252,7 @@ class Checkpoints:
         if any(name.startswith("average.rank_") for name in manifest["files"]):
             return fill(path, manifest, "average", self.average.shards(), kinds=("weight",))
         self.average.restart()
-        self.log.say(f"{path.name} holds no averaged weights: the average starts from its weights")
+        self.log.say(f"{path.name} has no averaged weights: the average starts from its weights")
 
     def _restore_random(self, path: Path, manifest: dict) -> None:
         """Random states as they were; fresh ones for another number of ranks (only dropout uses them)."""
@@ -323,7 +323,9 @@ def fill(path: Path, manifest: dict, name: str, wanted: list[Shard], kinds: tupl
                     target[low - shard.start : high - shard.start].copy_(piece[low - start : high - start])
                     copied += high - low
             if copied != len(target):
-                raise UserError(f"{path} has {copied} of {len(target)} elements of {name}'s {shard.name} ({kind}): it is another model's")
+                raise UserError(
+                    f"{path} has {copied} of {len(target)} elements of {name}'s {shard.name} ({kind}): it belongs to another model"
+                )
 
 
 def random_state() -> dict:

@@ -28,9 +28,9 @@ def lock(path: Path, what: str) -> Iterator[int]:
             raise
         if error.errno != errno.ELOOP:
             raise UserError(
-                f"the lock {path} cannot be made ({error.strerror}): look at what lies there, or type store=/a/folder/of/yours"
+                f"the lock {path} cannot be created ({error.strerror}): look at what is there, or type store=/a/folder/of/yours"
             ) from error
-        raise UserError(f"the lock {path} is a symlink: whoever made it would have us write elsewhere. Delete it") from error
+        raise UserError(f"the lock {path} is a symlink: refusing to write through it. Delete it") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from runner.files import flush
+from runner.files import flush, hash_of
 
 # Written last: a folder without it is not a checkpoint
 MANIFEST = "manifest.json"
@@ -22,19 +22,15 @@ def complete(folder: Path) -> list[Path]:
 
 
 def write_manifest(path: Path, facts: dict) -> None:
-    (path / MANIFEST).write_text(json.dumps(facts | {"digest": _digest_of(facts)}))
+    (path / MANIFEST).write_text(json.dumps(facts | {"digest": hash_of(facts)}))
 
 
 def read_manifest(path: Path) -> dict:
     """Raises ValueError if it is not what was written."""
     facts = json.loads((path / MANIFEST).read_text())
-    if facts.pop("digest") != _digest_of(facts):
+    if facts.pop("digest") != hash_of(facts):
         raise ValueError("it is not what was written (sha256)")
     return facts
-
-
-def _digest_of(facts: dict) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def scored(paths: list[Path]) -> list[tuple[float, Path]]:

@@ -22,7 +22,7 @@ from runner.files import whole_folder, write_text
 
 FACTS = "facts.json"
 # Settings that no checkpoint can continue with, by the start of their names, and why
-SCALE = "the scale of the scores is fixed when PPO starts, and the critic has learnt in it"
+SCALE = "the scale of the scores is fixed when PPO starts, and the critic was trained on that scale"
 NETWORK = "a checkpoint holds the weights that train, and only fits the network that they belong to"
 TOKENIZER = "the tokenizer of a model with random weights is trained on its data: another one gives tokens another meaning"
 FIXED = dict.fromkeys(("ppo.normalize_scores", "ppo.calibration_prompts"), SCALE)
@@ -100,7 +100,7 @@ def _numbered(sources: list) -> dict:
     return {str(i): settings | {"content": content} for i, (settings, content) in enumerate(sources)}
 
 
-def refuse(cfg: Config, stage: str, earlier: Unfinished) -> None:
+def refuse_changed_config(cfg: Config, stage: str, earlier: Unfinished) -> None:
     """Raise UserError: what was interrupted, how it differs, and the three ways on. A step that has learnt nothing yet is only noted."""
     if complete(earlier.folder)[-1].name == "step_0":
         print(f"{stage} starts over: {earlier.folder}, with another configuration, was interrupted before its first step", file=sys.stderr)

@@ -7,11 +7,10 @@ Responses count at maximum length. Left out: evaluations, checkpoints, start-up,
 import math
 
 from runner import flops
-from runner.batch_sizes import micro_positions, step_batch
+from runner.batch_sizes import PROBE, micro_positions, step_batch
 from runner.config import Config
 from runner.forecast.memory import itemsize, samples_whole, slots
-from runner.forecast.network import trained
-from runner.sampling_sizes import PROBE
+from runner.forecast.sizes import trained
 
 # Shares of the data sheet's rates: of arithmetic in training and scoring, of memory bandwidth in decoding
 MATMUL, BANDWIDTH = 0.45, 0.6

@@ -4,10 +4,10 @@ from dataclasses import replace
 from operator import attrgetter
 
 from runner.batch_sizes import micro_batch, step_batch
-from runner.config import ENGINES, PARTS, Config
+from runner.config import ENGINES, PARTS, Config, frozen_models
 from runner.errors import UserError
 from runner.forecast.memory import host_bytes, peaks
-from runner.forecast.network import networks
+from runner.forecast.sizes import model_sizes
 from runner.watch.machine import memory_limit
 
 # The forecast may take this share of the memory
@@ -30,7 +30,7 @@ def refuse_the_impossible(cfg: Config, stages: list[str]) -> None:
 def _refuse_for_this_machine(cfg: Config, stages: list[str]) -> None:
     """On CPUs, whose processes share this machine's memory. A job of several nodes may be started from a smaller machine."""
     allowed = memory_limit()
-    for stage in stages if cfg.hardware.nodes == 1 and networks(cfg) else ():
+    for stage in stages if cfg.hardware.nodes == 1 and model_sizes(cfg) else ():
         needed = cfg.hardware.gpus * peaks(cfg, stage)["states"] + host_bytes(cfg, stage)
         if needed > allowed:
             takes = f"weights, gradients and optimizer alone take {gb(needed)}, and it allows {gb(allowed)}"
@@ -50,7 +50,7 @@ def warnings(cfg: Config, stages: list[str]) -> list[str]:
 
 def foreseeable(cfg: Config) -> bool:
     """Whether there can be a forecast: not on a CPU, nor for a network of unknown sizes."""
-    return cfg.hardware.accelerator == "cuda" and networks(cfg) is not None
+    return cfg.hardware.accelerator == "cuda" and model_sizes(cfg) is not None
 
 
 def fits(cfg: Config, stage: str) -> bool:
@@ -58,6 +58,7 @@ def fits(cfg: Config, stage: str) -> bool:
 
 
 def gb(count: float) -> str:
+    """Of an estimate: whole ones. A disk that is nearly full needs other digits, see watch/machine.py."""
     return f"{count / 1e9:,.0f} GB"
 
 
@@ -159,7 +160,7 @@ def fewer_responses_at_a_time(cfg: Config, stage: str) -> Overrides:
 
 
 def weights_spread_over_the_gpus(cfg: Config, stage: str) -> Overrides:
-    models = (*ENGINES[stage], *_frozen(cfg, stage))
+    models = (*ENGINES[stage], *frozen_models(cfg, stage))
     return _new(cfg, {f"hardware.zero.{name}": 3 for name in models}) if cfg.hardware.world_size > 1 else {}
 
 
@@ -169,7 +170,7 @@ def optimizer_in_cpu_memory(cfg: Config, stage: str) -> Overrides:
 
 
 def frozen_models_in_cpu_memory(cfg: Config, stage: str) -> Overrides:
-    frozen = _frozen(cfg, stage)
+    frozen = frozen_models(cfg, stage)
     return _new(cfg, {f"hardware.zero.{name}": 3 for name in frozen} | {f"hardware.offload.{name}": True for name in frozen})
 
 
@@ -193,12 +194,6 @@ SAVINGS = {
     adapters: "adapters need no optimizer states for the other weights",
     actor_in_cpu_memory: "it keeps the actor's weights in CPU memory",
 }
-
-
-def _frozen(cfg: Config, stage: str) -> tuple[str, ...]:
-    """Models that a stage only reads."""
-    ref = () if cfg.model.actor.adapters_only else ("ref",)
-    return {"dpo": ref, "ppo": (*ref, "reward")}.get(stage, ())
 
 
 def _new(cfg: Config, overrides: Overrides) -> Overrides:

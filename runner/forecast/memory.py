@@ -6,10 +6,9 @@ fragmentation. tests/test_forecast.py compares it with measured runs.
 
 from dataclasses import dataclass
 
-from runner.batch_sizes import micro_positions
+from runner.batch_sizes import PREFILL_TOKENS, fits_whole, micro_positions
 from runner.config import ENGINES, Config
-from runner.forecast.network import Network, networks, trained
-from runner.sampling_sizes import PREFILL_TOKENS, fits_whole
+from runner.forecast.sizes import Sizes, frozen, model_sizes, trained
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,13 @@ def trainee(cfg: Config, engine: str) -> Trainee:
     )
 
 
-def frozen(cfg: Config, engine: str, net: Network) -> float:
-    """Bytes of the reference or of the reward model."""
-    h = cfg.hardware
-    if (engine == "ref" and cfg.model.actor.adapters_only) or getattr(h.offload, engine):
-        return 0.0
-    return net.weights * itemsize(cfg) / (h.world_size if getattr(h.zero, engine) == 3 else 1)
+def read_only(cfg: Config, stage: str) -> float:
+    """Bytes of the models that a stage only reads."""
+    h, kept = cfg.hardware, {name: net for name, net in frozen(cfg, stage).items() if not getattr(cfg.hardware.offload, name)}
+    return sum(net.weights * itemsize(cfg) / (h.world_size if getattr(h.zero, name) == 3 else 1) for name, net in kept.items())
 
 
-def activations(cfg: Config, net: Network, tokens: float, checkpointing: bool) -> float:
+def activations(cfg: Config, net: Sizes, tokens: float, checkpointing: bool) -> float:
     """Bytes that a forward pass keeps for the backward, plus the response logits and their gradient."""
     layers = net.layers * net.kept
     if checkpointing:  # the input of each layer; of the one being recomputed everything, and gradients half that size
@@ -78,16 +75,16 @@ def _chunk(cfg: Config) -> int:
 def peaks(cfg: Config, stage: str) -> dict[str, float]:
     """Bytes on the fullest GPU when memory can peak, by phase. states: without any batch."""
     if stage == "ppo":
-        return _of_ppo(cfg, *networks(cfg))
+        return _of_ppo(cfg, *model_sizes(cfg))
     (engine,) = ENGINES[stage]
     net, _ = trained(cfg, engine)
     model, tokens = trainee(cfg, engine), micro_positions(cfg, stage) * (1 if stage == "sft" else 2)
     kept = activations(cfg, net, tokens, getattr(cfg.hardware.gradient_checkpointing, engine))
-    states = model.trains + (frozen(cfg, "ref", net) if stage == "dpo" else 0.0)
+    states = model.trains + read_only(cfg, stage)
     return {"states": states, "train": states + max(kept, model.step)}
 
 
-def _of_ppo(cfg: Config, actor: Network, reward: Network) -> dict[str, float]:
+def _of_ppo(cfg: Config, actor: Sizes, reward: Sizes) -> dict[str, float]:
     recompute, tokens = cfg.hardware.gradient_checkpointing, micro_positions(cfg, "ppo")
     policy, critic = trainee(cfg, "actor"), trainee(cfg, "critic")
     resting = _resting(cfg, actor, reward)
@@ -100,30 +97,27 @@ def _of_ppo(cfg: Config, actor: Network, reward: Network) -> dict[str, float]:
 
 def samples_whole(cfg: Config) -> bool:
     """Whether each GPU holds all weights of the actor while it samples, as engine.whole_weights will decide."""
-    (actor, reward), h = networks(cfg), cfg.hardware
+    (actor, reward), h = model_sizes(cfg), cfg.hardware
     free = h.memory_gb * 1e9 - _resting(cfg, actor, reward)
     return h.zero.actor != 3 or fits_whole(actor.weights * itemsize(cfg), free)
 
 
-def _resting(cfg: Config, actor: Network, reward: Network) -> float:
+def _resting(cfg: Config, actor: Sizes, reward: Sizes) -> float:
     """Bytes of PPO's models while none of them trains, averaged weights (fp32) included."""
     policy, critic = trainee(cfg, "actor"), trainee(cfg, "critic")
     average = 4 * actor.trained(cfg.model.actor.lora) if cfg.ppo.ema_decay else 0.0
     average /= cfg.hardware.world_size if cfg.hardware.zero.actor == 3 else 1
-    return policy.at_rest + critic.at_rest + frozen(cfg, "ref", actor) + frozen(cfg, "reward", reward) + average
+    return policy.at_rest + critic.at_rest + read_only(cfg, "ppo") + average
 
 
 def host_bytes(cfg: Config, stage: str) -> float:
     """Bytes of CPU memory that offloading takes on each machine; 0 without offloading."""
-    (actor, reward), h, size = networks(cfg), cfg.hardware, itemsize(cfg)
+    (actor, _), h, size = model_sizes(cfg), cfg.hardware, itemsize(cfg)
     trains = [trained(cfg, engine) for engine in ENGINES[stage]]
     # Moments, fp32 copies and gradients
     found = 16 * sum(net.trained(lora) for net, lora in trains) if h.offload.optimizer else 0
     found += size * actor.weights if h.offload.params and "actor" in ENGINES[stage] else 0
-    if stage in ("ppo", "dpo"):
-        found += size * (actor.weights if h.offload.ref and not cfg.model.actor.adapters_only else 0)
-    if stage == "ppo":
-        found += size * (reward.weights if h.offload.reward else 0)
+    found += sum(size * net.weights for name, net in frozen(cfg, stage).items() if getattr(h.offload, name))
     return found / h.nodes
 
 
@@ -132,7 +126,7 @@ def slots(cfg: Config) -> int:
     return max(1, min(cfg.hardware.micro_batch.rollout, cfg.ppo.rollout_batch // cfg.hardware.world_size))
 
 
-def _cache(cfg: Config, actor: Network) -> float:
+def _cache(cfg: Config, actor: Sizes) -> float:
     """Bytes of sampling: keys and values of the responses sampled at a time, activations of the prefill, one step's logits."""
     tokens = slots(cfg) * (cfg.model.max_prompt_tokens + cfg.model.max_response_tokens)
     reading = min(PREFILL_TOKENS, slots(cfg) * cfg.model.max_prompt_tokens) * actor.kept

@@ -9,7 +9,9 @@ from runner.durable.manifest import steps_done
 from runner.forecast.duration import step_seconds, why_no_time
 from runner.forecast.fit import foreseeable, warnings
 from runner.forecast.memory import peaks
-from runner.plan import Step, print_columns
+from runner.plan import Step
+from runner.plan_view import print_columns
+from runner.words import spell
 
 # Steps to give time and price for, while the number of steps is unknown
 MANY = 1000
@@ -104,15 +106,3 @@ def steps_of_stage(cfg: Config, stage: str, rows: Rows | None) -> int | None:
 def price(cfg: Config, seconds: float | None) -> str:
     hourly = cfg.hardware.price_per_hour * cfg.hardware.world_size
     return f"${seconds / 3600 * hourly:,.2f}" if seconds is not None and hourly else "-"
-
-
-def spell(seconds: float | None) -> str:
-    """A duration with two digits, in the largest unit that fits: 0.014 s, 59 s, 1.5 min, 58 min, 1 h 0 min."""
-    if seconds is None:
-        return "-"
-    if seconds < 59.5:
-        return f"{seconds:.2g} s" if seconds >= 0.0001 else "0 s"
-    minutes = round(seconds / 60)
-    if minutes < 10:
-        return f"{seconds / 60:.1f} min"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"

@@ -10,7 +10,6 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -41,31 +40,7 @@ class Section:
     literal: Sequence[tuple[str, str]] = ()
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
-def num(value: float | None, sign: str = "") -> str:
-    """A number as people write it; "-" if it is missing. sign="+" shows the plus of a change."""
-    if not isinstance(value, int | float):
-        return "-"
-    if not math.isfinite(value) or isinstance(value, int):
-        return f"{value:{sign},}"
-    size = abs(value)
-    digits = 0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 0.01 or size < 0.0005 else 3
-    return f"{round(value, digits) + 0.0:{sign},.{digits}f}"
-
-
-def pct(value: float | None, sign: str = "", digits: int = 1) -> str:
-    return f"{100 * value:{sign}.{digits}f} %" if isinstance(value, int | float) else "-"
-
-
-def duration(seconds: float | None) -> str:
-    if not isinstance(seconds, int | float):
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+# --- drawings ---------------------------------------------------------------------------------------------------------
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -81,12 +56,6 @@ def sparkline(values: Sequence[float]) -> str:
 
 def bar(share: float | None) -> str:
     return ("█" * round(DRAWING * share)).ljust(DRAWING, "·") if isinstance(share, int | float) and math.isfinite(share) else ""
-
-
-def short(path: str | Path) -> str:
-    """The path as it can be typed from the working directory."""
-    path, here = str(path), Path.cwd()
-    return str(Path(path).relative_to(here)) if Path(path).is_absolute() and Path(path).is_relative_to(here) else path
 
 
 # --- layout -----------------------------------------------------------------------------------------------------------
@@ -192,7 +161,13 @@ def escape(words: str) -> str:
 
 def clean(words: str) -> str:
     """Without control characters: a model may well have learnt to write terminal escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else " " if c.isspace() else "�" for c in words.strip("\n"))
+
+    def shown(c: str) -> str:
+        if c.isprintable() or c == "\n":
+            return c
+        return " " if c.isspace() else "�"
+
+    return "".join(map(shown, words.strip("\n")))
 
 
 def clip(words: str, limit: int) -> str:

@@ -1,16 +1,12 @@
 """The facts that the steps of a run have left in their folders: result.json and metrics.jsonl, read for the summary."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from runner.plan import Step
+from runner.plan import Step
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ def state(step: Step, reused: set[str]) -> str:
 
 
 def read_result(step: Step) -> dict:
-    """result.json; {} for a pinned step, whose folder says nothing about the pinned model."""
+    """result.json, whole once a stage is done; {} without one, and for a pinned step, whose folder says nothing about the pinned model."""
     path = step.folder / "result.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() and not step.pinned else {}
 
@@ -81,4 +77,4 @@ def headline(name: str, trained: Sequence[Trained], run_dir: Path, overrides: Se
 
 def spent(trained: Iterable[Trained]) -> float:
     """Seconds of training in this run: reused steps cost nothing."""
-    return sum(t.result.get("seconds") or 0 for t in trained if t.state == "trained")
+    return sum(t.result["seconds"] for t in trained if t.state == "trained")

@@ -4,8 +4,6 @@ Three layers. results.py reads the facts from the step folders. `sections` turns
 report.py lays this list out for a terminal (or a log) and for a file. None of them imports torch.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shlex
@@ -13,15 +11,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from runner.reporting.report import Section, bar, duration, markdown, num, pct, print_sections, short, sparkline
+from runner.plan import Step
+from runner.reporting.report import Section, bar, markdown, print_sections, sparkline
 from runner.reporting.results import Trained, headline, spent, trained_of
-
-if TYPE_CHECKING:
-    from runner.plan import Step
+from runner.words import duration, num, pct, short
 
 STAGE_HEADER = ("stage", "state", "time", "steps", "train", "eval", "truncated", "dropped")
 CHANGE_HEADER = ("", "before", "after", "change", "during training")
@@ -64,7 +60,7 @@ def show_summary(
 
 def sections(name: str, trained: Sequence[Trained], run_dir: Path, overrides: Sequence[str], took: float) -> list[Section]:
     parts = [stages_section(name, trained, took), *time_sections(trained)]
-    steps = next((t.result["steps"] for t in trained if t.step.stage == "sft" and "steps" in t.result), None)
+    steps = next((t.result["steps"] for t in trained if t.step.stage == "sft" and t.result), None)
     describe = {"sft": sft_sections, "reward": reward_sections, "dpo": dpo_sections, "ppo": partial(ppo_sections, sft_steps=steps)}
     for t in trained:
         parts += describe[t.step.stage](t) if t.result else []
@@ -74,25 +70,28 @@ def sections(name: str, trained: Sequence[Trained], run_dir: Path, overrides: Se
 def stages_section(name: str, trained: Sequence[Trained], took: float) -> Section:
     rows, notes = [], []
     for t in trained:
-        data = t.result.get("data") or {}
-        dropped = data.get("dropped")
-        counts = [num(data.get(key)) for key in ("train", "eval", "truncated")]
-        lost = "-" if dropped is None else num(sum(dropped.values()))
-        time = "-" if t.state == "reused" else duration(t.result.get("seconds"))  # another command spent it
-        rows.append([t.step.stage, t.state, time, num(t.result.get("steps")), *counts, lost])
-        notes += stage_notes(t, dropped or {})
+        rows.append([t.step.stage, t.state, *(stage_cells(t) if t.result else "------")])
+        notes += stage_notes(t)
     notes.append(f"This command took {duration(took)}, including data preparation and start-up.")
     seconds = spent(trained)
     happened = f"trained in {duration(seconds)}" if seconds else "nothing new was trained"
     return Section(f"{name}: {happened}", header=STAGE_HEADER, rows=rows, notes=notes)
 
 
-def stage_notes(t: Trained, dropped: dict[str, int]) -> list[str]:
+def stage_cells(t: Trained) -> list[str]:
+    data = t.result["data"]
+    time = "-" if t.state == "reused" else duration(t.result["seconds"])  # another command spent it
+    counts = (data["train"], data["eval"], data["truncated"], sum(data["dropped"].values()))
+    return [time, num(t.result["steps"]), *map(num, counts)]
+
+
+def stage_notes(t: Trained) -> list[str]:
     """Why rows were dropped, and where the stage was resumed."""
     notes = []
-    if any(dropped.values()):
-        notes.append(f"{t.step.stage} dropped: " + ", ".join(f"{num(n)} {why.replace('_', ' ')}" for why, n in dropped.items() if n))
-    if t.state == "trained" and t.result.get("resumed_from"):
+    if t.result and t.result["data"]["dropped"]:
+        dropped = [f"{num(n)} {why.replace('_', ' ')}" for why, n in t.result["data"]["dropped"].items()]
+        notes.append(f"{t.step.stage} dropped: {', '.join(dropped)}")
+    if t.state == "trained" and t.result["resumed_from"]:
         notes.append(f"{t.step.stage} was resumed from its checkpoint at step {num(t.result['resumed_from'])}")
     if origin := t.step.facts.get("goes_on_from"):
         place, changed = f"{origin['step']} at step {origin['at']}", ", ".join(origin["changed"])
@@ -104,14 +103,13 @@ def time_sections(trained: Sequence[Trained]) -> list[Section]:
     """For stages trained in this run: where the time went, how well the machine was used, and the largest possible speed-up."""
     rows, notes = [], []
     for t in trained:
-        seconds, phases = t.result.get("seconds") or 0, t.result.get("phases") or {}
-        if t.state != "trained" or not phases or not seconds:
+        if t.state != "trained":
             continue
+        seconds, phases = t.result["seconds"], t.result["phases"]
         spans = phases | {"start": seconds - sum(phases.values())}
         longest = sorted(((s, phase) for phase, s in spans.items() if s >= 0.01 * seconds), reverse=True)
-        first = longest[0][1] if longest else ""
         for s, phase in longest:
-            rows.append([t.step.stage if phase == first else "", phase, bar(s / seconds), pct(s / seconds, digits=0), duration(s)])
+            rows.append([t.step.stage if phase == longest[0][1] else "", phase, bar(s / seconds), pct(s / seconds, digits=0), duration(s)])
         if used := usage(t.curves):
             notes.append(f"{t.step.stage}: {used}")
         if advice := t.result.get("advice"):
@@ -130,36 +128,34 @@ def usage(curves: dict[str, list[float]]) -> str:
 
 
 def change_row(label: str, before: float | None, after: float | None, curve: Sequence[float], show=num) -> list[str]:
-    known = isinstance(before, int | float) and isinstance(after, int | float)
-    return [label, show(before), show(after), show(after - before, "+") if known else "-", sparkline(curve)]
+    change = "-" if None in (before, after) else show(after - before, "+")
+    return [label, show(before), show(after), change, sparkline(curve)]
 
 
 def sft_sections(t: Trained) -> list[Section]:
     r = t.result
     rows = [
-        change_row("perplexity", r.get("perplexity_before"), r.get("perplexity_after"), t.curves.get("eval/perplexity", ())),
-        change_row("loss", r.get("loss_before"), r.get("loss_after"), t.curves.get("eval/loss", ())),
+        change_row("perplexity", r["perplexity_before"], r["perplexity_after"], t.curves.get("eval/perplexity", ())),
+        change_row("loss", r["loss_before"], r["loss_after"], t.curves.get("eval/loss", ())),
     ]
     return [Section("SFT on held-out answers", header=CHANGE_HEADER, rows=rows)]
 
 
 def reward_sections(t: Trained) -> list[Section]:
     below = "Choosing the longer answer does better: PPO against this reward model teaches length."
-    return [pair_section("Reward model", "reward model", t, [*pair_notes(t.result, below), *calibration_notes(t.result)])]
+    return [pair_section("Reward model", "reward model", t, [verdict(t.result, below), *calibration_notes(t.result)])]
 
 
 def dpo_sections(t: Trained) -> list[Section]:
     below = "Choosing the longer answer does better: more pairs or more training may help."
-    return [pair_section("DPO", "implicit reward", t, [*pair_notes(t.result, below), *dpo_notes(t.result)])]
+    return [pair_section("DPO", "implicit reward", t, [verdict(t.result, below), *dpo_notes(t.result)])]
 
 
 def dpo_notes(r: dict) -> list[str]:
     """How far the actor has moved: ranking pairs well says nothing about what it writes itself."""
-    chosen, rejected, tokens = r.get("chosen_logratio"), r.get("rejected_logratio"), r.get("chosen_tokens")
-    if None in (chosen, rejected, tokens):
-        return []
+    chosen, rejected = r["chosen_logratio"], r["rejected_logratio"]
     notes = [f"The log-probability of a chosen answer moved by {num(chosen, '+')} nats, that of a rejected one by {num(rejected, '+')}."]
-    if chosen < -FALLEN * tokens:
+    if chosen < -FALLEN * r["chosen_tokens"]:
         notes.append("Chosen answers have become unlikely too: read what it writes. Try a smaller dpo.lr or a larger dpo.beta.")
     return notes
 
@@ -167,32 +163,31 @@ def dpo_notes(r: dict) -> list[str]:
 def pair_section(name: str, scorer: str, t: Trained, notes: list[str]) -> Section:
     """How often the chosen response of a held-out pair scored higher."""
     r = t.result
-    lines = [(scorer, r.get("accuracy")), ("longer is better (baseline)", r.get("longer_is_better"))]
-    by_source = r.get("accuracy_by_source") or {}
-    if len(by_source) > 1:
-        lines += [(f"on {source} ({num(n)} pairs)", accuracy) for source, (accuracy, n) in by_source.items()]
+    lines = [(scorer, r["accuracy"]), ("longer is better (baseline)", r["longer_is_better"])]
+    if len(r["accuracy_by_source"]) > 1:
+        lines += [(f"on {source} ({num(n)} pairs)", accuracy) for source, (accuracy, n) in r["accuracy_by_source"].items()]
     rows = [[label, bar(accuracy), pct(accuracy), ""] for label, accuracy in lines]
-    rows[0][3] = f"{pct(r.get('accuracy_low'))} to {pct(r.get('accuracy_high'))}"
+    rows[0][3] = f"{pct(r['accuracy_low'])} to {pct(r['accuracy_high'])}"
     if curve := sparkline(t.curves.get("train/accuracy", ())):
         rows.append(["during training", curve, "", ""])
-    title = f"{name} on {num(r.get('eval_pairs'))} held-out pairs"
+    title = f"{name} on {num(r['eval_pairs'])} held-out pairs"
     return Section(title, header=("", "", "accuracy", "95 % interval"), rows=rows, notes=notes)
 
 
-def pair_notes(r: dict, below: str) -> list[str]:
-    """A verdict on the accuracy. below: what to say if choosing the longer answer does better."""
-    accuracy, baseline, pairs = r.get("accuracy"), r.get("longer_is_better"), r.get("eval_pairs")
-    notes = []
-    if None not in (accuracy, baseline, pairs):
-        inside = "It cannot be told from choosing the longer answer: more pairs or more training may help."
-        # Two standard errors of the difference: the baseline is estimated from the same pairs
-        lead, doubt = accuracy - baseline, 2 * math.sqrt((accuracy * (1 - accuracy) + baseline * (1 - baseline)) / pairs)
-        notes.append("It beats choosing the longer answer." if lead > doubt else below if lead < -doubt else inside)
-    return notes
+def verdict(r: dict, below: str) -> str:
+    """On the accuracy. below: what to say if choosing the longer answer does better."""
+    accuracy, baseline = r["accuracy"], r["longer_is_better"]
+    # Two standard errors of the difference: the baseline is estimated from the same pairs
+    lead, doubt = accuracy - baseline, 2 * math.sqrt((accuracy * (1 - accuracy) + baseline * (1 - baseline)) / r["eval_pairs"])
+    if lead > doubt:
+        return "It beats choosing the longer answer."
+    if lead < -doubt:
+        return below
+    return "It cannot be told from choosing the longer answer: more pairs or more training may help."
 
 
 def calibration_notes(r: dict) -> list[str]:
-    notes, bins = [], [b for b in r.get("calibration") or () if b["n"]]
+    notes, bins = [], r["calibration"]
     total = sum(b["n"] for b in bins)
     if total >= CALIBRATION_PAIRS:
         surest = max(bins, key=lambda b: b["confidence"])
@@ -203,7 +198,7 @@ def calibration_notes(r: dict) -> list[str]:
 
 
 def ppo_sections(t: Trained, sft_steps: int | None) -> list[Section]:
-    before, after = t.result.get("before") or {}, t.result.get("after") or {}
+    before, after, prompts = t.result["before"], t.result["after"], t.result["eval_prompts"]
     lines = [
         ("score", "score", "eval/score", num),
         ("KL to SFT", "kl", "objective/kl", num),
@@ -211,18 +206,17 @@ def ppo_sections(t: Trained, sft_steps: int | None) -> list[Section]:
         ("truncated", "truncated_rate", "rollout/truncated_rate", pct),
         ("judge", "judge", "eval/judge", num),
     ]
-    rows = [change_row(label, before.get(key), after.get(key), t.curves.get(curve, ()), show) for label, key, curve, show in lines]
-    if before.get("judge") is None and after.get("judge") is None:
+    rows = [change_row(label, before[key], after[key], t.curves.get(curve, ()), show) for label, key, curve, show in lines]
+    if before["judge"] is None and after["judge"] is None:
         rows.pop()  # only the toy data set has a judge
-    prompts = t.result.get("eval_prompts")
     notes = ["Held-out scores are without ppo.score_clip and ppo.missing_eos_penalty; the progress lines include both."]
-    notes += ppo_notes(before, after, prompts or 0, sft_steps)
+    notes += ppo_notes(before, after, prompts, sft_steps)
     return [Section(f"PPO on {num(prompts)} held-out prompts", header=CHANGE_HEADER, rows=rows, notes=notes), *sample_sections(t.result)]
 
 
 def change_of(key: str, before: dict, after: dict, prompts: int) -> float:
     """after - before; 0 if chance explains it: within two standard errors, or on few prompts if no error is known."""
-    if None in (before.get(key), after.get(key)):
+    if None in (before[key], after[key]):  # the judge, which only the toy data set has
         return 0.0
     change, errors = after[key] - before[key], [facts.get(f"{key}_se") for facts in (before, after)]
     sure = prompts >= SURE_PROMPTS if None in errors else abs(change) > 2 * math.hypot(*errors)
@@ -239,24 +233,24 @@ def ppo_notes(before: dict, after: dict, prompts: int, sft_steps: int | None) ->
         notes.append("The score rose while the judge fell: the actor exploits the reward model. Try a larger ppo.kl_coef.")
     if score > 0 and length > 0.5 * before["length"]:
         notes.append("The answers grew much longer along with the score: read the samples before you trust it.")
-    if (after.get("truncated_rate") or 0) > 0.2 and (sft_steps is None or sft_steps >= SFT_STEPS):
+    if after["truncated_rate"] > 0.2 and (sft_steps is None or sft_steps >= SFT_STEPS):
         notes.append("Many answers never end: raise ppo.missing_eos_penalty or model.max_response_tokens.")
     return notes
 
 
 def sample_sections(result: dict) -> list[Section]:
     def head(sample: dict, who: str) -> str:
-        judge = sample.get(f"{who}_judge")
-        return f"{who.upper()}: score {num(sample.get(f'{who}_score'))}" + (f", judge {num(judge)}" if judge is not None else "")
+        judge = sample[f"{who}_judge"]
+        return f"{who.upper()}: score {num(sample[f'{who}_score'])}" + (f", judge {num(judge)}" if judge is not None else "")
 
     return [
         Section(
             f"Sample {number}",
-            intro=f"Prompt: {sample.get('prompt', '-')}",
+            intro=f"Prompt: {sample['prompt']}",
             header=(head(sample, "sft"), head(sample, "ppo")),
-            rows=[[sample.get("sft", "-"), sample.get("ppo", "-")]],
+            rows=[[sample["sft"], sample["ppo"]]],
         )
-        for number, sample in enumerate(result.get("samples") or (), start=1)
+        for number, sample in enumerate(result["samples"], start=1)
     ]
 
 
@@ -264,7 +258,7 @@ def places_section(trained: Sequence[Trained], run_dir: Path) -> Section:
     places, note = [("this summary", short(run_dir / "summary.md"))], "Next to each model: config.yaml, metrics.jsonl, logs/, checkpoints/."
     for t in trained:
         # Where they are now: the store may have been moved since
-        exports = {part: t.step.folder / Path(path).name for part, path in (t.result.get("exports") or {}).items() if path}
+        exports = {part: t.step.folder / Path(path).name for part, path in t.result.get("exports", {}).items() if path}  # PPO's
         beside = {part: t.step.folder / part for part in ("model_best", "adapter") if (t.step.folder / part).exists()}
         models = {"given": t.step.model} if t.step.pinned else exports or {"model": t.step.model} | beside
         places += [(f"{t.step.stage} {part.replace('_', ' ')}", short(path)) for part, path in models.items()]
@@ -288,7 +282,7 @@ def next_section(trained: Sequence[Trained], overrides: Sequence[str]) -> Sectio
 
 def feeds_the_rest(trained: Sequence[Trained]) -> bool:
     """Whether the data has rows for reward model and PPO, as far as this run has counted them."""
-    counted = [t.result["data"]["owned"] for t in trained if "owned" in (t.result.get("data") or {})]
+    counted = [t.result["data"]["owned"] for t in trained if t.result]
     return all(owned.get("reward") and owned.get("ppo") for owned in counted)
 
 

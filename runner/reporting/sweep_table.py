@@ -22,8 +22,9 @@ from rich.console import Console
 from runner.checks.secrets import redact
 from runner.errors import UserError
 from runner.files import remove_unused
-from runner.reporting.report import Section, clip, duration, markdown, num, pct, print_sections, short
+from runner.reporting.report import Section, clip, markdown, print_sections
 from runner.reporting.summary import override_key
+from runner.words import duration, num, pct, short
 
 # header, keys in summary.json (before -> after), how a value is written
 COLUMNS = (
@@ -81,7 +82,9 @@ class Job:
 
     @property
     def state(self) -> str:
-        return "done" if self.facts else "stopped" if self.error is None else "failed"
+        if self.facts:
+            return "done"
+        return "stopped" if self.error is None else "failed"
 
 
 def show_sweep(sweep_dir: Path, console: Console | None = None) -> None:
@@ -105,10 +108,15 @@ def read_jobs(sweep_dir: Path) -> list[Job]:
 
 def read_job(folder: Path) -> Job:
     """A job's facts and overrides; those of one that is not done are known from the list that Hydra itself has saved."""
-    summary, saved = folder / "summary.json", folder / ".hydra" / "overrides.yaml"
-    facts = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
-    overrides = facts["overrides"] if facts else OmegaConf.to_container(OmegaConf.load(saved)) if saved.exists() else []
-    error = (folder / ERROR).read_text(encoding="utf-8").partition("\n")[0] if not facts and (folder / ERROR).exists() else None
+    summary, saved, failure = folder / "summary.json", folder / ".hydra" / "overrides.yaml", folder / ERROR
+    facts, overrides, error = None, [], None
+    if summary.exists():
+        facts = json.loads(summary.read_text(encoding="utf-8"))
+        overrides = facts["overrides"]
+    elif saved.exists():
+        overrides = OmegaConf.to_container(OmegaConf.load(saved))
+    if not facts and failure.exists():
+        error = failure.read_text(encoding="utf-8").partition("\n")[0]
     return Job(folder.name, folder, facts, {override_key(o): o.partition("=")[2] for o in overrides}, error)
 
 
@@ -118,7 +126,7 @@ def swept(jobs: Sequence[Job]) -> list[str]:
     return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
 
 
-def told(jobs: Sequence[Job]) -> list[tuple]:
+def columns_with_values(jobs: Sequence[Job]) -> list[tuple]:
     """The columns in which some job has something to say; SFT, mostly shared, only where it differs."""
     seen = {keys: [job.facts.get(keys[-1]) for job in jobs if job.facts] for _, keys, _ in COLUMNS}
     some = [column for column in COLUMNS if any(value is not None for value in seen[column[1]])]
@@ -126,7 +134,7 @@ def told(jobs: Sequence[Job]) -> list[tuple]:
 
 
 def sweep_section(sweep_dir: Path, jobs: Sequence[Job]) -> Section:
-    keys, columns = swept(jobs), told(jobs)
+    keys, columns = swept(jobs), columns_with_values(jobs)
     rows = []
     for job in jobs:
         facts = job.facts or {}
@@ -138,19 +146,19 @@ def sweep_section(sweep_dir: Path, jobs: Sequence[Job]) -> Section:
     title = ", ".join([f"Sweep of {len(jobs)} job{'s' * (len(jobs) != 1)}", *(f"{n} {state}" for state, n in sorted(states.items()))])
     places = [("table", short(sweep_dir / "sweep.md")), ("numbers", short(sweep_dir / "sweep.csv"))]
     places += [(f"job {job.number} {job.state}", short(job.folder)) for job in left]
-    header = ("job", *map(leaf(keys), keys), *(name for name, _, _ in columns), "time")
+    header = ("job", *short_names(keys), *(name for name, _, _ in columns), "time")
     errors = [f"job {job.number}: {clip(job.error, ERROR_LIMIT)}" for job in left if job.error]
     return Section(title, header=header, rows=rows, notes=errors, literal=places)
 
 
-def leaf(keys: Sequence[str]):
-    """Names a key by its last part where that is not ambiguous: ppo.kl_coef -> kl_coef."""
-    leaves = [key.rpartition(".")[2] for key in keys]
-    return lambda key: key.rpartition(".")[2] if leaves.count(key.rpartition(".")[2]) == 1 else key
+def short_names(keys: Sequence[str]) -> list[str]:
+    """Keys by their last parts where these are not ambiguous: ppo.kl_coef -> kl_coef."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return [name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)]
 
 
 def csv_rows(jobs: Sequence[Job]) -> list[list]:
-    keys, columns = swept(jobs), told(jobs)
+    keys, columns = swept(jobs), columns_with_values(jobs)
     metrics = [key for _, keys_of, _ in columns for key in keys_of]
     rows = [["job", *keys, *metrics, "seconds", "state", "error"]]
     for job in jobs:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from runner import engine, ranks
+from runner.batch_sizes import PROBE
 from runner.data.batches import pad, send
 from runner.losses import masked_sum
 from runner.rollout import graph, hf
@@ -16,7 +17,6 @@ from runner.rollout.record import CPU, Rollout, widen
 from runner.rollout.sampling import uniforms
 from runner.rollout.stats import Stats
 from runner.rollout.stops import Stops
-from runner.sampling_sizes import PROBE
 from runner.watch import stop
 
 # Batches that the decode engine samples in one go, at the end of which lanes rest. A run can only stop between two goes

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runner import attention
+from runner.batch_sizes import PREFILL_TOKENS
 from runner.data.batches import fetch, send
 from runner.data.batches import pad as padded
 from runner.engine import free_memory
@@ -26,7 +27,6 @@ from runner.rollout.network import Network
 from runner.rollout.record import Rollout
 from runner.rollout.stats import Stats, Stopwatch
 from runner.rollout.stops import Stops
-from runner.sampling_sizes import PREFILL_TOKENS
 from runner.triton_support import why_no_triton
 
 # Decode steps between two looks at which rows have ended

@@ -15,7 +15,7 @@ from pathlib import Path
 SECONDS = 1.0
 
 # phase: of the loop, "" between two phases. step: optimizer steps (PPO: iterations) done
-now = {"phase": "", "step": 0, "total": 0}
+status = {"phase": "", "step": 0, "total": 0}
 
 
 def start(folder: Path, rank: int) -> None:
@@ -26,7 +26,7 @@ def start(folder: Path, rank: int) -> None:
     def beat() -> None:
         while True:
             with suppress(OSError, KeyError):  # a full disk is reported elsewhere
-                work.write_text(json.dumps({"rank": rank, **now, "time": time.time(), "where": where(sys._current_frames()[main])}))
+                work.write_text(json.dumps({"rank": rank, **status, "time": time.time(), "where": where(sys._current_frames()[main])}))
                 os.replace(work, path)
             time.sleep(SECONDS)
 

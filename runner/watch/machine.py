@@ -56,6 +56,7 @@ def _cgroup_files(name: str) -> list[Path]:
 
 
 def gb(number: int) -> str:
+    """Of what was measured: three digits, also where little is left. An estimate needs fewer, see forecast/fit.py."""
     return f"{number / 1e9:.3g} GB"
 
 

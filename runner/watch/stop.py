@@ -22,7 +22,7 @@ from runner.errors import UserError
 # Exit code of a command that was stopped cleanly: typing it again resumes. 75, "temporary failure" in sysexits.h
 RESUME_ME = os.EX_TEMPFAIL
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# The time limit counts from here: run.py imports this module first
+# The time limit counts from here, some tenths of a second after Python has started: MARGIN is longer
 STARTED = time.time()
 
 # In the step folder: the launcher tells the workers, and rank 0 tells the launcher that it has stopped
@@ -190,7 +190,7 @@ def out_of_time(where: str) -> Exception:
     if _progressed():
         return Stopped(f"stopped by the time limit {where}; the same command resumes from there")
     return UserError(
-        f"the time limit came {where}, and nothing was saved since this command started: the same command would get no further. "
+        f"the time limit was reached {where}, and nothing was saved since this command started: the same command would get no further. "
         "Type a longer time_limit"
     )
 

@@ -25,7 +25,7 @@ heartbeat.SECONDS = 0.2  # and ranks wait for each other for less than two
 def main(folder: Path, how: str, rank: int) -> None:
     stop.die_with_parent(signal.SIGKILL, os.getppid())
     stop.watch(folder)
-    heartbeat.now.update(phase="train", step=7, total=9)  # first: a rank may die before its second sign of life
+    heartbeat.status.update(phase="train", step=7, total=9)  # first: a rank may die before its second sign of life
     heartbeat.start(folder, rank)
     (folder / f"pid_{rank}").write_text(str(os.getpid()))
     try:
@@ -39,7 +39,7 @@ def stops(folder: Path, rank: int) -> None:
     while not (reason := stop.asked()):
         time.sleep(0.02)
     saves(folder)
-    (folder / stop.NOTE).write_text(json.dumps({"reason": reason, **heartbeat.now}))
+    (folder / stop.NOTE).write_text(json.dumps({"reason": reason, **heartbeat.status}))
 
 
 def saves(folder: Path) -> None:

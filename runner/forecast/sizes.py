@@ -8,13 +8,13 @@ from omegaconf import OmegaConf
 
 from runner import flops
 from runner.checks.paths import is_local
-from runner.checks.trust import read_settings
-from runner.config import Config, Lora, ModelPart
+from runner.config import Config, Lora, ModelPart, frozen_models
 from runner.families import FAMILIES
+from runner.files import read_json
 
 
 @dataclass(frozen=True)
-class Network:
+class Sizes:
     """Sizes of a network, in numbers (not bytes)."""
 
     family: str
@@ -77,7 +77,7 @@ class Network:
         return flops.Work(self.body + extra, self.body if full else extra, self.head, trained, self.layers * self.query_width, self.cache)
 
 
-def network(family: str, shape: dict, scalar: bool) -> Network | None:
+def sizes_of(family: str, shape: dict, scalar: bool) -> Sizes | None:
     """From the shape in a preset, or from a config.json; None if sizes are missing."""
     layers, heads = (shape.get(a) or shape.get(b) for a, b in (("n_layer", "num_hidden_layers"), ("n_head", "num_attention_heads")))
     hidden, vocabulary = shape.get("hidden_size") or shape.get("n_embed"), shape.get("vocab_size")
@@ -88,20 +88,26 @@ def network(family: str, shape: dict, scalar: bool) -> Network | None:
     inner = shape.get("ffn_dim") or shape.get("intermediate_size") or 4 * hidden
     embedding = shape.get("word_embed_proj_dim") or hidden
     tied = shape.get("tie_word_embeddings", family in ("opt", "bloom"))
-    return Network(family, layers, hidden, inner, heads * width, key_heads * width, vocabulary, embedding, tied, scalar)
+    return Sizes(family, layers, hidden, inner, heads * width, key_heads * width, vocabulary, embedding, tied, scalar)
 
 
-def networks(cfg: Config) -> tuple[Network, Network] | None:
+def model_sizes(cfg: Config) -> tuple[Sizes, Sizes] | None:
     """Actor and reward model; None unless the sizes of both are known."""
     parts = ((cfg.model.actor, cfg.sft, False), (cfg.model.reward, cfg.reward, True))
-    found = [network(cfg.model.family, _shape(part, block and block.use), scalar) for part, block, scalar in parts]
+    found = [sizes_of(cfg.model.family, _shape(part, block and block.use), scalar) for part, block, scalar in parts]
     return (found[0], found[1]) if all(found) else None
 
 
-def trained(cfg: Config, engine: str) -> tuple[Network, Lora]:
+def trained(cfg: Config, engine: str) -> tuple[Sizes, Lora]:
     """The network of an engine (actor or critic), and its adapters."""
-    actor, reward = networks(cfg)
+    actor, reward = model_sizes(cfg)
     return (actor, cfg.model.actor.lora) if engine == "actor" else (reward, cfg.model.reward.lora)
+
+
+def frozen(cfg: Config, stage: str) -> dict[str, Sizes]:
+    """The networks of the models that a stage only reads."""
+    actor, reward = model_sizes(cfg)
+    return {name: actor if name == "ref" else reward for name in frozen_models(cfg, stage)}
 
 
 def _shape(part: ModelPart, pinned: str | None) -> dict:
@@ -112,7 +118,7 @@ def _shape(part: ModelPart, pinned: str | None) -> dict:
     path = pinned or part.path
     settings = Path(path) / "config.json"
     if is_local(path) and settings.exists():
-        return read_settings(settings)
+        return read_json(settings)
     return _described().get(path, {})
 
 

@@ -1,0 +1,73 @@
+"""Prints the plan: the table of steps, notes on settings without effect, and for dry_run the launch commands and DeepSpeed configs."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from runner.batch_sizes import accumulation, micro_batch, step_batch
+from runner.config import ENGINES, PARTS, Config, rate_key
+from runner.plan import Step, command, engine_configs, missing_hostfile
+from runner.words import short
+
+
+def show(cfg: Config, steps: list[Step]) -> None:
+    """Print what will run, on what hardware, with which batch sizes."""
+    h = cfg.hardware
+    unit = "GPU"
+    if h.accelerator == "cpu":
+        unit = "process" if h.gpus == 1 else "processes"
+    machine = f"{h.nodes} x {h.gpus} {unit}" if h.nodes > 1 else f"{h.gpus} {unit}"
+    where = f"hardware={h.name} ({machine}, {h.precision})"
+    print(f"\n{cfg.name}: {cfg.stage} of model={cfg.model.name} on dataset={cfg.dataset.name}, {where}, seed {cfg.seed}")
+    rows = [("step", "", "batch = micro x ranks x acc.", "folder")]
+    for step in steps:
+        micro, gas = micro_batch(cfg, step.stage), accumulation(cfg, step.stage)
+        algebra = f"{step_batch(cfg, step.stage)} = {micro} x {h.world_size} x {gas}"
+        rows.append((step.stage, step.state(), "" if step.done else algebra, short(Path(step.pinned or step.folder))))
+    print_columns(rows)
+    for note in unread(cfg, [step.stage for step in steps if not step.done]):
+        print(f"note: {note}")
+
+
+def unread(cfg: Config, stages: list[str]) -> Iterator[str]:
+    """Settings that other settings switch off. Noted and not refused: a sweep over those others may well include them."""
+    for engine, name in PARTS.items():
+        lora = getattr(cfg.model, name).lora
+        if any(engine in ENGINES[stage] for stage in stages) and lora.train_rest and not lora.dim:
+            yield f"model.{name}.lora.train_rest=true has no effect: there are no adapters (model.{name}.lora.dim=0)"
+    rates = [rate_key(stage, "actor") for stage in stages if "actor" in ENGINES[stage]]
+    if rates and cfg.model.actor.adapters_only:
+        no_effect = f"{' and '.join(rates)} ha{'s' if len(rates) == 1 else 've'} no effect"
+        yield f"{no_effect}: only adapters train, at model.actor.lora.lr={cfg.model.actor.lora.lr:g}"
+    heads = [rate_key(stage, "critic") for stage in stages if "critic" in ENGINES[stage]]
+    if heads and cfg.model.reward.adapters_only:
+        head = f"{' and '.join(heads)} move{'s' * (len(heads) == 1)} only the head"
+        yield f"{head}: the adapters train at model.reward.lora.lr={cfg.model.reward.lora.lr:g}"
+    if "dpo" in stages and cfg.dataset.split.ppo:
+        share = f"dataset.split.ppo={cfg.dataset.split.ppo:g}"
+        yield f"stage=dpo leaves PPO's share of the prompts ({share}) unused; with 0 the other stages get it"
+    if "ppo" in stages and cfg.dataset.pretrain and not cfg.ppo.ptx_coef:
+        yield "dataset.pretrain has no effect: ppo.ptx_coef=0 mixes in no text. InstructGPT uses ppo.ptx_coef=27.8"
+    for stage in stages if cfg.checkpoint.keep_best else ():
+        if not getattr(cfg, stage).eval_every:
+            yield f"checkpoint.keep_best={cfg.checkpoint.keep_best} has no effect on {stage}: {stage}.eval_every=0 scores no checkpoint"
+
+
+def print_columns(rows: list[tuple[str, ...]]) -> None:
+    """Print a table with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def show_details(cfg: Config, steps: list[Step]) -> None:
+    """Print the launch command and the DeepSpeed configs of each step, for dry_run."""
+    h = cfg.hardware
+    if note := missing_hostfile(cfg):
+        print(f"\nnote: {note}")
+    for step in steps:
+        if step.done:
+            continue
+        print(f"\n--- {step.stage}: launch command, {h.world_size} rank{'s' * (h.world_size > 1)}\n{command(cfg, step.folder)}")
+        for name, config in engine_configs(cfg, step.stage).items():
+            print(f"\n--- {step.stage}: DeepSpeed config of the {name} engine\n{json.dumps(config, indent=2)}")
