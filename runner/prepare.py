@@ -56,8 +56,11 @@ def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
         inputs[step.stage] = {"tokenizer": path, "base": base, "data": str(data), "ptx": None}
         _check_amounts(cfg, step.stage, data)
         if step.stage == "ppo" and cfg.ppo.ptx_coef:
-            build = cache.build_pretrain if cfg.dataset.pretrain else lambda *a: cache.build(a[0], a[1], "sft", *a[2:])
-            inputs["ppo"]["ptx"] = str(build(store, cfg.dataset, tokenizer, cfg.model))
+            if cfg.dataset.pretrain:
+                texts = cache.build_pretrain(store, cfg.dataset, tokenizer, cfg.model)
+            else:  # the demonstrations of SFT
+                texts = cache.build(store, cfg.dataset, "sft", tokenizer, cfg.model)
+            inputs["ppo"]["ptx"] = str(texts)
     return inputs
 
 
