@@ -243,6 +243,6 @@ def in_words(error: Exception) -> str:
 
 
 def _not_there(key: str) -> str:
-    if key.startswith(("dataset.path", "dataset.fields")):
+    if key == "dataset.path":
         return f"{key}: the chosen data set has its own source. Also type dataset=jsonl (a file) or dataset=hub"
     return f"{key} does not exist in what you chose. The same command with --cfg all shows what does"

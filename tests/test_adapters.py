@@ -15,6 +15,7 @@ from runner.config import Dataset
 from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, Unmapped, adapt, check_adapter, parse_dialogue, user
 from runner.door import load
 from runner.errors import UserError
+from runner.suggest import check_overrides
 
 REPO = Path(__file__).resolve().parents[1]
 DATA = REPO.parent / "shared" / "data"
@@ -264,10 +265,10 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"instruction": "a", "input": "", "output": "b"}, {}, SINGLE),
         ({"instruction": "a", "input": "x", "output": "b"}, {}, Example(turns("a\n\nx"), "b")),
         ({"instruction": "a", "context": "x", "response": "b"}, {}, Example(turns("a\n\nx"), "b")),
-        # A map, ours -> theirs; its names win over the usual ones, and empty entries count for nothing
+        # A map, ours -> theirs; its names win over the usual ones
         ({"q": "a", "good": "b", "bad": "c"}, {"prompt": "q", "chosen": "good", "rejected": "bad"}, PAIR),
         ({"q": "a", "a": "b", "chosen": "x", "messages": []}, {"prompt": "q", "response": "a"}, SINGLE),
-        ({"prompt": "x", "q": "a", "output": "b"}, {"prompt": "q", "chosen": ""}, SINGLE),
+        ({"prompt": "x", "q": "a", "output": "b"}, {"prompt": "q"}, SINGLE),
         ({"q": "a", "output": "b", "s": " Be kind."}, {"prompt": "q", "system": "s"}, Example((SYSTEM, *turns("a")), "b")),
         ({"dialog": messages("a", "b"), "prompt": "x"}, {"messages": "dialog"}, SINGLE),
         # Chats
@@ -505,7 +506,8 @@ def test_overrides_of_presets():
     assert dataset("dataset=deepspeed_chat", "dataset.sources.shp.weight=0.5").sources["shp"].weight == 0.5
     assert list(dataset("dataset=rm_static", "+dataset/source=[shp,webgpt]").sources) == ["rm_static", "shp", "webgpt"]
     assert "shp" not in dataset("dataset=deepspeed_chat", "~dataset.sources.shp").sources
-    hub = dataset("dataset=hub", "dataset.path=a/b", "dataset.fields={prompt: q, response: a}", "dataset.sources.hub.split=dev")
+    words = ["dataset=hub", "dataset.path=a/b", "dataset.fields={prompt: q, response: a}", "dataset.sources.hub.split=dev"]
+    hub = dataset(*check_overrides(words, REPO / "conf"))
     source = hub.sources["hub"]
     assert (source.path, source.split) == ("a/b", "dev")
     assert adapt(source.adapter, {"q": "a", "a": "b"}, source.fields) == SINGLE

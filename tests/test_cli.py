@@ -264,6 +264,16 @@ WRONG = {
     ),
     "no path": ("dataset=jsonl", "dataset.path has no value: type dataset.path=..."),
     "no hub path": ("dataset=hub", "dataset.path has no value: type dataset.path=..."),
+    "field names without their group": (
+        "dataset.fields.prompt=q",
+        "dataset.fields={prompt: q} is read by no source: dataset=toy has its own names. Leave it out, or also type dataset=jsonl",
+    ),
+    "field names of a preset": ("dataset=rm_static dataset.fields={prompt:q}", "is read by no source: dataset=rm_static has its own names"),
+    "field names that one source does not take": (
+        "dataset.fields={prompt:q} dataset.sources.mine={path:a/b}",
+        "is read by no source: type dataset.sources.mine.fields='{prompt: q}'",
+    ),
+    "empty field name": ("dataset=hub dataset.path=a/b dataset.fields.prompt=''", "sources.hub.fields.prompt is empty: leave it out"),
     "path without its group": ("dataset.path=pairs.jsonl", "Also type dataset=jsonl (a file) or dataset=hub"),
     "unknown format": (f"dataset=jsonl dataset.path={RUN}", "unknown format; use one of .json, .jsonl"),
     "empty split": ("dataset.split.reward=0", "(dataset.split.reward=0): give it a share"),
