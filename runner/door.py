@@ -41,6 +41,7 @@ def load(composed: DictConfig | str | Path) -> Config:
         check_kinds(values)
         whole = OmegaConf.merge(OmegaConf.structured(Config), values)
         if missing := sorted(OmegaConf.missing_keys(whole)):
+            _refuse_source_without_path(missing, list(whole.dataset.sources))
             raise UserError(f"{' and '.join(missing)} {'has' if len(missing) == 1 else 'have'} no value: type {missing[0]}=...")
         return OmegaConf.to_object(whole)
     except ConfigKeyError as error:
@@ -53,6 +54,20 @@ def load(composed: DictConfig | str | Path) -> Config:
         raise UserError(f"{error.full_key}: {what}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _refuse_source_without_path(missing: list[str], sources: list[str]) -> None:
+    """Raise UserError where a path of a source is missing: on the command line its name may be misspelt."""
+    without = [key.split(".")[2] for key in missing if key.startswith("dataset.sources.")]
+    if without:
+        has = [name for name in sources if name not in without]
+        raise UserError(f"dataset.sources.{without[0]} has no path{instead_of_source(without[0], has)}")
+
+
+def instead_of_source(name: str, there: list[str]) -> str:
+    """The end of the message for a source that does not exist."""
+    listed = f"The sources are {', '.join(sorted(there))}. " if there else ""
+    return f"{did_you_mean(name, there)}. {listed}One of your own: dataset.sources.{name}='{{path: /data/rows.jsonl}}'"
 
 
 # Keys, in any block, whose values are paths or lists of paths

@@ -503,7 +503,9 @@ def test_preset(name):
 
 
 def test_overrides_of_presets():
-    assert dataset("dataset=deepspeed_chat", "dataset.sources.shp.weight=0.5").sources["shp"].weight == 0.5
+    words = ["dataset=deepspeed_chat", "dataset.sources.shp.weight=0.5", "dataset.sources.shp.subset=x"]
+    shp = dataset(*check_overrides(words, REPO / "conf")).sources["shp"]
+    assert (shp.weight, shp.subset, shp.split) == (0.5, "x", "train")
     assert list(dataset("dataset=rm_static", "+dataset/source=[shp,webgpt]").sources) == ["rm_static", "shp", "webgpt"]
     assert "shp" not in dataset("dataset=deepspeed_chat", "~dataset.sources.shp").sources
     words = ["dataset=hub", "dataset.path=a/b", "dataset.fields={prompt: q, response: a}", "dataset.sources.hub.split=dev"]

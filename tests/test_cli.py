@@ -274,6 +274,14 @@ WRONG = {
         "is read by no source: type dataset.sources.mine.fields='{prompt: q}'",
     ),
     "empty field name": ("dataset=hub dataset.path=a/b dataset.fields.prompt=''", "sources.hub.fields.prompt is empty: leave it out"),
+    "mistyped source": (
+        "dataset=deepspeed_chat dataset.sources.shpp.weight=2",
+        "dataset.sources.shpp has no path (did you mean shp?). The sources are full_hh_rlhf, rm_static, shp, ",
+    ),
+    "mistyped source, and its path": (
+        "dataset=deepspeed_chat dataset.sources.shpp.weight=2 dataset.sources.shpp.path=a/b",
+        "dataset.sources.shpp.path does not exist (did you mean shp?). The sources are full_hh_rlhf, rm_static, shp, ",
+    ),
     "path without its group": ("dataset.path=pairs.jsonl", "Also type dataset=jsonl (a file) or dataset=hub"),
     "unknown format": (f"dataset=jsonl dataset.path={RUN}", "unknown format; use one of .json, .jsonl"),
     "empty split": ("dataset.split.reward=0", "(dataset.split.reward=0): give it a share"),
