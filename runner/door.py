@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -97,12 +97,12 @@ def check_kinds(values: dict, node: type = Config, prefix: str = "") -> None:
         if f.name not in values:
             continue
         key, value, kind = prefix + f.name, values[f.name], _bare(f.type)
-        if value is None and kind is not f.type:  # Optional
+        if value is None and kind is not f.type:  # it may be null
             continue
         _check_kind(key, value, kind)
         if is_dataclass(kind):
             check_kinds(value, kind, f"{key}.")
-        elif kind == Dict[str, Source]:
+        elif kind == dict[str, Source]:
             for name, source in value.items():
                 _check_kind(f"{key}.{name}", source, Source)
                 check_kinds(source, Source, f"{key}.{name}.")
@@ -114,13 +114,13 @@ def _check_kind(key: str, value: object, kind: type) -> None:
         names = [inside.name for inside in fields(kind)]
         hint = f"type {key}.{names[0]}=" + ("..." if value is None or isinstance(value, list) else str(value))
         raise UserError(f"{key}={shown}: {key} is a block of keys ({', '.join(names)}): {hint}")
-    if str(kind).startswith("typing.Dict") and not isinstance(value, dict):
+    if get_origin(kind) is dict and not isinstance(value, dict):
         raise UserError(f"{key}={shown} must be a mapping: type {key}='{{name: value}}'")
-    if kind == Dict[str, str]:
+    if kind == dict[str, str]:
         for name, text in value.items():
             _check_kind(f"{key}.{name}", text, str)
-    if str(kind).startswith("typing.List"):
-        if not isinstance(value, list) and kind == List[float]:  # betas
+    if get_origin(kind) is list:
+        if not isinstance(value, list) and kind == list[float]:  # betas
             raise UserError(f"{key}={shown} must be two numbers: type {key}=[0.9,0.95]")
         if not isinstance(value, list):
             raise UserError(f"{key}={shown} must be a list: type {key}=[{'...' if value is None else value}]")
@@ -168,18 +168,18 @@ def open_keys(node: object, prefix: str = "") -> Iterator[str]:
         yield prefix
 
 
-def known_keys(node: type = Config, prefix: str = "") -> List[str]:
+def known_keys(node: type = Config, prefix: str = "") -> list[str]:
     """All dotted keys of the schema: blocks and leaves. A free-form mapping ends with '.*'."""
-    keys: List[str] = []
+    keys: list[str] = []
     for f in fields(node):
         key = prefix + f.name
         kind = _bare(f.type)
         keys.append(key)
         if is_dataclass(kind):
             keys += known_keys(kind, key + ".")
-        elif kind == Dict[str, Source]:
+        elif kind == dict[str, Source]:
             keys += [key + ".*", *known_keys(Source, key + ".*.")]
-        elif str(kind).startswith("typing.Dict"):
+        elif get_origin(kind) is dict:
             keys.append(key + ".*")
     return keys
 
@@ -197,6 +197,5 @@ def unknown(key: str, stage: str | None) -> str:
 
 
 def _bare(kind):
-    """Optional[X] -> X."""
-    inner = [k for k in getattr(kind, "__args__", ()) if k is not type(None)]
-    return inner[0] if len(inner) == 1 and type(None) in kind.__args__ else kind
+    """X | None -> X."""
+    return next(inner for inner in get_args(kind) if inner is not type(None)) if type(None) in get_args(kind) else kind
