@@ -224,6 +224,7 @@ WRONG = {
     "mismatch": ("rollout.max_mismatch=-1", "rollout.max_mismatch=-1.0 must be 0 or more"),
     "least longer than most": ("ppo.min_response_tokens=900", "ppo.min_response_tokens=900 is more than model.max_response_tokens="),
     "empty stop string": ("ppo.stop=['']", "holds an empty string"),
+    "schedule that only had a name": ("sft.lr_schedule=polynomial", "is not one of constant, constant_with_warmup, linear, cosine"),
     "no choice": ("ppo.kl_estimator=k4", "is not one of k1, k2, k3"),
     "key of another stage": ("stage=sft ppo.kl_coef=1", "stage=sft does not use the ppo block. Leave it out, or type stage=ppo"),
     "key of DPO beside PPO": ("dpo.beta=0.2", "stage=ppo does not use the dpo block. Leave it out, or type stage=dpo"),
@@ -564,8 +565,10 @@ def test_a_warmup_longer_than_the_run_is_warned_of(stage, words, warned, tmp_pat
 
     (tmp_path / "counts.json").write_text('{"train": 150}')
     _check_amounts(configured(*words.split()), stage, tmp_path)
-    said = capsys.readouterr().err
-    assert (f"a warmup of 1000 steps ({stage}.warmup) only reaches " in said) == warned, said
+    said = capsys.readouterr()
+    assert (f"a warmup of 1000 steps ({stage}.warmup) only reaches " in said.err) == warned, said.err
+    ignored = f"note: {stage}.warmup=1000 has no effect: type {stage}.lr_schedule=constant_with_warmup"
+    assert (ignored in said.out) == ("constant" in words), said.out
 
 
 @pytest.mark.parametrize(("rows", "noted"), [(31, True), (32, False)])
