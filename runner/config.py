@@ -1,6 +1,6 @@
 """The configuration: every key with its type. Values and their explanations live in conf/ and nowhere else.
 
-runner/limits.py says which values a block refuses; runner/door.py turns composed YAML into these objects, for the launcher
+runner/limits.py says which values a block refuses; runner/config_loading.py turns composed YAML into these objects, for the launcher
 and for the workers.
 """
 

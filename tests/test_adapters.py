@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from runner.config import Dataset
+from runner.config_loading import load
 from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, Unmapped, adapt, check_adapter, parse_dialogue, user
-from runner.door import load
 from runner.errors import UserError
-from runner.suggest import check_overrides
+from runner.overrides import check_overrides
 
 REPO = Path(__file__).resolve().parents[1]
 DATA = REPO.parent / "shared" / "data"
@@ -343,18 +343,18 @@ def test_the_map_for_a_prompt_alone_has_no_answers():
         ({"text": "a"}, {}, "no response among the fields text; tried chosen, response"),
         ({"Frage": "a", "chosen": "b", "rejected": "c"}, {}, "no prompt among the fields Frage, chosen, rejected"),
         ({"prompt": "a", "chosen": "b"}, {"prompt": "q"}, "field q is missing; the row has prompt, chosen"),
-        ({"prompt": "a", "chosen": 3}, {}, "field chosen is of type int, not a text"),
-        ({"prompt": {"x": 1}, "chosen": "b"}, {}, "field prompt is of type dict, not a text"),
+        ({"prompt": "a", "chosen": 3}, {}, "field chosen is of type int, not a string"),
+        ({"prompt": {"x": 1}, "chosen": "b"}, {}, "field prompt is of type dict, not a string"),
         ({"messages": ["a", "b"]}, {}, r"messages\[0\] is of type str"),
         ({"messages": [{"role": "tool", "content": "a"}]}, {}, r"messages\[0\] has role 'tool'"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, {}, "has role"),
-        ({"messages": [{"role": "user", "content": None}]}, {}, r"messages\[0\] has content null, not a text"),
+        ({"messages": [{"role": "user", "content": None}]}, {}, r"messages\[0\] has content null, not a string"),
         (
             {"messages": [{"role": "user", "content": [*PARTS, {"type": "image", "url": "x"}]}]},
             {},
-            "content of type list, not a text or a list",
+            "content of type list, not a string or a list",
         ),
-        ({"messages": [{"role": "user", "content": []}]}, {}, "content of type list, not a text or a list"),
+        ({"messages": [{"role": "user", "content": []}]}, {}, "content of type list, not a string or a list"),
         ({"prompt": None, "chosen": "b", "rejected": "c"}, {}, "field prompt is null"),
     ],
 )

@@ -22,7 +22,7 @@ import pytest
 from omegaconf import OmegaConf
 from tiny import configured
 
-from runner.door import load
+from runner.config_loading import load
 from runner.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,7 +244,7 @@ WRONG = {
     "forced sweep": ("-m resume=force seed=1,2", "force one run at a time"),
     "null in a map of texts": (
         "dataset=jsonl dataset.path=x.jsonl dataset.fields.prompt=null",
-        "dataset.fields.prompt=null must be a text: type dataset.fields.prompt=..., or leave it out",
+        "dataset.fields.prompt=null must be a string: type dataset.fields.prompt=..., or leave it out",
     ),
     "adapters": ("model.actor.lora.dim=-1", "model.actor.lora.dim=-1 must be 0 or more"),
     "dropout of adapters": ("model.reward.lora.dropout=1", "model.reward.lora.dropout=1.0 must be 0 or more, and below 1"),
@@ -315,10 +315,10 @@ WRONG = {
     "mapping cut by the shell": ("dataset.fields={prompt:", "needs quotes around it: dataset.fields='{name: value, other: value}'"),
     "launch command": ("hardware.launch='{pyton}{folder}'", "hardware.launch holds 'pyton': it may use {python}, "),
     "broken template": ("model.chat_template='{%' stage=sft", "model.chat_template is refused by the template engine: "),
-    "null for a text": ("name=null", "name=null must be a text"),
+    "null for a string": ("name=null", "name=null must be a string"),
     "null for a source": ("dataset.sources.toy=null", "dataset.sources.toy is a block of keys"),
     "null in a list": ("ppo.stop=[null]", "must be a list of plain values"),
-    "list for a text": ("store=[a]", "must be a text"),
+    "list for a string": ("store=[a]", "must be a string"),
     "list for a block": ("dataset.split=[2,4,4]", "type dataset.split='{name: value}'"),
     "list for a mapping": ("dataset=jsonl dataset.path=x.jsonl dataset.fields=[a]", "type dataset.fields='{name: value}'"),
     "neither true nor false": ("dry_run=maybe", "dry_run=maybe must be true or false"),
@@ -897,8 +897,8 @@ def test_workers_import_the_launchers_code_whatever_lies_in_the_folder(tmp_path)
 
 
 def test_a_worker_with_a_broken_config_says_why(tmp_path):
-    """The workers go through the same door as the launcher."""
-    from runner.door import load
+    """The workers load it as the launcher does."""
+    from runner.config_loading import load
 
     (tmp_path / "config.yaml").write_text("name: x\nnonsense: 1\n")
     with pytest.raises(UserError, match="unknown key nonsense"):
@@ -949,8 +949,8 @@ def test_every_command_of_the_readme_makes_a_plan(tmp_path, monkeypatch):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     import runner.plan
-    from runner.door import load
-    from runner.suggest import check_overrides
+    from runner.config_loading import load
+    from runner.overrides import check_overrides
 
     conf = tmp_path / "conf"
     shutil.copytree(ROOT / "conf", conf)

@@ -8,8 +8,8 @@ import pytest
 from tiny import configured
 
 from runner.config import Config, Source
+from runner.config_loading import _bare
 from runner.data.sources import data_key, sources_of
-from runner.door import _bare
 from runner.errors import UserError
 from runner.plan import plan
 

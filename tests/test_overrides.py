@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 
 from runner.aliases import ALIASES, instead_of
 from runner.config import STAGES
-from runner.door import known_keys, load
+from runner.config_loading import known_keys, load
 from runner.errors import UserError
-from runner.suggest import check_overrides
+from runner.overrides import check_overrides
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 

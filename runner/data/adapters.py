@@ -129,7 +129,7 @@ def chat(row: dict, key: str) -> tuple[Turn, ...]:
         if str(role) not in ROLES:
             raise BadRow(f"field {key}[{i}] has role {role!r}, not one of {', '.join(ROLES)}")
         if (text := joined(content)) is None:
-            raise BadRow(f"field {key}[{i}] has content {kind_of(content)}, not a text or a list of parts of type text")
+            raise BadRow(f"field {key}[{i}] has content {kind_of(content)}, not a string or a list of parts of type text")
         turns.append({"role": ROLES[role], "content": text.strip()})
     return tuple(turns)
 
@@ -173,7 +173,7 @@ def compare(row: dict, prompt: tuple[Turn, ...], chosen: str, rejected: str | No
 
 
 NUMBER = (int, float)
-KINDS = {str: "a text", list: "a list", NUMBER: "a number"}
+KINDS = {str: "a string", list: "a list", NUMBER: "a number"}
 
 
 def need(row: dict, *path: str, kind: type | tuple = str):

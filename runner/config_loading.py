@@ -1,4 +1,4 @@
-"""The door: the only way from composed YAML to a Config, so that a wrong key, type or value is refused before anything starts."""
+"""The only way from composed YAML to a Config, so that a wrong key, type or value is refused before anything starts."""
 
 import difflib
 import os
@@ -24,14 +24,14 @@ def load(composed: DictConfig | str | Path) -> Config:
     Raises:
         UserError: a key that does not exist, a value of the wrong type or out of range, a mandatory value that is missing.
     """
-    typed = isinstance(composed, DictConfig)
-    if not typed:
+    from_command_line = isinstance(composed, DictConfig)
+    if not from_command_line:
         composed = OmegaConf.create(read_yaml(Path(composed)))
     try:
         if missing := next(open_keys(OmegaConf.to_container(composed)), None):
             raise UserError(f"{missing} has no value: type {missing}=...")
         values = expand_home(OmegaConf.to_container(composed, resolve=True))
-        if typed:
+        if from_command_line:
             unescape_stops(values)
         secrets.refuse_in_config(values)
         chosen = values.get("stage")
@@ -156,7 +156,7 @@ def broken_yaml(error: yaml.YAMLError, path: Path | None = None) -> str:
 
 # What OmegaConf calls the types in its errors -> what we call them
 KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "bool": "true or false"}
-PLAIN = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+PLAIN = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}
 
 
 def open_keys(node: object, prefix: str = "") -> Iterator[str]:

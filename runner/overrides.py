@@ -15,7 +15,7 @@ from runner.checks import secrets
 from runner.checks.flags import completes, flags_and_overrides, sweeps
 from runner.checks.paths import SUFFIXES, is_local
 from runner.config import STAGES
-from runner.door import broken_yaml, instead_of_source, known_keys, read_yaml, unknown
+from runner.config_loading import broken_yaml, instead_of_source, known_keys, read_yaml, unknown
 from runner.errors import UserError, did_you_mean
 from runner.limits import check_name
 from runner.presets import check_preset, groups_in, preset_file
@@ -105,7 +105,7 @@ def _check_names(override) -> None:
 
 
 def _check_name(value: str) -> None:
-    if "${" in value:  # known only once composed: runner/gate.py checks it then
+    if "${" in value:  # known only once composed: runner/hydra_callback.py checks it then
         return
     try:
         check_name(value)
