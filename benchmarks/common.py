@@ -26,7 +26,7 @@ from transformers import AutoConfig
 
 from runner import engine, ranks
 from runner.config import Config, ModelPart
-from runner.door import load
+from runner.config_loading import load
 from runner.stages import build
 from runner.stages.build import Inputs
 

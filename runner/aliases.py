@@ -59,8 +59,10 @@ def instead_of(key: str, chosen: str | None) -> str | None:
 def _filled(text: str, key: str, chosen: str | None) -> str:
     """The text for each network that the key means."""
     block, network = key.split(".")[0], re.search(r"(?:^|\.)(actor|critic|reward)[._]", key)
-    named = {"reward": "critic"}.get(network[1], network[1]) if network and block not in STAGES else None
-    stage = block if block in STAGES else chosen if chosen in STAGES else "ppo"
+    named = None
+    if network and block not in STAGES:
+        named = "critic" if network[1] == "reward" else network[1]
+    stage = next((known for known in (block, chosen) if known in STAGES), "ppo")
     if named and named not in ENGINES[stage]:
         stage = "sft" if named == "actor" else "reward"
     batch = "ppo.rollout_batch" if stage == "ppo" else f"{stage}.global_batch"

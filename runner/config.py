@@ -1,11 +1,11 @@
 """The configuration: every key with its type. Values and their explanations live in conf/ and nowhere else.
 
-runner/limits.py says which values a block refuses; runner/door.py turns composed YAML into these objects, for the launcher
+runner/limits.py says which values a block refuses; runner/config_loading.py turns composed YAML into these objects, for the launcher
 and for the workers.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from runner import limits
 
@@ -40,7 +40,7 @@ class Lora:
     alpha: float
     dropout: float
     lr: float
-    targets: List[str]
+    targets: list[str]
     train_rest: bool
 
 
@@ -49,9 +49,9 @@ class ModelPart:
     """Where the weights of the actor, or of the reward model and critic, come from."""
 
     path: str
-    revision: Optional[str]
+    revision: str | None
     init: str
-    shape: Dict[str, Any]
+    shape: dict[str, Any]
     lora: Lora
 
     @property
@@ -82,8 +82,8 @@ class Model:
     actor: ModelPart
     reward: ModelPart
     tokenizer_vocab: int
-    end_token: Optional[str]
-    chat_template: Optional[str]
+    end_token: str | None
+    chat_template: str | None
     max_prompt_tokens: int
     max_response_tokens: int
     attention: str
@@ -98,16 +98,16 @@ class Model:
 
 @dataclass
 class Source:
-    """The only block with defaults here: its name is the user's, so no preset can provide them. A path is enough."""
+    """A path is enough. The defaults are here, and not in conf/: the name of a source is the user's, so no preset can provide them."""
 
     path: str
     adapter: str = "fields"
-    subset: Optional[str] = None
-    revision: Optional[str] = None
+    subset: str | None = None
+    revision: str | None = None
     split: str = "train"
-    fields: Dict[str, str] = field(default_factory=dict)
+    fields: dict[str, str] = field(default_factory=dict)
     weight: float = 1.0
-    only: Optional[str] = None
+    only: str | None = None
 
     def __post_init__(self) -> None:
         if self.only == "ppo" and self.adapter == "fields":
@@ -126,18 +126,18 @@ class PhaseSplit:
 @dataclass
 class Dataset:
     name: str
-    sources: Dict[str, Source]
-    sft_only: List[str]
-    ppo_only: List[str]
-    eval_only: List[str]
-    pretrain: List[str]
+    sources: dict[str, Source]
+    sft_only: list[str]
+    ppo_only: list[str]
+    eval_only: list[str]
+    pretrain: list[str]
     split: PhaseSplit
     holdout: float
     on_bad_row: str
-    max_rows: Optional[int]
+    max_rows: int | None
     toy_rows: int
-    path: Optional[str] = None
-    fields: Dict[str, str] = field(default_factory=dict)
+    path: str | None = None
+    fields: dict[str, str] = field(default_factory=dict)
 
     __post_init__ = limits.check_dataset
 
@@ -207,7 +207,7 @@ class Hardware:
     logits_chunk: int
     deterministic: bool
     timeout_minutes: float
-    deepspeed: Dict[str, Any]
+    deepspeed: dict[str, Any]
 
     __post_init__ = limits.check_hardware
 
@@ -223,13 +223,13 @@ class Hardware:
 class Training:
     """What all stages have."""
 
-    use: Optional[str]
+    use: str | None
     epochs: float
-    max_steps: Optional[int]
+    max_steps: int | None
     lr_schedule: str
     lr_end: float
     warmup: float
-    betas: List[float]
+    betas: list[float]
     eps: float
     grad_clip: float
     eval_every: int
@@ -251,7 +251,7 @@ class Supervised(Training):
 
 @dataclass
 class Sft(Supervised):
-    dropout: Optional[float]
+    dropout: float | None
     prompt_loss: float
 
     __post_init__ = limits.check_sft
@@ -259,7 +259,7 @@ class Sft(Supervised):
 
 @dataclass
 class Reward(Supervised):
-    dropout: Optional[float]
+    dropout: float | None
     center_coef: float
 
     __post_init__ = limits.check_reward
@@ -287,10 +287,10 @@ class Ppo(Training):
     top_p: float
     top_k: int
     min_response_tokens: int
-    stop: List[str]
+    stop: list[str]
     kl_coef: float
     kl_estimator: str
-    kl_target: Optional[float]
+    kl_target: float | None
     kl_horizon: int
     gamma: float
     lam: float
@@ -299,7 +299,7 @@ class Ppo(Training):
     cliprange_value: float
     log_ratio_clamp: float
     whiten_advantages: bool
-    early_stop_kl: Optional[float]
+    early_stop_kl: float | None
     calibration_prompts: int
     normalize_scores: bool
     score_clip: float
@@ -338,7 +338,7 @@ class Checkpoint:
 class Wandb:
     mode: str
     project: str
-    entity: Optional[str]
+    entity: str | None
 
     __post_init__ = limits.check_wandb
 
@@ -350,7 +350,7 @@ class Config:
     seed: int
     store: str
     resume: str
-    time_limit: Optional[str]
+    time_limit: str | None
     max_restarts: int
     dry_run: bool
     debug: bool
@@ -361,10 +361,10 @@ class Config:
     rollout: Rollout
     checkpoint: Checkpoint
     wandb: Wandb
-    sft: Optional[Sft] = None
-    reward: Optional[Reward] = None
-    dpo: Optional[Dpo] = None
-    ppo: Optional[Ppo] = None
+    sft: Sft | None = None
+    reward: Reward | None = None
+    dpo: Dpo | None = None
+    ppo: Ppo | None = None
 
     def __post_init__(self):
         limits.check_choice("stage", self.stage, STAGES)
@@ -376,5 +376,5 @@ class Config:
         return part.init == "random" and not getattr(self, first).use
 
     @property
-    def time_limit_seconds(self) -> Optional[float]:
+    def time_limit_seconds(self) -> float | None:
         return None if self.time_limit is None else limits.seconds_of(self.time_limit)

@@ -1,7 +1,8 @@
 """The limits of every key: which values a block of the configuration refuses, and the words that say what to type instead.
 
 One function per block, in the order of runner/config.py, whose dataclasses call them when they are made. Each raises ValueError;
-`load` in runner/door.py turns it into a UserError. Blocks have no types here: the module that makes them imports this one. No torch.
+`load` in runner/config_loading.py turns it into a UserError. Blocks have no types here: the module that makes them imports this one.
+No torch.
 """
 
 import re
@@ -120,9 +121,20 @@ def check_dataset(data) -> None:
             check_choice(f"{key}.only", source.only, ("sft", "ppo", "eval"))
         answers = source.only != "sft" or source.adapter != "prompts"
         check(answers, f"{key}.only=sft needs answers, which adapter=prompts does not read: type {key}.adapter=fields")
+    taken = {pair for source in data.sources.values() for pair in source.fields.items()}
+    check(data.fields.items() <= taken, _unread_map(data))
     check(data.path is None or bool(data.path.strip()), "dataset.path is empty: type dataset.path=/data/pairs.jsonl")
     check_least(data, 0, "toy_rows")
     check(data.max_rows is None or data.max_rows > 0, f"dataset.max_rows={data.max_rows} must be null or above 0")
+
+
+def _unread_map(data) -> str:
+    """The message for a dataset.fields that no source takes, which a source does with `fields: ${dataset.fields}`."""
+    words = "{" + ", ".join(f"{ours}: {theirs}" for ours, theirs in data.fields.items()) + "}"
+    mapped = [name for name, source in data.sources.items() if source.adapter in ("fields", "prompts")]
+    instead = " or ".join(f"type dataset.sources.{name}.fields='{words}'" for name in mapped)
+    own = f"dataset={data.name} has its own names. Leave it out, or also type dataset=jsonl (a file) or dataset=hub"
+    return f"dataset.fields={words} is read by no source: {instead or own}"
 
 
 # --- hardware ---------------------------------------------------------------------------------------------------------

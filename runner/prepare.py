@@ -101,7 +101,9 @@ def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
             f"ppo.critic_warmup={ppo.critic_warmup} trains only the critic in all of the {total} iterations, and the actor in none: "
             f"type ppo.critic_warmup={total // 10}, or run more iterations"
         )
-    if block.lr_schedule != "constant" and block.warmup > max(1, total):
+    if block.lr_schedule == "constant" and block.warmup:
+        print(f"note: {stage}.warmup={block.warmup:g} has no effect: type {stage}.lr_schedule=constant_with_warmup, or {stage}.warmup=0")
+    elif block.warmup > max(1, total):
         print(
             f"warning: {stage} has {total} step{'s' * (total > 1)}, in which a warmup of {block.warmup:g} steps ({stage}.warmup) only "
             f"reaches {total / block.warmup:.2g} of the learning rate. Type {stage}.warmup=0.03 for a share of the run",

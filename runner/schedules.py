@@ -1,8 +1,8 @@
-"""How the learning rate moves over a stage. Names are transformers' and DeepSpeed-Chat's, and mean the same curves."""
+"""How the learning rate moves over a stage. Names are transformers', and mean the same curves."""
 
 import math
 
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
 def warmup_steps(warmup: float, total: int) -> int:
@@ -21,6 +21,5 @@ def lr_share(step: int, total: int, schedule: str, warmup: float, end: float) ->
     if schedule.startswith("constant"):
         return 1.0
     progress = min(max((step - warm) / max(1, total - warm), 0.0), 1.0)
-    # polynomial of power 1 and cosine_with_restarts of one cycle, which is what the field runs under these names
-    fallen = 1 - progress if schedule in ("linear", "polynomial") else 0.5 * (1 + math.cos(math.pi * progress))
+    fallen = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return end + (1 - end) * fallen

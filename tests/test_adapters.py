@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from runner.config import Dataset
+from runner.config_loading import load
 from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, Unmapped, adapt, check_adapter, parse_dialogue, user
-from runner.door import load
 from runner.errors import UserError
+from runner.overrides import check_overrides
 
 REPO = Path(__file__).resolve().parents[1]
 DATA = REPO.parent / "shared" / "data"
@@ -264,10 +265,10 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"instruction": "a", "input": "", "output": "b"}, {}, SINGLE),
         ({"instruction": "a", "input": "x", "output": "b"}, {}, Example(turns("a\n\nx"), "b")),
         ({"instruction": "a", "context": "x", "response": "b"}, {}, Example(turns("a\n\nx"), "b")),
-        # A map, ours -> theirs; its names win over the usual ones, and empty entries count for nothing
+        # A map, ours -> theirs; its names win over the usual ones
         ({"q": "a", "good": "b", "bad": "c"}, {"prompt": "q", "chosen": "good", "rejected": "bad"}, PAIR),
         ({"q": "a", "a": "b", "chosen": "x", "messages": []}, {"prompt": "q", "response": "a"}, SINGLE),
-        ({"prompt": "x", "q": "a", "output": "b"}, {"prompt": "q", "chosen": ""}, SINGLE),
+        ({"prompt": "x", "q": "a", "output": "b"}, {"prompt": "q"}, SINGLE),
         ({"q": "a", "output": "b", "s": " Be kind."}, {"prompt": "q", "system": "s"}, Example((SYSTEM, *turns("a")), "b")),
         ({"dialog": messages("a", "b"), "prompt": "x"}, {"messages": "dialog"}, SINGLE),
         # Chats
@@ -342,18 +343,18 @@ def test_the_map_for_a_prompt_alone_has_no_answers():
         ({"text": "a"}, {}, "no response among the fields text; tried chosen, response"),
         ({"Frage": "a", "chosen": "b", "rejected": "c"}, {}, "no prompt among the fields Frage, chosen, rejected"),
         ({"prompt": "a", "chosen": "b"}, {"prompt": "q"}, "field q is missing; the row has prompt, chosen"),
-        ({"prompt": "a", "chosen": 3}, {}, "field chosen is of type int, not a text"),
-        ({"prompt": {"x": 1}, "chosen": "b"}, {}, "field prompt is of type dict, not a text"),
+        ({"prompt": "a", "chosen": 3}, {}, "field chosen is of type int, not a string"),
+        ({"prompt": {"x": 1}, "chosen": "b"}, {}, "field prompt is of type dict, not a string"),
         ({"messages": ["a", "b"]}, {}, r"messages\[0\] is of type str"),
         ({"messages": [{"role": "tool", "content": "a"}]}, {}, r"messages\[0\] has role 'tool'"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, {}, "has role"),
-        ({"messages": [{"role": "user", "content": None}]}, {}, r"messages\[0\] has content null, not a text"),
+        ({"messages": [{"role": "user", "content": None}]}, {}, r"messages\[0\] has content null, not a string"),
         (
             {"messages": [{"role": "user", "content": [*PARTS, {"type": "image", "url": "x"}]}]},
             {},
-            "content of type list, not a text or a list",
+            "content of type list, not a string or a list",
         ),
-        ({"messages": [{"role": "user", "content": []}]}, {}, "content of type list, not a text or a list"),
+        ({"messages": [{"role": "user", "content": []}]}, {}, "content of type list, not a string or a list"),
         ({"prompt": None, "chosen": "b", "rejected": "c"}, {}, "field prompt is null"),
     ],
 )
@@ -502,10 +503,13 @@ def test_preset(name):
 
 
 def test_overrides_of_presets():
-    assert dataset("dataset=deepspeed_chat", "dataset.sources.shp.weight=0.5").sources["shp"].weight == 0.5
+    words = ["dataset=deepspeed_chat", "dataset.sources.shp.weight=0.5", "dataset.sources.shp.subset=x"]
+    shp = dataset(*check_overrides(words, REPO / "conf")).sources["shp"]
+    assert (shp.weight, shp.subset, shp.split) == (0.5, "x", "train")
     assert list(dataset("dataset=rm_static", "+dataset/source=[shp,webgpt]").sources) == ["rm_static", "shp", "webgpt"]
     assert "shp" not in dataset("dataset=deepspeed_chat", "~dataset.sources.shp").sources
-    hub = dataset("dataset=hub", "dataset.path=a/b", "dataset.fields={prompt: q, response: a}", "dataset.sources.hub.split=dev")
+    words = ["dataset=hub", "dataset.path=a/b", "dataset.fields={prompt: q, response: a}", "dataset.sources.hub.split=dev"]
+    hub = dataset(*check_overrides(words, REPO / "conf"))
     source = hub.sources["hub"]
     assert (source.path, source.split) == ("a/b", "dev")
     assert adapt(source.adapter, {"q": "a", "a": "b"}, source.fields) == SINGLE

@@ -22,7 +22,7 @@ import pytest
 from omegaconf import OmegaConf
 from tiny import configured
 
-from runner.door import load
+from runner.config_loading import load
 from runner.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,6 +224,7 @@ WRONG = {
     "mismatch": ("rollout.max_mismatch=-1", "rollout.max_mismatch=-1.0 must be 0 or more"),
     "least longer than most": ("ppo.min_response_tokens=900", "ppo.min_response_tokens=900 is more than model.max_response_tokens="),
     "empty stop string": ("ppo.stop=['']", "holds an empty string"),
+    "schedule that only had a name": ("sft.lr_schedule=polynomial", "is not one of constant, constant_with_warmup, linear, cosine"),
     "no choice": ("ppo.kl_estimator=k4", "is not one of k1, k2, k3"),
     "key of another stage": ("stage=sft ppo.kl_coef=1", "stage=sft does not use the ppo block. Leave it out, or type stage=ppo"),
     "key of DPO beside PPO": ("dpo.beta=0.2", "stage=ppo does not use the dpo block. Leave it out, or type stage=dpo"),
@@ -243,7 +244,7 @@ WRONG = {
     "forced sweep": ("-m resume=force seed=1,2", "force one run at a time"),
     "null in a map of texts": (
         "dataset=jsonl dataset.path=x.jsonl dataset.fields.prompt=null",
-        "dataset.fields.prompt=null must be a text: type dataset.fields.prompt=..., or leave it out",
+        "dataset.fields.prompt=null must be a string: type dataset.fields.prompt=..., or leave it out",
     ),
     "adapters": ("model.actor.lora.dim=-1", "model.actor.lora.dim=-1 must be 0 or more"),
     "dropout of adapters": ("model.reward.lora.dropout=1", "model.reward.lora.dropout=1.0 must be 0 or more, and below 1"),
@@ -264,6 +265,24 @@ WRONG = {
     ),
     "no path": ("dataset=jsonl", "dataset.path has no value: type dataset.path=..."),
     "no hub path": ("dataset=hub", "dataset.path has no value: type dataset.path=..."),
+    "field names without their group": (
+        "dataset.fields.prompt=q",
+        "dataset.fields={prompt: q} is read by no source: dataset=toy has its own names. Leave it out, or also type dataset=jsonl",
+    ),
+    "field names of a preset": ("dataset=rm_static dataset.fields={prompt:q}", "is read by no source: dataset=rm_static has its own names"),
+    "field names that one source does not take": (
+        "dataset.fields={prompt:q} dataset.sources.mine={path:a/b}",
+        "is read by no source: type dataset.sources.mine.fields='{prompt: q}'",
+    ),
+    "empty field name": ("dataset=hub dataset.path=a/b dataset.fields.prompt=''", "sources.hub.fields.prompt is empty: leave it out"),
+    "mistyped source": (
+        "dataset=deepspeed_chat dataset.sources.shpp.weight=2",
+        "dataset.sources.shpp has no path (did you mean shp?). The sources are full_hh_rlhf, rm_static, shp, ",
+    ),
+    "mistyped source, and its path": (
+        "dataset=deepspeed_chat dataset.sources.shpp.weight=2 dataset.sources.shpp.path=a/b",
+        "dataset.sources.shpp.path does not exist (did you mean shp?). The sources are full_hh_rlhf, rm_static, shp, ",
+    ),
     "path without its group": ("dataset.path=pairs.jsonl", "Also type dataset=jsonl (a file) or dataset=hub"),
     "unknown format": (f"dataset=jsonl dataset.path={RUN}", "unknown format; use one of .json, .jsonl"),
     "empty split": ("dataset.split.reward=0", "(dataset.split.reward=0): give it a share"),
@@ -296,10 +315,10 @@ WRONG = {
     "mapping cut by the shell": ("dataset.fields={prompt:", "needs quotes around it: dataset.fields='{name: value, other: value}'"),
     "launch command": ("hardware.launch='{pyton}{folder}'", "hardware.launch holds 'pyton': it may use {python}, "),
     "broken template": ("model.chat_template='{%' stage=sft", "model.chat_template is refused by the template engine: "),
-    "null for a text": ("name=null", "name=null must be a text"),
+    "null for a string": ("name=null", "name=null must be a string"),
     "null for a source": ("dataset.sources.toy=null", "dataset.sources.toy is a block of keys"),
     "null in a list": ("ppo.stop=[null]", "must be a list of plain values"),
-    "list for a text": ("store=[a]", "must be a text"),
+    "list for a string": ("store=[a]", "must be a string"),
     "list for a block": ("dataset.split=[2,4,4]", "type dataset.split='{name: value}'"),
     "list for a mapping": ("dataset=jsonl dataset.path=x.jsonl dataset.fields=[a]", "type dataset.fields='{name: value}'"),
     "neither true nor false": ("dry_run=maybe", "dry_run=maybe must be true or false"),
@@ -546,8 +565,10 @@ def test_a_warmup_longer_than_the_run_is_warned_of(stage, words, warned, tmp_pat
 
     (tmp_path / "counts.json").write_text('{"train": 150}')
     _check_amounts(configured(*words.split()), stage, tmp_path)
-    said = capsys.readouterr().err
-    assert (f"a warmup of 1000 steps ({stage}.warmup) only reaches " in said) == warned, said
+    said = capsys.readouterr()
+    assert (f"a warmup of 1000 steps ({stage}.warmup) only reaches " in said.err) == warned, said.err
+    ignored = f"note: {stage}.warmup=1000 has no effect: type {stage}.lr_schedule=constant_with_warmup"
+    assert (ignored in said.out) == ("constant" in words), said.out
 
 
 @pytest.mark.parametrize(("rows", "noted"), [(31, True), (32, False)])
@@ -876,8 +897,8 @@ def test_workers_import_the_launchers_code_whatever_lies_in_the_folder(tmp_path)
 
 
 def test_a_worker_with_a_broken_config_says_why(tmp_path):
-    """The workers go through the same door as the launcher."""
-    from runner.door import load
+    """The workers load it as the launcher does."""
+    from runner.config_loading import load
 
     (tmp_path / "config.yaml").write_text("name: x\nnonsense: 1\n")
     with pytest.raises(UserError, match="unknown key nonsense"):
@@ -928,8 +949,8 @@ def test_every_command_of_the_readme_makes_a_plan(tmp_path, monkeypatch):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     import runner.plan
-    from runner.door import load
-    from runner.suggest import check_overrides
+    from runner.config_loading import load
+    from runner.overrides import check_overrides
 
     conf = tmp_path / "conf"
     shutil.copytree(ROOT / "conf", conf)

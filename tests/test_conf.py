@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from runner.config import Dataset, Hardware, Model
-from runner.door import load
+from runner.config_loading import load
 from runner.errors import UserError
 
 CONF = Path(__file__).parent.parent / "conf"

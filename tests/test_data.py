@@ -1026,7 +1026,7 @@ BROKEN[20] = json.dumps({"prompt": "Say 20", "chosen": 5})
         (7, r"not valid JSON \(.*\)"),
         (10, "a row must be a JSON object, this is a list"),
         (13, "no response among the fields prompt; tried chosen, response,"),
-        (21, "field chosen is of type int, not a text"),
+        (21, "field chosen is of type int, not a string"),
     ],
 )
 def test_a_broken_row_stops_with_its_line(line, message, data, build, tmp_path):

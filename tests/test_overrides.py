@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 
 from runner.aliases import ALIASES, instead_of
 from runner.config import STAGES
-from runner.door import known_keys, load
+from runner.config_loading import known_keys, load
 from runner.errors import UserError
-from runner.suggest import check_overrides
+from runner.overrides import check_overrides
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -247,8 +247,20 @@ def test_a_source_needs_a_path_and_nothing_else():
 
     source = configured("++dataset.sources.a={path: x.jsonl, weight: 0.5}").dataset.sources["a"]
     assert (source.adapter, source.split, source.weight, source.only) == ("fields", "train", 0.5, None)
-    with pytest.raises(UserError, match=r"dataset.sources.a.path and dataset.sources.b.path have no value: type dataset.sources.a.path="):
+    with pytest.raises(UserError, match=r"sources.a has no path. The sources are toy. One of your own: dataset.sources.a='{path: /data/"):
         configured("++dataset.sources={a: {weight: 1}, b: {weight: 1}}")
+
+
+def test_keys_that_a_source_leaves_out_are_added_and_its_path_is_not():
+    """With a path before them Hydra finds a misspelt source; in the order typed the first word would have made it."""
+    words = [
+        "dataset.sources.toy.weight=2",
+        "dataset.sources.toy.fields.prompt=q",
+        "dataset.sources.toy.path=x",
+        "dataset.sources.a={path: b}",
+    ]
+    weight, prompt, path, own = words
+    assert check_overrides(words, CONF) == [path, f"++{own}", f"++{weight}", f"++{prompt}"]
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_facts_that_cannot_be_read_are_nobodys(text, tmp_path):
 
 def test_of_two_data_sources_only_what_differs_is_shown(tmp_path):
     interrupt(planned(tmp_path, "dataset.toy_rows=100"))
-    differ = planned(tmp_path, "dataset.toy_rows=200", "dataset.sources.toy.weight=2").earlier.describe()
+    differ = planned(tmp_path, "dataset.toy_rows=200", "++dataset.sources.toy.weight=2").earlier.describe()
     assert [line.partition(":")[0] for line in differ] == ["dataset.sources.0.content", "dataset.sources.0.weight"]
     assert differ[0].endswith("-100 -> " + differ[0].rpartition(" ")[2]) and differ[0].endswith("-200")
 

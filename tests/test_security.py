@@ -337,7 +337,7 @@ def test_an_override_cannot_make_python_objects(quote, refused, ran):
 
 
 def test_a_config_of_a_step_cannot_make_python_objects(tmp_path, ran):
-    from runner.door import load
+    from runner.config_loading import load
 
     (tmp_path / "config.yaml").write_text("name: " + TAGS[0].format(ran=ran))
     with pytest.raises(UserError, match=r"config.yaml:1: the tag .* is refused"):
@@ -346,7 +346,7 @@ def test_a_config_of_a_step_cannot_make_python_objects(tmp_path, ran):
 
 @pytest.mark.parametrize("text, why", [("a: [1", "not valid YAML"), ("- 1", "no mapping"), (b"\xff\xfe\x00", "cannot be read|not valid")])
 def test_a_broken_config_is_said_in_one_message(text, why, tmp_path):
-    from runner.door import load
+    from runner.config_loading import load
 
     (tmp_path / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=why):

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from runner.config import Config
+from runner.config_loading import load
 from runner.data.batches import pad
-from runner.door import load
 from runner.models import FAMILIES, Actor, Fp32Linear, Scalar
 from runner.rollout import hf
 from runner.rollout.record import Rollout

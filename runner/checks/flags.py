@@ -2,15 +2,15 @@
 
 from dataclasses import fields
 
+from hydra._internal.utils import get_args_parser
+
 from runner.config import Config
 from runner.errors import UserError, did_you_mean
 
-ALONE = ("-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun", "-sc", "--shell-completion")
+ALL = {name: action for action in get_args_parser()._actions for name in action.option_strings}
+ALONE = [name for name, action in ALL.items() if action.nargs == 0]
 # Options that take the next word, and the words that they accept; an empty tuple for any
-WITH_A_WORD = dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all"))
-WITH_A_WORD |= dict.fromkeys(("-i", "--info"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"))
-FREE = ("-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir", "--experimental-rerun")
-WITH_A_WORD |= dict.fromkeys(FREE, ())
+WITH_A_WORD = {name: tuple(action.choices or ()) for name, action in ALL.items() if action.nargs != 0}
 # Hydra does only one of these at a time
 DEEDS = (("-r", "--run"), ("-m", "--multirun"), ("-c", "--cfg"), ("-i", "--info"), ("-sc", "--shell-completion"))
 SHELL_WORDS = {f"{deed}={shell}" for deed in ("install", "uninstall", "query") for shell in ("bash", "zsh", "fish")}
@@ -61,8 +61,8 @@ def _fits(flag: str, word: str) -> bool:
 
 def _word_of(flag: str, word: str) -> str:
     choices = WITH_A_WORD[flag]
-    if not word and flag in ("-i", "--info"):  # the one that may stand alone
-        return "all"
+    if not word and ALL[flag].nargs == "?":  # --info may stand alone
+        return ALL[flag].const
     if not word or (choices and word not in choices):
         raise UserError(f"{flag} wants {' or '.join(choices) or 'a word behind it'}: type {flag} {choices[0] if choices else '...'}")
     return word

@@ -42,10 +42,12 @@ class Dropped(Exception):
 
 
 def check_adapter(where: str, name: str, fields: dict) -> None:
-    """Raise UserError if there is no adapter `name`, or if the map `fields` has a name that is not ours. where: the key of the source."""
+    """Raise UserError if there is no adapter `name`, or if the map `fields` has a name that is empty or not ours. where: its key."""
     if name not in ADAPTERS:
         raise UserError(f"{where}.adapter={name} is unknown{did_you_mean(name, list(ADAPTERS))}; there are {', '.join(ADAPTERS)}")
-    for ours in fields:
+    for ours, theirs in fields.items():
+        if not theirs:
+            raise UserError(f"{where}.fields.{ours} is empty: leave it out, and the usual names are tried")
         if ours not in OURS:
             raise UserError(f"{where}.fields: unknown name {ours}{did_you_mean(ours, list(OURS))}; ours are {', '.join(OURS)}")
 
@@ -127,7 +129,7 @@ def chat(row: dict, key: str) -> tuple[Turn, ...]:
         if str(role) not in ROLES:
             raise BadRow(f"field {key}[{i}] has role {role!r}, not one of {', '.join(ROLES)}")
         if (text := joined(content)) is None:
-            raise BadRow(f"field {key}[{i}] has content {kind_of(content)}, not a text or a list of parts of type text")
+            raise BadRow(f"field {key}[{i}] has content {kind_of(content)}, not a string or a list of parts of type text")
         turns.append({"role": ROLES[role], "content": text.strip()})
     return tuple(turns)
 
@@ -171,7 +173,7 @@ def compare(row: dict, prompt: tuple[Turn, ...], chosen: str, rejected: str | No
 
 
 NUMBER = (int, float)
-KINDS = {str: "a text", list: "a list", NUMBER: "a number"}
+KINDS = {str: "a string", list: "a list", NUMBER: "a number"}
 
 
 def need(row: dict, *path: str, kind: type | tuple = str):
@@ -291,7 +293,7 @@ def any_fields(row: dict, fields: dict) -> Example:
     without a prompt, a whole dialogue. `messages` (`conversations`) is a chat that ends with the response.
     """
     named = under_our_names(row, fields)
-    answer = pick(named, tuple(n for n in RESPONSES if fields.get(n)) or RESPONSES)
+    answer = pick(named, tuple(n for n in RESPONSES if n in fields) or RESPONSES)
     if answer is None:
         raise null_field(named, RESPONSES) or no_field(row, "response", RESPONSES)
     if row.get("label") is False:  # KTO: this is how not to answer
@@ -315,8 +317,8 @@ def prompts(row: dict, fields: dict) -> Example:
 
 
 def under_our_names(row: dict, fields: dict) -> dict:
-    """The row, and beside its own names those of the map `fields` (ours -> theirs). conf/dataset/hub.yaml leaves some of them open."""
-    return row | {ours: need(row, theirs, kind=object) for ours, theirs in fields.items() if theirs}
+    """The row, and beside its own names those of the map `fields` (ours -> theirs)."""
+    return row | {ours: need(row, theirs, kind=object) for ours, theirs in fields.items()}
 
 
 def prompt_turns(named: dict) -> tuple[Turn, ...]:

@@ -187,11 +187,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
         if error.msg == "Extra data":  # one object per line in a file called .json
             yield from _line_rows(path)
             return
-        hint = (
-            "; there is a comma behind the last row"
-            if text[: error.pos].rstrip().endswith(",") and text[error.pos :].startswith("]")
-            else ""
-        )
+        comma = text[: error.pos].rstrip().endswith(",") and text[error.pos :].startswith("]")
+        hint = "; there is a comma behind the last row" if comma else ""
         raise UserError(f"{path}:{error.lineno}: {_not_json(error)}{hint}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from runner.config import PARENTS, Config
-from runner.door import read_yaml
+from runner.config_loading import read_yaml
 from runner.durable.lock import is_held, lock
 from runner.durable.manifest import SHARED, complete, newest_whole, read_manifest, steps_done, write_manifest
 from runner.errors import UserError

@@ -1,4 +1,4 @@
-"""The door: the only way from composed YAML to a Config, so that a wrong key, type or value is refused before anything starts."""
+"""The only way from composed YAML to a Config, so that a wrong key, type or value is refused before anything starts."""
 
 import difflib
 import os
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -24,14 +24,14 @@ def load(composed: DictConfig | str | Path) -> Config:
     Raises:
         UserError: a key that does not exist, a value of the wrong type or out of range, a mandatory value that is missing.
     """
-    typed = isinstance(composed, DictConfig)
-    if not typed:
+    from_command_line = isinstance(composed, DictConfig)
+    if not from_command_line:
         composed = OmegaConf.create(read_yaml(Path(composed)))
     try:
         if missing := next(open_keys(OmegaConf.to_container(composed)), None):
             raise UserError(f"{missing} has no value: type {missing}=...")
         values = expand_home(OmegaConf.to_container(composed, resolve=True))
-        if typed:
+        if from_command_line:
             unescape_stops(values)
         secrets.refuse_in_config(values)
         chosen = values.get("stage")
@@ -41,6 +41,7 @@ def load(composed: DictConfig | str | Path) -> Config:
         check_kinds(values)
         whole = OmegaConf.merge(OmegaConf.structured(Config), values)
         if missing := sorted(OmegaConf.missing_keys(whole)):
+            _refuse_source_without_path(missing, list(whole.dataset.sources))
             raise UserError(f"{' and '.join(missing)} {'has' if len(missing) == 1 else 'have'} no value: type {missing[0]}=...")
         return OmegaConf.to_object(whole)
     except ConfigKeyError as error:
@@ -53,6 +54,20 @@ def load(composed: DictConfig | str | Path) -> Config:
         raise UserError(f"{error.full_key}: {what}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _refuse_source_without_path(missing: list[str], sources: list[str]) -> None:
+    """Raise UserError where a path of a source is missing: on the command line its name may be misspelt."""
+    without = [key.split(".")[2] for key in missing if key.startswith("dataset.sources.")]
+    if without:
+        has = [name for name in sources if name not in without]
+        raise UserError(f"dataset.sources.{without[0]} has no path{instead_of_source(without[0], has)}")
+
+
+def instead_of_source(name: str, there: list[str]) -> str:
+    """The end of the message for a source that does not exist."""
+    listed = f"The sources are {', '.join(sorted(there))}. " if there else ""
+    return f"{did_you_mean(name, there)}. {listed}One of your own: dataset.sources.{name}='{{path: /data/rows.jsonl}}'"
 
 
 # Keys, in any block, whose values are paths or lists of paths
@@ -82,12 +97,12 @@ def check_kinds(values: dict, node: type = Config, prefix: str = "") -> None:
         if f.name not in values:
             continue
         key, value, kind = prefix + f.name, values[f.name], _bare(f.type)
-        if value is None and kind is not f.type:  # Optional
+        if value is None and kind is not f.type:  # it may be null
             continue
         _check_kind(key, value, kind)
         if is_dataclass(kind):
             check_kinds(value, kind, f"{key}.")
-        elif kind == Dict[str, Source]:
+        elif kind == dict[str, Source]:
             for name, source in value.items():
                 _check_kind(f"{key}.{name}", source, Source)
                 check_kinds(source, Source, f"{key}.{name}.")
@@ -99,13 +114,13 @@ def _check_kind(key: str, value: object, kind: type) -> None:
         names = [inside.name for inside in fields(kind)]
         hint = f"type {key}.{names[0]}=" + ("..." if value is None or isinstance(value, list) else str(value))
         raise UserError(f"{key}={shown}: {key} is a block of keys ({', '.join(names)}): {hint}")
-    if str(kind).startswith("typing.Dict") and not isinstance(value, dict):
+    if get_origin(kind) is dict and not isinstance(value, dict):
         raise UserError(f"{key}={shown} must be a mapping: type {key}='{{name: value}}'")
-    if kind == Dict[str, str]:
+    if kind == dict[str, str]:
         for name, text in value.items():
             _check_kind(f"{key}.{name}", text, str)
-    if str(kind).startswith("typing.List"):
-        if not isinstance(value, list) and kind == List[float]:  # betas
+    if get_origin(kind) is list:
+        if not isinstance(value, list) and kind == list[float]:  # betas
             raise UserError(f"{key}={shown} must be two numbers: type {key}=[0.9,0.95]")
         if not isinstance(value, list):
             raise UserError(f"{key}={shown} must be a list: type {key}=[{'...' if value is None else value}]")
@@ -141,7 +156,7 @@ def broken_yaml(error: yaml.YAMLError, path: Path | None = None) -> str:
 
 # What OmegaConf calls the types in its errors -> what we call them
 KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "bool": "true or false"}
-PLAIN = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+PLAIN = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}
 
 
 def open_keys(node: object, prefix: str = "") -> Iterator[str]:
@@ -153,18 +168,18 @@ def open_keys(node: object, prefix: str = "") -> Iterator[str]:
         yield prefix
 
 
-def known_keys(node: type = Config, prefix: str = "") -> List[str]:
+def known_keys(node: type = Config, prefix: str = "") -> list[str]:
     """All dotted keys of the schema: blocks and leaves. A free-form mapping ends with '.*'."""
-    keys: List[str] = []
+    keys: list[str] = []
     for f in fields(node):
         key = prefix + f.name
         kind = _bare(f.type)
         keys.append(key)
         if is_dataclass(kind):
             keys += known_keys(kind, key + ".")
-        elif kind == Dict[str, Source]:
+        elif kind == dict[str, Source]:
             keys += [key + ".*", *known_keys(Source, key + ".*.")]
-        elif str(kind).startswith("typing.Dict"):
+        elif get_origin(kind) is dict:
             keys.append(key + ".*")
     return keys
 
@@ -182,6 +197,5 @@ def unknown(key: str, stage: str | None) -> str:
 
 
 def _bare(kind):
-    """Optional[X] -> X."""
-    inner = [k for k in getattr(kind, "__args__", ()) if k is not type(None)]
-    return inner[0] if len(inner) == 1 and type(None) in kind.__args__ else kind
+    """X | None -> X."""
+    return next(inner for inner in get_args(kind) if inner is not type(None)) if type(None) in get_args(kind) else kind

@@ -1,4 +1,4 @@
-"""A last look at the composed configuration before Hydra saves it: a preset may hold what suggest.py refuses on the command line.
+"""A last look at the composed configuration before Hydra saves it: a preset may hold what overrides.py refuses on the command line.
 
 A Hydra callback, because Hydra makes the run folder and saves the configuration there before it calls run.py's main. Of a sweep all
 jobs are looked at here: what the last one would be refused for is not learnt after a night.
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from runner.checks import secrets
-from runner.door import load
+from runner.config_loading import load
 from runner.errors import UserError
 from runner.limits import check_name
 from runner.plan import plan
@@ -25,7 +25,7 @@ SHOWN = 8  # errors of a sweep's jobs
 MANY = 30  # jobs, at three to the second, that are not checked without a word
 
 
-class Gate(Callback):
+class CheckBeforeSaving(Callback):
     def on_run_start(self, config: DictConfig, **kwargs) -> None:
         """Exit when a secret would be saved, the run's name leads out of runs/, or relative paths would start from another folder."""
         try:
@@ -50,7 +50,7 @@ class Gate(Callback):
 
 
 def refuse_jobs(config: DictConfig) -> None:
-    """Exit when a job of the sweep has a secret, or what the door or the plan refuses: nothing has been started yet."""
+    """Exit when a job of the sweep has a secret, or what `load` or the plan refuses: nothing has been started yet."""
     loader = GlobalHydra.instance().config_loader()
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     words = OmegaConf.to_container(config.hydra.overrides.task)  # interpolations as they are: each job has its own values for them

@@ -15,7 +15,7 @@ from runner.checks import secrets
 from runner.checks.flags import completes, flags_and_overrides, sweeps
 from runner.checks.paths import SUFFIXES, is_local
 from runner.config import STAGES
-from runner.door import broken_yaml, known_keys, read_yaml, unknown
+from runner.config_loading import broken_yaml, instead_of_source, known_keys, read_yaml, unknown
 from runner.errors import UserError, did_you_mean
 from runner.limits import check_name
 from runner.presets import check_preset, groups_in, preset_file
@@ -27,7 +27,8 @@ LAUNCHERS |= dict.fromkeys(("submitit_local", "submitit_slurm"), "hydra-submitit
 def check_overrides(argv: list[str], conf: Path) -> list[str]:
     """Raise UserError for an unknown key, group option, or a key of a stage that the chosen one does not consume.
 
-    Returns argv as Hydra wants it: keys inside our free mappings (hardware.deepspeed, say) get the ++ that Hydra asks for.
+    Returns argv as Hydra wants it: keys inside our free mappings (hardware.deepspeed, say), and those that a source may leave out, get
+    the ++ that Hydra asks for.
     """
     secrets.refuse_in_overrides(argv)
     flags, words = flags_and_overrides(argv, [*known_keys(), *groups_in([conf])])
@@ -48,7 +49,8 @@ def check_overrides(argv: list[str], conf: Path) -> list[str]:
         checked.append(_check_key(argument, override, groups, chosen, folders))
         given.setdefault(override.key_or_group, []).append(argument)
     _tell_repeated(given)
-    return [*flags, *checked]
+    # Hydra applies them in order. Keys that are added to a source come last: a path before them finds no source under a misspelt name
+    return [*flags, *sorted(checked, key=lambda word: bool(re.match(r"\+\+dataset\.sources\.[^.=]+\.", word)))]
 
 
 def _no_override(argument: str, after: str, known: list[str]) -> str:
@@ -103,7 +105,7 @@ def _check_names(override) -> None:
 
 
 def _check_name(value: str) -> None:
-    if "${" in value:  # known only once composed: runner/gate.py checks it then
+    if "${" in value:  # known only once composed: runner/hydra_callback.py checks it then
         return
     try:
         check_name(value)
@@ -135,7 +137,9 @@ def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: st
     block = key.split(".")[0]
     if block in STAGES and "." in key and block not in _consumed(chosen, folders):
         raise UserError(f"{key}: stage={chosen} does not use the {block} block. Leave it out, or type stage={block}")
-    adds = _is_free(key, known) or (value.startswith("{") and (f"{key}.*" in known or key.startswith("dataset.sources.")))
+    # Every source has a path: without ++ a misspelt source is refused by Hydra, and by `load` if only other keys are given
+    of_source = _fits(["dataset", "sources", "*", "*"], key.split(".")) and not key.endswith(".path")
+    adds = of_source or _is_free(key, known) or (value.startswith("{") and (f"{key}.*" in known or key.startswith("dataset.sources.")))
     return f"++{argument}" if adds and argument.startswith(key) else argument
 
 
@@ -232,7 +236,7 @@ def in_words(error: Exception) -> str:
         return broken_yaml(error)
     said = str(error)
     if found := re.search(r"Could not override '(.+?)'", said):
-        return _not_there(found[1])
+        return _not_there(found[1], list(getattr(error.__cause__, "parent_node", None) or ()))
     if found := re.search(r"Error merging override (~\S+)", said):
         return f"{found[1].lstrip('~')} cannot be deleted: leave out {found[1]}"
     if found := re.search(r"Could not find '(hydra/\w+)/(.+?)'\n+Available options in .*:\n((?:\t.*\n?)+)", said):
@@ -242,7 +246,10 @@ def in_words(error: Exception) -> str:
     return re.split(r"\n\s*full_key:|\n\s*Config search path:", said)[0].rstrip()
 
 
-def _not_there(key: str) -> str:
-    if key.startswith(("dataset.path", "dataset.fields")):
+def _not_there(key: str, beside: list[str]) -> str:
+    """beside: the keys of the block in which Hydra has looked for it in vain."""
+    if key == "dataset.path":
         return f"{key}: the chosen data set has its own source. Also type dataset=jsonl (a file) or dataset=hub"
+    if key.startswith("dataset.sources."):
+        return f"{key} does not exist{instead_of_source(key.split('.')[2], beside)}"
     return f"{key} does not exist in what you chose. The same command with --cfg all shows what does"
