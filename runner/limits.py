@@ -121,6 +121,11 @@ def check_dataset(data) -> None:
             check_choice(f"{key}.only", source.only, ("sft", "ppo", "eval"))
         answers = source.only != "sft" or source.adapter != "prompts"
         check(answers, f"{key}.only=sft needs answers, which adapter=prompts does not read: type {key}.adapter=fields")
+        check(
+            not source.fields or source.adapter in ("fields", "prompts"),
+            f"{key}.fields has no effect: adapter={source.adapter} knows the names of its data set. Leave it out, or type "
+            f"{key}.adapter=fields",
+        )
     taken = {pair for source in data.sources.values() for pair in source.fields.items()}
     check(data.fields.items() <= taken, _unread_map(data))
     check(data.path is None or bool(data.path.strip()), "dataset.path is empty: type dataset.path=/data/pairs.jsonl")

@@ -269,6 +269,8 @@ WRONG = {
         "dataset.fields.prompt=q",
         "dataset.fields={prompt: q} is read by no source: dataset=toy has its own names. Leave it out, or also type dataset=jsonl",
     ),
+    "field names of an adapter": ("dataset=shp dataset.sources.shp.fields={prompt:q}", "knows the names of its data set. Leave it out, or"),
+    "key of a source": ("dataset=shp dataset.sources.shp.wieght=2", "did you mean dataset.sources.shp.weight?"),
     "field names of a preset": ("dataset=rm_static dataset.fields={prompt:q}", "is read by no source: dataset=rm_static has its own names"),
     "field names that one source does not take": (
         "dataset.fields={prompt:q} dataset.sources.mine={path:a/b}",
