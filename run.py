@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from runner.checks.flags import sweeps
+from runner.config import Config
 from runner.config_loading import load
 from runner.durable.resume import refuse_changed_config
 from runner.errors import UserError
@@ -31,7 +32,7 @@ from runner.files import remove_unused
 from runner.forecast.fit import refuse_the_impossible
 from runner.forecast.show import show_forecast
 from runner.overrides import check_overrides, in_words
-from runner.plan import plan
+from runner.plan import Step, plan
 from runner.plan_view import show, show_details
 from runner.watch import stop
 
@@ -73,13 +74,14 @@ def run(composed: DictConfig) -> None:
     stop.limit(cfg.time_limit_seconds)
     steps = plan(cfg)
     show(cfg, steps)
+    changed = [step for step in steps if step.earlier and cfg.resume == "auto" and HydraConfig.get().mode == RunMode.RUN]
     if cfg.dry_run:
         show_forecast(cfg, steps, {})
-        return show_details(cfg, steps)
+        show_details(cfg, steps)
+        return note_refusal(cfg, changed)
     refuse_the_impossible(cfg, [step.stage for step in steps if not step.done])
-    for step in steps:
-        if step.earlier and cfg.resume == "auto" and HydraConfig.get().mode == RunMode.RUN:
-            refuse_changed_config(cfg, step.stage, step.earlier)
+    for step in changed:
+        refuse_changed_config(cfg, step.stage, step.earlier)
 
     # Not at the top: --help and dry_run can do without
     from runner.launch import launch
@@ -98,6 +100,15 @@ def run(composed: DictConfig) -> None:
                 reused.add(step.stage)
         took = time.monotonic() - started
         show_summary(cfg.name, steps, reused, run_dir, list(hydra_facts.overrides.task), took=took)
+
+
+def note_refusal(cfg: Config, changed: list[Step]) -> None:
+    """For dry_run: that the run itself would be refused, because it interrupts another configuration."""
+    try:
+        for step in changed:
+            refuse_changed_config(cfg, step.stage, step.earlier)
+    except UserError as error:
+        print(f"\nnote: this is only a plan. Without dry_run it is refused: {error}")
 
 
 def print_error(text: str) -> None:

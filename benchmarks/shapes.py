@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("sft", "reward", "ppo")
-RANDOM = ["model.actor.init=random", "model.reward.init=random"]
+RANDOM = ["model.actor.path=null", "model.reward.path=null"]
 # LLaMA has no small hub model; this is the width and depth of OPT-350M with grouped-query attention
 SMALL_LLAMA = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 8}
 SHAPES = {

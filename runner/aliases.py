@@ -28,6 +28,7 @@ ALIASES = (
     ("lora.target_modules lora_target_modules", "model.{part}.lora.targets", ""),
     ("output_dir", "name, or store", "results are in runs/NAME, trained steps in the store"),
     ("save_steps", "checkpoint.every", ""),
+    ("init", "model.{part}.path=null for random weights, or the checkpoint's folder or hub id", ""),
     ("model_name_or_path", "model.{part}.path", "model=... is the preset of its size"),
     (
         "eval_dataset eval_path eval_file test_path test_file heldout",

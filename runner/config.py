@@ -48,11 +48,15 @@ class Lora:
 class ModelPart:
     """Where the weights of the actor, or of the reward model and critic, come from."""
 
-    path: str
+    path: str | None
     revision: str | None
-    init: str
     shape: dict[str, Any]
     lora: Lora
+
+    @property
+    def random(self) -> bool:
+        """The first weights are made up, from `shape`, and the tokenizer is trained on the data."""
+        return self.path is None
 
     @property
     def adapters_only(self) -> bool:
@@ -373,7 +377,7 @@ class Config:
     def makes_tokenizer(self, stage: str) -> bool:
         """Whether the tokenizer of a stage is trained on the data: its network began, here or in SFT, with random weights."""
         first, part = ("reward", self.model.reward) if stage == "reward" else ("sft", self.model.actor)
-        return part.init == "random" and not getattr(self, first).use
+        return part.random and not getattr(self, first).use
 
     @property
     def time_limit_seconds(self) -> float | None:

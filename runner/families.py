@@ -56,4 +56,13 @@ FAMILIES = {
 def check_family(where: str, found: str | None) -> None:
     """Raise UserError for the `model_type` of a checkpoint, named by `where`, that is not in the table."""
     if found not in FAMILIES:
-        raise UserError(f"{where} is a {found or 'nameless'} model, which is not supported: families are {', '.join(FAMILIES)}")
+        raise UserError(f"{where} is a model of the family {found or '(none)'}, which is not supported: families are {', '.join(FAMILIES)}")
+
+
+def check_same_family(where: str, found: str, preset: str, family: str) -> None:
+    """Raise UserError for the `model_type` of a checkpoint, named by `where`, that is not the preset's family."""
+    if found != family:
+        raise UserError(
+            f"{where} is a model of the family {found}, but model={preset} is of {family}: pick a preset of the family {found}, or "
+            f"a checkpoint of {family}"
+        )

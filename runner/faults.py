@@ -223,17 +223,21 @@ def _bus_error(end: End) -> tuple[str, str]:
 SILENT = 5.0
 
 
-def _least_waiting(beat: dict, newest: float, waited: set[int]) -> tuple[bool, bool, bool, int]:
-    """A key that sorts heartbeats: the rank that most probably kept the others waiting comes first.
-
-    newest: time of the last heartbeat of all. waited: ranks that left a note, and so have waited.
-    """
+def _least_waiting(beat: dict, end: End) -> tuple[bool, bool, bool, int]:
+    """A key that sorts heartbeats: the rank that most probably kept the others waiting comes first."""
+    said = next((note["message"] for note in end.notes if note["rank"] == beat["rank"]), "")
     return (
-        beat["rank"] in waited,  # whatever its last heartbeat says: it was made while the rank failed, and the late one lives on
-        beat["time"] > newest - SILENT,  # a silent rank is dead, or was stopped
+        bool(re.search(TIMEOUT, said)),  # it has waited, whatever its last heartbeat says: that was made while it failed
+        not _silent(beat, end),  # a silent rank is dead, or was stopped
         beat["where"] == heartbeat.WAITING,  # a rank at work has not come to the collective yet
         beat["step"],  # of ranks that all wait, the one farthest behind
     )
+
+
+def _silent(beat: dict, end: End) -> bool:
+    """Whether a rank's heart stopped long before the others', without a note that says why."""
+    newest = max(other["time"] for other in end.beats)
+    return beat["time"] <= newest - SILENT and beat["rank"] not in {note["rank"] for note in end.notes}
 
 
 def _late(end: End) -> tuple[str, str]:
@@ -241,12 +245,11 @@ def _late(end: End) -> tuple[str, str]:
     minutes = f"{end.cfg.hardware.timeout_minutes:g}"
     what = f"the ranks waited for each other longer than hardware.timeout_minutes={minutes}"
     if end.beats:
-        newest = max(beat["time"] for beat in end.beats)
-        waited = {note["rank"] for note in end.notes}
-        late = min(end.beats, key=lambda beat: _least_waiting(beat, newest, waited))
+        late = min(end.beats, key=lambda beat: _least_waiting(beat, end))
         at = late["where"] if late["where"] == heartbeat.WAITING else f"at {late['where'] or 'unknown code'}"
         what += f"; rank {late['rank']} is late, {place(late)}, {at}"
-        if late["time"] <= newest - SILENT:
+        if _silent(late, end):
+            newest = max(beat["time"] for beat in end.beats)
             what += f", its last sign of life {newest - late['time']:.0f} s before the others'"
     return what, (
         "If that rank was only slow, raise hardware.timeout_minutes. If it hangs, look at its machine (nvidia-smi, dmesg); "

@@ -9,6 +9,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from runner.checks.paths import is_local
 from runner.families import FAMILIES
 from runner.schedules import SCHEDULES
 
@@ -59,13 +60,9 @@ def _key(block: object) -> str:
 
 
 def _check_part(part, where: str) -> None:
-    check_choice(f"{where}.init", part.init, ("pretrained", "random"))
-    random = part.init == "random"
-    check(not random or bool(part.shape), f"{where}.init=random needs {where}.shape: the sizes of the network")
-    check(
-        not random or not part.path.startswith(("/", "./", "../", "~")),
-        f"{where}.init=random makes up its weights and does not read {where}.path={part.path}: also type {where}.init=pretrained",
-    )
+    check(part.path is None or bool(part.path.strip()), f"{where}.path is empty: type a folder or a hub id, or null for random weights")
+    sizes = bool(part.shape) or not part.random
+    check(sizes, f"{where}.path=null means random weights, which need {where}.shape: the sizes of the network")
 
 
 def check_model(model) -> None:
@@ -83,12 +80,14 @@ def check_model(model) -> None:
         for size, value in getattr(model, name).shape.items():
             whole = value is None or (type(value) is int and value > 0)
             check(size not in SIZES or whole, f"model.{name}.shape.{size}={value} must be a whole number of 1 or more")
-    context = model.actor.shape.get("max_position_embeddings")
+    # Of a folder the shape in the preset may not be true: prepare looks into its config.json
+    random = model.actor.random
+    context = model.actor.shape.get("max_position_embeddings") if random or not is_local(model.actor.path) else None
     wanted = model.max_prompt_tokens + model.max_response_tokens
     check(
         context is None or wanted <= context,
         f"model.max_prompt_tokens={model.max_prompt_tokens} + model.max_response_tokens={model.max_response_tokens} = {wanted} "
-        f"is longer than the {context} positions of {model.actor.path}: lower one of them",
+        f"is longer than the {context} positions of {model.actor.path or 'model.actor.shape'}: lower one of them",
     )
 
 
@@ -96,6 +95,7 @@ def _check_lora(lora, where: str) -> None:
     check_least(lora, 0, "dim", "alpha", where=where)
     check_positive(lora, "lr", where=where)
     check_share(lora, "dropout", where=where)
+    check("all-linear" not in lora.targets, f"{where}.targets=[all-linear] is the default: leave it out")
     scaled = not lora.dim or lora.alpha > 0
     check(scaled, f"{where}.alpha=0 gives its adapters (dim={lora.dim}) no weight: type {where}.alpha=16, or {where}.dim=0")
 

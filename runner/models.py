@@ -21,7 +21,7 @@ from runner import attention, packing, ranks
 from runner.checks.trust import has_weights, refuse_code, refused_pickle
 from runner.config import Lora
 from runner.data.batches import send
-from runner.errors import UserError
+from runner.errors import UserError, did_you_mean
 from runner.families import FAMILIES, Family, check_family
 from runner.files import whole_folder
 from runner.losses import bar_unused, chosen_logprobs, entropy, token_logprobs, warp_logits, without_token
@@ -273,14 +273,16 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets = list(lora.targets) or list(FAMILIES[model.config.model_type].lora_targets)
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding) and name != "score"]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            known = sorted({name.rsplit(".", 1)[-1] for name in layers})
+            near = did_you_mean(target, known)
+            raise UserError(f"lora.targets: {target} is no layer of {model.config.model_type}{near}. Take some of {', '.join(known)}")
     heads = ["score"] if hasattr(model, "score") else None
     config = LoraConfig(r=lora.dim, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, modules_to_save=heads)
     # Adapters in the model's precision, not in fp32: the optimizer keeps an fp32 copy, and ZeRO-3 refuses mixed precisions
-    try:
-        peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    except ValueError as error:
-        known = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)} - {"score"})
-        raise UserError(f"lora.targets={targets} fit no layer of {model.config.model_type}: take some of {', '.join(known)}") from error
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     if lora.train_rest:
         for name, parameter in peft_model.named_parameters():
             # The matrices under the adapters stay frozen; so does the original that peft keeps of a fully trained head
@@ -388,10 +390,17 @@ def save_model(wrapper: Wrapper, folder: Path, tokenizer, *, dtype: torch.dtype,
     ranks.barrier()
 
 
-def save_adapter(wrapper: Wrapper, folder: Path) -> None:
-    """Write the adapters alone, in peft's format. Collective."""
+def save_adapter(wrapper: Wrapper, folder: Path, tokenizer) -> None:
+    """Write the adapters alone, in peft's format, and the tokenizer. Collective."""
     wanted = {n: p for n, p in wrapper.model.named_parameters() if "lora_" in n or "modules_to_save" in n}
     with gathered(list(wanted.values())):
         if ranks.rank() == 0:
+            config = wrapper.model.peft_config["default"]
+            # Only now: peft would otherwise wrap the model in a class for that task
+            config.task_type = "CAUSAL_LM" if isinstance(wrapper, Actor) else "SEQ_CLS"
+            # Where peft finds it from any folder
+            if Path(config.base_model_name_or_path).is_dir():
+                config.base_model_name_or_path = str(Path(config.base_model_name_or_path).absolute())
             with whole_folder(folder) as work:
+                tokenizer.save_pretrained(work)
                 wrapper.model.save_pretrained(work, state_dict={n: p.detach().clone() for n, p in wanted.items()})

@@ -13,16 +13,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from runner.batch_sizes import accumulation, micro_batch
-from runner.checks.paths import is_local, no_folder
+from runner.checks.paths import is_local, no_checkpoint, no_folder
 from runner.checks.trust import check_vocabulary, check_weights
 from runner.config import ENGINES, PARENTS, SHARES, Config, Hardware, Source, frozen_models
 from runner.data.adapters import check_adapter
 from runner.data.sources import content_key, data_key, has_rows_for, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
 from runner.durable.manifest import steps_done
-from runner.durable.resume import Unfinished, check_forced, forced, unfinished
+from runner.durable.resume import ORIGIN, Unfinished, check_forced, forced, unfinished
 from runner.errors import UserError
-from runner.families import check_family
+from runner.families import check_family, check_same_family
 from runner.files import hash_of, read_json
 from runner.words import short
 
@@ -115,7 +115,7 @@ def _or_interrupted(cfg: Config, step: Step) -> Step:
         return replace(step, earlier=earlier)
     check_forced(cfg, step.stage, earlier)
     origin = {"step": earlier.folder.name, "at": earlier.steps, "changed": earlier.describe()}
-    facts = step.facts | {"goes_on_from": origin}
+    facts = step.facts | {ORIGIN: origin}
     return replace(step, key=_key(facts), folder=_folder(cfg, step.stage, _key(facts)), facts=facts, earlier=earlier)
 
 
@@ -182,10 +182,15 @@ def _first_weights(cfg: Config, name: str) -> dict:
     """What the actor or reward model starts from: random weights and a tokenizer of this data, a folder's files, or a hub model."""
     part = getattr(cfg.model, name)
     lora = {"lora": asdict(part.lora)}
-    if part.init == "random":
+    if part.random:
         return {name: lora | {"init": "random", "shape": part.shape}}
     if is_local(part.path):
-        return {name: lora | {"path": _checked_files(f"model.{name}.path", part.path)}}
+        key = f"model.{name}.path"
+        files, settings = _checked_files(key, part.path), read_json(Path(part.path) / "config.json")
+        check_same_family(f"{key}={part.path}", settings["model_type"], cfg.model.name, cfg.model.family)
+        if name == "reward":
+            _check_one_score(f"{key}={part.path}", settings)
+        return {name: lora | {"path": files}}
     return {name: lora | {"path": part.path, "revision": part.revision}}
 
 
@@ -198,8 +203,7 @@ def _checked_files(key: str, path: str) -> list[list]:
     if not folder.exists():
         raise UserError(no_folder(key, path))
     if not (folder / "config.json").exists():
-        inside = f". Type {key}={folder / 'model'}" if (folder / "model" / "config.json").exists() else ""
-        raise UserError(f"{key}={path} is not a Hugging Face checkpoint: there is no {folder / 'config.json'}{inside}")
+        raise UserError(f"{key}={path} {no_checkpoint(folder, f'type {key}=')}")
     check_family(f"{key}={path}", read_json(folder / "config.json").get("model_type"))
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
 
@@ -214,8 +218,17 @@ def _pinned_facts(stage: str, path: str) -> dict:
     if kind and (stage == "reward") != kind.endswith("ForSequenceClassification"):
         wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"
         raise UserError(f"{stage}.use={path} holds {kind}, but {stage} is {wanted}: give the folder of one")
+    if stage == "reward":
+        _check_one_score(f"reward.use={path}", settings)
     check_weights(folder)
     return {"use": files}
+
+
+def _check_one_score(where: str, settings: dict) -> None:
+    """Raise UserError for a classifier of several labels. settings: its config.json, which names labels unless there are two."""
+    labels = len(settings.get("id2label") or "01")
+    if labels > 1 and any(name.endswith("ForSequenceClassification") for name in settings.get("architectures") or ()):
+        raise UserError(f"{where} sorts texts into {labels} labels; a reward model gives one score: give one that was trained as such")
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------

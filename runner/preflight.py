@@ -121,7 +121,7 @@ def _go_offline_without_network(cfg: Config, steps: list[Step]) -> None:
     names += cfg.dataset.pretrain if "ppo" in by_stage and cfg.ppo.ptx_coef else []
     for stage, part in (("sft", cfg.model.actor), ("reward", cfg.model.reward)):
         if stage in by_stage:  # also of a step that is done: later ones read the tokenizer of what it started from
-            source = by_stage[stage].pinned or (part.path if part.init == "pretrained" else None)
+            source = by_stage[stage].pinned or part.path
             names += [source] if source else []
     needed = [name for name in names if not is_local(name)]
     if not needed:

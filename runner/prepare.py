@@ -22,7 +22,7 @@ from runner.config import Config, ModelPart, Ppo
 from runner.data.sources import data_key
 from runner.durable.lock import lock
 from runner.errors import UserError, did_you_mean
-from runner.families import check_family
+from runner.families import check_family, check_same_family
 from runner.files import hash_of, whole_folder
 from runner.plan import Step
 from runner.preflight import preflight
@@ -131,7 +131,7 @@ def _tokenizers(cfg: Config, store: Path, steps: dict[str, Step]) -> dict[str, t
         if stage in steps:
             pinned, source, key = steps[stage].pinned, getattr(cfg.model, part), f"model.{part}.path"
             if pinned:
-                source, key = ModelPart(pinned, None, "pretrained", {}, source.lora), f"{stage}.use"
+                source, key = ModelPart(pinned, None, {}, source.lora), f"{stage}.use"
             found[part] = _tokenizer(cfg, store, source, key)
     if "ppo" in steps and "actor" in found:
         _check_stops(cfg.ppo.stop, *found["actor"])
@@ -161,23 +161,24 @@ def _check_stops(strings: list[str], path: str, tokenizer) -> None:
 def _one_tokenizer(cfg: Config, steps: dict[str, Step]) -> str:
     """How to get two models with the same tokenizer."""
     pinned = [stage for stage in ("sft", "reward") if steps[stage].pinned]
-    random = [stage for stage, part in (("sft", cfg.model.actor), ("reward", cfg.model.reward)) if part.init == "random"]
+    random = [stage for stage, part in (("sft", cfg.model.actor), ("reward", cfg.model.reward)) if part.random]
     own = [stage for stage in random if stage not in pinned]
     if pinned and own:
         given, made = f"{pinned[0]}.use", own[0]
         return (
-            f"{given} brings the tokenizer of its own run; the {made} model (init=random) gets one trained on the data of this command. "
-            f"Use the data and model of the run that {given} comes from, or give both models of one run, with {made}.use=..."
+            f"{given} brings the tokenizer of its own run; the {made} model starts from random weights and gets one trained on the data of "
+            f"this command. Use the data and model of the run that {given} comes from, or give both models of one run: {made}.use=..."
         )
-    return "Pick a reward model of the same family: model.reward.path=..."
+    key = "reward.use" if "reward" in pinned else "model.reward.path"
+    return f"Give a reward model that has the actor's: {key}=..."
 
 
 def _tokenizer(cfg: Config, store: Path, part: ModelPart, key: str) -> tuple[str, object]:
     from runner.tokenizer import check_template, load_tokenizer, set_template
 
-    path = _own_tokenizer(cfg, store) if part.init == "random" else part.path
+    path = part.path or _own_tokenizer(cfg, store)
     options = {"revision": part.revision, "trust_remote_code": cfg.model.trust_remote_code}
-    with _loading(key if part.init == "pretrained" else "the tokenizer of this data, in the store", path):
+    with _loading("the tokenizer of this data, in the store" if part.random else key, path):
         tokenizer = load_tokenizer(path, end_token=cfg.model.end_token, **options)
         own = tokenizer.chat_template
         if cfg.model.chat_template is not None:
@@ -205,7 +206,7 @@ def _own_tokenizer(cfg: Config, store: Path) -> str:
     from runner.tokenizer import check_template, train_tokenizer
 
     if cfg.model.chat_template is None:
-        raise UserError(f"model.chat_template=null asks for that of a checkpoint, and init=random has none. {NO_TEMPLATE}")
+        raise UserError(f"model.chat_template=null asks for that of a checkpoint, and random weights have none. {NO_TEMPLATE}")
     facts = [data_key(cfg.dataset, "sft"), cfg.model.chat_template, cfg.model.tokenizer_vocab]
     name = f"tokenizer-{hash_of(facts)[:10]}"
     folder = store / "base" / name
@@ -228,11 +229,9 @@ def base_model(cfg: Config, store: Path, name: str, tokenizer) -> str:
     from transformers import AutoConfig
 
     part = getattr(cfg.model, name)
-    if part.init == "pretrained":
+    if not part.random:
         config = _config(cfg, f"model.{name}.path", part.path, part.revision)
-        if config.model_type != cfg.model.family:
-            found = config.model_type
-            raise UserError(f"{part.path} is a {found} model, but model.family={cfg.model.family}: type model.family={found}")
+        check_same_family(f"model.{name}.path={part.path}", config.model_type, cfg.model.name, cfg.model.family)
         _check_context(cfg, part.path, config)
         if is_local(part.path):
             check_weights(Path(part.path))
@@ -325,6 +324,6 @@ def _cannot_load(key: str, path: str, why: str) -> str:
         return (
             f"model {path} is not in the local Hugging Face cache, and the hub cannot be reached. Download it where there is a network "
             f"(`hf download {path} --local-dir FOLDER`) and type {key}=FOLDER; behind a proxy set HTTPS_PROXY; without any model: "
-            "model=tiny, or random weights with model.actor.init=random model.reward.init=random"
+            "model=tiny, or random weights with model.actor.path=null model.reward.path=null"
         )
     return f"{key}={path} cannot be loaded: {why}. Check the name; a gated model needs `hf auth login`"

@@ -173,6 +173,21 @@ def test_what_other_settings_switch_off_is_noted(tmp_path, capsys):
     assert note == "sft.lr and ppo.actor_lr have no effect: only adapters train, at model.actor.lora.lr=0.0002"
 
 
+def test_a_plan_says_that_the_run_would_be_refused(here, monkeypatch, capsys):
+    from runner.durable.resume import write_facts
+    from runner.plan import plan
+
+    step = plan(configured("stage=sft", f"store={here / 'store'}"))[0]
+    checkpoint = step.folder / "checkpoints" / "step_5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text('{"files": {}, "step": 5}')
+    write_facts(step.folder, "demo", step.key, step.facts)
+    monkeypatch.setattr("sys.argv", [RUN, "dry_run=true", "stage=sft", f"store={here / 'store'}", "sft.warmup=7"])
+    runpy.run_path(RUN, run_name="__main__")
+    note = capsys.readouterr().out.partition("note: this is only a plan. Without dry_run it is refused: ")[2]
+    assert note.startswith("stage sft was interrupted at step 5") and "sft.warmup" in note
+
+
 @pytest.mark.parametrize("words", ["dry_run=true", "--help", "--info config"])
 def test_a_reader_who_has_seen_enough_is_no_error(words, here):
     command = f"{sys.executable} {RUN} {words} | head -n 0; exit ${{PIPESTATUS[0]}}"
@@ -256,7 +271,7 @@ WRONG = {
         "ppo.minibatches=3",
         "does not divide into ppo.minibatches=3: type ppo.minibatches=2",
     ),
-    "too long": ("model.max_prompt_tokens=2000", "is longer than the 1024 positions of tiny: lower one of them"),
+    "too long": ("model.max_prompt_tokens=2000", "is longer than the 1024 positions of model.actor.shape: lower one of them"),
     "no file": ("dataset=jsonl dataset.path=pears.jsonl", "data file pears.jsonl does not exist (looked from "),
     "mistyped adapter": ("dataset.sources.toy.adapter=fieds dry_run=true", "toy.adapter=fieds is unknown (did you mean fields?)"),
     "mistyped field": (
@@ -303,10 +318,16 @@ WRONG = {
     "mistyped DeepSpeed key": ("hardware.deepspeed={zero_optimisation:{}}", "did you mean zero_optimization?"),
     "DeepSpeed key that teaches": ("hardware.deepspeed.progressive_layer_drop.enabled=true", "changes what is learned"),
     "our DeepSpeed key": ("hardware.deepspeed.optimizer.type=Adam", "is decided by the runner: set the stage's lr"),
-    "path beside random weights": (
-        "model.reward.path=/models/opt",
-        "model.reward.init=random makes up its weights and does not read model.reward.path=/models/opt: also type model.reward.init=pre",
+    "random weights by another name": (
+        "model.actor.init=random",
+        "type model.actor.path=null for random weights",
     ),
+    "random weights of no size": ("model.actor.shape=null", "model.actor.shape"),
+    "checkpoint without a name": (
+        "model.reward.path=",
+        "path is empty: type a folder or a hub id, or null for",
+    ),
+    "checkpoint in place of random weights": ("model.actor.path=/models/opt", "model.actor.path=/models/opt: this folder does not exist"),
     "nothing held out": ("dataset.holdout=0", "dataset.holdout=0.0 must be above 0, and below 1"),
     "one moment decay": ("ppo.betas=0.9", "ppo.betas=0.9 must be two numbers: type ppo.betas=[0.9,0.95]"),
     "one moment decay in a list": ("ppo.betas=[0.9]", "must be two numbers: type ppo.betas=[0.9,0.95]"),
@@ -353,12 +374,16 @@ WRONG = {
     ),
     "no layers": ("model.actor.shape.num_hidden_layers=0", "num_hidden_layers=0 must be a whole number of 1 or more"),
     "template without content": ("model.chat_template=hello", "leaves out what is said: it turns a message 'Hello' into 'hello'"),
-    "template of no checkpoint": ("model.chat_template=null", "asks for that of a checkpoint, and init=random has none. Leave model.chat_"),
+    "template of no checkpoint": (
+        "model.chat_template=null",
+        "asks for that of a checkpoint, and random weights have none",
+    ),
     "no learning rate": ("sft.lr=0", "sft.lr=0.0 must be above 0"),
     "no learning rate of a part": ("ppo.critic_lr=0", "ppo.critic_lr=0.0 must be above 0"),
     "no learning rate of adapters": ("model.actor.lora.lr=0", "model.actor.lora.lr=0.0 must be above 0"),
     "horizon of a step": ("ppo.kl_target=6 ppo.kl_horizon=12", "kl_coef to zero or below: type more than 12.8, by default 10000"),
     "target of no coefficient": ("ppo.kl_target=6 ppo.kl_coef=0", "would stay there: type ppo.kl_coef=0.05"),
+    "adapters of all layers": ("model.actor.lora.targets=[all-linear]", "targets=[all-linear] is the default: leave it out"),
     "adapters of no weight": ("model.actor.lora.dim=8 model.actor.lora.alpha=0", "model.actor.lora.alpha=0 gives its adapters (dim=8) no"),
     "empty project": ("wandb.project=", "wandb.project is empty: type a name, or wandb.mode=disabled"),
     "name of the store": ("name=store", "would put the folders of commands among the trained steps of store=runs/store"),
@@ -387,16 +412,33 @@ def test_paths_with_spaces_are_one_word_of_the_launch_command(monkeypatch):
 def test_near_checkpoints_are_named(refused, here):
     (here / "step" / "model").mkdir(parents=True)
     (here / "step" / "model" / "config.json").write_text('{"model_type": "opt", "architectures": ["OPTForSequenceClassification"]}')
-    assert "Type sft.use=step/model" in refused("sft.use=./step")
+    assert "type sft.use=step/model" in refused("sft.use=./step")
     for typo, meant in {"./stp": "step", "step/modle": "step/model", "./stp/model": "step/model"}.items():
         assert f"sft.use={typo}: this folder does not exist" in (message := refused(f"sft.use={typo}"))
         assert f"Did you mean {meant}?" in message
     (here / "bert").mkdir()
     (here / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    assert "sft.use=./bert is a bert model, which is not supported: families are opt, bloom, " in refused("sft.use=./bert")
-    pretrained = "model.actor.path=./bert", "model.actor.init=pretrained", "stage=sft"
-    assert "model.actor.path=./bert is a bert model, which is not supported" in refused(*pretrained)
+    assert "sft.use=./bert is a model of the family bert, which is not supported: families are opt, bloom, " in refused("sft.use=./bert")
+    pretrained = "model.actor.path=./bert", "stage=sft"
+    assert "model.actor.path=./bert is a model of the family bert, which is not supported" in refused(*pretrained)
     assert "is a language model (ForCausalLM)" in refused("sft.use=./step/model")
+    assert "reward.use=./step/model sorts texts into 2 labels; a reward model gives one score" in refused("reward.use=./step/model")
+    (here / "llama").mkdir()
+    (here / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    message = refused("model.reward.path=./llama", "stage=reward", "dry_run=true")
+    assert "is a model of the family llama, but model=tiny is of opt: pick a preset of the family llama" in message
+
+
+def test_what_is_no_checkpoint_is_recognised(refused, here):
+    for folder, file in (("step/adapter", "adapter_config.json"), ("adapter", "adapter_config.json"), ("gguf", "opt.gguf")):
+        (here / folder).mkdir(parents=True)
+        (here / folder / file).write_text("{}")
+    (here / "step" / "model").mkdir()
+    (here / "step" / "model" / "config.json").write_text('{"model_type": "opt"}')
+    assert "holds adapters, which are no model without the one that they adapt: type sft.use=step/model" in refused("sft.use=step/adapter")
+    assert "merge them with peft" in refused("sft.use=./adapter")
+    assert "is in llama.cpp's format" in refused("sft.use=./gguf")
+    assert "is in llama.cpp's format" in refused("model.actor.path=./gguf/opt.gguf", "stage=sft")
 
 
 def test_hub_names_and_folders_are_told_apart(here):
@@ -412,7 +454,7 @@ def test_a_tilde_is_the_home_folder_in_every_path_and_nowhere_else(monkeypatch):
     paths = ["store", "model.actor.path", "model.reward.path", "sft.use", "reward.use", "dataset.path", "hardware.hostfile"]
     lists = ["dataset.sft_only", "dataset.ppo_only", "dataset.eval_only", "dataset.pretrain"]
     words = [f'{key}="~/x.jsonl"' for key in paths] + [f'{key}=["~/x.jsonl"]' for key in lists]
-    cfg = configured("dataset=jsonl", "model.actor.init=pretrained", "model.reward.init=pretrained", 'ppo.stop=["~/"]', *words)
+    cfg = configured("dataset=jsonl", 'ppo.stop=["~/"]', *words)
     assert [attrgetter(key)(cfg) for key in paths] == ["/home/ann/x.jsonl"] * len(paths)
     assert [attrgetter(key)(cfg) for key in lists] == [["/home/ann/x.jsonl"]] * len(lists)
     assert {source.path for source in cfg.dataset.sources.values()} == {"/home/ann/x.jsonl"}
@@ -427,7 +469,7 @@ def test_stop_strings_are_typed_with_escapes(tmp_path):
 
 
 def test_a_preset_with_weights_of_ones_own_takes_random_ones_too():
-    assert configured("model=opt175b", "model.actor.init=random", "model.reward.init=random").model.actor.init == "random"
+    assert configured("model=opt175b", "model.actor.path=null", "model.reward.path=null").model.actor.random
 
 
 def test_an_experiment_may_fill_blocks_that_the_stage_does_not_read():
@@ -753,7 +795,7 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
     for name, kind in (("actor", tokenizer), ("reward", other)):
         AutoConfig.for_model("opt", vocab_size=512, max_position_embeddings=256, **shape).save_pretrained(here / name)
         kind.save_pretrained(here / name)
-    folders = [f"model.{part}.{key}" for part in ("actor", "reward") for key in (f"path=./{part}", "init=pretrained")]
+    folders = [f"model.{part}.path=./{part}" for part in ("actor", "reward")]
     assert "have different tokenizers" in refused(*folders)
     save_file({"x": torch.zeros(1)}, here / "actor" / "model.safetensors")
     message = refused("sft.use=./actor")  # beside a reward model with random weights, whose tokenizer is trained on the data
@@ -762,7 +804,7 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
     assert "longer than the 256 positions of ./actor" in refused("sft.use=./actor", "stage=dpo", "model.max_prompt_tokens=250")
     message = refused("stage=reward", "model.reward.shape.max_position_embeddings=300", "dataset.toy_rows=100")
     assert "longer than the 300 positions of model.reward.shape" in message
-    assert "type model.family=opt" in refused(*folders, "model.family=llama", "stage=sft")
+    assert "pick a preset of the family opt" in refused(*folders, "model.family=llama", "stage=sft")
     assert "model.actor.path=./runs is not a Hugging Face checkpoint" in refused(*folders, "model.actor.path=./runs", "stage=sft")
     message = refused(*folders, "model.actor.path=/models/opt", "stage=sft")
     assert "model.actor.path=/models/opt: this folder does not exist" in message and "Repo id" not in message
@@ -777,7 +819,7 @@ def test_a_checkpoints_own_chat_template_is_kept_or_said_to_be_replaced(here, to
     load_tokenizer(str(tokenizer_folder)).save_pretrained(here / "base")
 
     def read(name: str, *words: str):
-        cfg = configured(f"model.actor.path=./{name}", "model.actor.init=pretrained", *words)
+        cfg = configured(f"model.actor.path=./{name}", *words)
         return cfg.model.chat_template, _tokenizer(cfg, here, cfg.model.actor, "model.actor.path")[1].chat_template
 
     ours, used = read("tuned")

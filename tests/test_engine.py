@@ -128,7 +128,8 @@ def plain_model(folder: Path, stage: str):
     tokenizer = load_tokenizer(str(folder / "tokenizer"), chat_template=cfg.model.chat_template)
     options = {"dtype": torch.float32, "attention": "auto", "dropout": 0.0, "seed": cfg.seed}
     if stage in ("sft", "dpo", "actor"):
-        return Actor(load_causal(str(folder / "actor"), tokenizer, **options), "opt", 0)
+        vocabulary = len(tokenizer) if stage == "actor" else None  # PPO samples nothing that is no token
+        return Actor(load_causal(str(folder / "actor"), tokenizer, **options), "opt", 0, vocabulary=vocabulary)
     return Scalar(load_scalar(str(folder / "reward"), tokenizer, fresh_head=stage == "reward", **options), "opt")
 
 

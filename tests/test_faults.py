@@ -233,13 +233,19 @@ def test_the_late_rank_is_named(backend, facts, expected, tmp_path):
     assert f"hardware.timeout_minutes=30; rank 2 is late, {expected}" in fault.text and not fault.repeats
 
 
+@pytest.mark.parametrize("comes_too_late", [False, True])
 @pytest.mark.parametrize("last", [{"at": 94.0}, {"at": 100.0, "where": "runner/worker.py:79 (report)"}], ids=["gone", "failing"])
-def test_a_rank_that_waited_in_vain_is_not_the_late_one(last, tmp_path):
-    """Its last heartbeat is from before it failed, minutes ago, or from while it failed; the one that hangs shows signs of life."""
+def test_a_rank_that_waited_in_vain_is_not_the_late_one(last, comes_too_late, tmp_path):
+    """Its last heartbeat is from before it failed, minutes ago, or from while it failed; the one that hangs shows signs of life.
+
+    The late one may come to the collective after all, and find the others gone.
+    """
     cfg, step = made(tmp_path, "sft", "hardware=cpu2")
     beat(step.folder, 0, **last)
     beat(step.folder, 1, 100.0, where="runner/data/cache.py:12 (load)")
     note(step, WAITED, rank=0)
+    if comes_too_late:
+        note(step, RESET, rank=1, at=9.0)
     assert "rank 1 is late, in phase train after step 7, at runner/data/cache.py:12 (load)." in ended(cfg, step).text
 
 

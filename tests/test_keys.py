@@ -21,7 +21,6 @@ KEYED = {
     "model": ALL,
     "model.tokenizer_vocab": {"reward"},  # a pretrained actor brings its tokenizer along
     "model.actor": {"sft"},
-    "model.actor.init": {"sft", "dpo", "ppo"},  # a random one has a tokenizer of this data, all the way
     "model.actor.lora": {"sft", "dpo", "ppo"},
     "model.reward": {"reward"},
     "model.reward.lora": {"reward", "ppo"},
@@ -54,11 +53,11 @@ UNKEYED = {
     "model.recipe": "read by interpolation: its values stand in the stage blocks",
     "model.trust_remote_code": "refuses a checkpoint or loads it; the weights are the same",
     "model.actor.shape": "pretrained: the checkpoint has its own, this one is for the forecast",
-    "model.reward.path": "random weights: nothing is read from there",
-    "model.reward.revision": "random weights, likewise",
+    "model.reward.revision": "random weights: nothing is read from there",
     "dataset.name": "a label",
     "dataset.path": "read by interpolation: it stands in the sources, and counts by its content",
     **{f"dataset.sources.mine.{key}": "refused of a local file (tests/test_data.py)" for key in ("split", "subset", "revision")},
+    "dataset.sources.toy.fields": "refused of an adapter that knows the names (tests/test_cli.py)",
     "dataset.fields": "read by interpolation: they stand in the sources",
     **{f"{stage}.eval_every": "evaluations draw no random number of training, and change no weight" for stage in ALL},
     **{f"{stage}.eval_examples": "likewise" for stage in ("sft", "reward", "dpo")},
@@ -83,8 +82,8 @@ OTHER = {
     "adapter": "hh_dialogue",
     "only": "sft",
     "fields": {"prompt": "x"},
-    "model.actor.init": "random",
-    "model.reward.init": "pretrained",
+    "dataset.sources.toy.fields": {},
+    "model.reward.path": "a/b",
     "dataset.sources.mine.path": "a/b",
     "dataset.sources.mine.split": "train",
     "dataset.sources.mine.subset": None,
@@ -98,7 +97,7 @@ def cfg(tmp_path_factory) -> Config:
     folder = tmp_path_factory.mktemp("keys")
     for name in ("mine", "more", "text"):
         (folder / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
-    made = configured("model.actor.init=pretrained", "model.actor.path=facebook/opt-125m", "ppo.ptx_coef=0.5")
+    made = configured("model.actor.path=facebook/opt-125m", "ppo.ptx_coef=0.5")
     sources = dict(made.dataset.sources) | {"mine": Source(str(folder / "mine.jsonl"))}
     texts = {"sft_only": [str(folder / "more.jsonl")], "pretrain": [str(folder / "text.jsonl")]}
     return replace(
@@ -218,7 +217,7 @@ def test_a_local_base_model_counts_by_its_files_and_not_by_where_it_lies(cfg, tm
     with pytest.raises(UserError, match=r"model.actor.path=.*/first: this folder does not exist .*there are: .*moved"):
         facts(first)
     (moved / "config.json").rename(tmp_path / "config.json")
-    with pytest.raises(UserError, match=r"model.actor.path=.*/moved is not a Hugging Face checkpoint: there is no .*/moved/config.json"):
+    with pytest.raises(UserError, match=r"model.actor.path=.*/moved is not a Hugging Face checkpoint: it has no config.json"):
         facts(moved)
 
 

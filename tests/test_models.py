@@ -290,8 +290,10 @@ def plain_outputs(hf) -> torch.Tensor:
 
 
 def test_adapters_for_layers_that_are_not_there_are_refused():
-    with pytest.raises(UserError, match=r"lora.targets=\['nix'\] fit no layer of opt: take some of fc1, fc2, k_proj"):
+    with pytest.raises(UserError, match=r"lora.targets: nix is no layer of opt. Take some of embed_positions, embed_tokens, fc1, fc2"):
         add_lora(causal("opt"), lora(targets=["nix"]))
+    with pytest.raises(UserError, match=r"lora.targets: vproj is no layer of opt \(did you mean v_proj\?\)"):
+        add_lora(causal("opt"), lora(targets=["q_proj", "vproj"]))  # peft is content if one of them fits
 
 
 @every_family
@@ -457,12 +459,17 @@ def test_export_in_bf16(with_lora, tokenizer, tmp_path):
     assert torch.equal(loaded.model.layers[0].self_attn.q_proj.weight, expected.bfloat16())
 
 
-def test_saved_adapter_fits_on_the_base_model(tmp_path):
+def test_saved_adapter_fits_on_the_base_model(tmp_path, tokenizer, monkeypatch):
     from peft import PeftModel
 
     model = adapted("llama")
-    save_adapter(model, tmp_path)
-    again = PeftModel.from_pretrained(causal("llama"), str(tmp_path))
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model.model.peft_config["default"].base_model_name_or_path = "base"
+    save_adapter(model, tmp_path / "adapter", tokenizer)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["task_type"]) == (str(tmp_path / "base"), "CAUSAL_LM")
+    again = PeftModel.from_pretrained(causal("llama"), str(tmp_path / "adapter"))
     assert (plain_outputs(again) - plain_outputs(causal("llama"))).abs().max() > 0.1
     torch.testing.assert_close(plain_outputs(again), outputs(model), rtol=1e-5, atol=1e-5)
 
@@ -603,7 +610,7 @@ def test_layerdrop_is_off(dropout, tokenizer, tmp_path):
 
 def test_unknown_family_is_refused(tokenizer, tmp_path):
     GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"is a gpt2 model, which is not supported: families are opt, bloom, llama, gpt_neox"):
+    with pytest.raises(UserError, match=r"is a model of the family gpt2, which is not supported: families are opt, bloom, llama, gpt_neox"):
         load_causal(str(tmp_path), tokenizer, **options())
 
 

@@ -79,7 +79,7 @@ def told(store: Path, before: list[str], now: list[str], stage: str = "sft") -> 
         ("ppo", "sft.use=facebook/opt-125m", "sft.use=facebook/opt-350m", ["sft.use: facebook/opt-125m -> facebook/opt-350m"]),
         ("sft", "dataset.toy_rows=100", "dataset.toy_rows=200", ["dataset.toy_rows: 100 -> 200"]),
         ("sft", "dataset=hub dataset.path=a/b", "dataset=hub dataset.path=a/c", ["dataset.path: a/b -> a/c"]),
-        ("sft", "model.actor.init=pretrained", "", ["model.actor.init: pretrained -> random"]),
+        ("sft", "model.actor.path=x/y", "", ["model.actor.path: x/y -> null"]),
     ],
 )
 def test_differences_are_told_by_keys_that_can_be_typed(stage, before, now, expected, tmp_path):
@@ -165,7 +165,14 @@ def test_force_goes_on_from_there_and_says_so_in_the_key(tmp_path):
     write_facts(forced.folder, "demo", forced.key, forced.facts)
     again = planned(tmp_path, *changed, "resume=force")
     assert (again.folder, again.key, again.facts) == (forced.folder, forced.key, forced.facts)
-    assert planned(tmp_path, *changed).earlier.folder == forced.folder
+    plain = planned(tmp_path, *changed)
+    assert plain.earlier.folder == forced.folder
+    with pytest.raises(UserError, match=r"had continued from another configuration. To resume it, add resume=force again"):
+        refuse_changed_config(configured(*changed), "sft", plain.earlier)
+    other = ("sft.lr=0.5", "sft.warmup=9")
+    with pytest.raises(UserError) as refused:
+        refuse_changed_config(configured(*other), "sft", planned(tmp_path, *other).earlier)
+    assert "goes_on_from" not in str(refused.value) and "sft.warmup" in str(refused.value)
     # And when it is done, the same command knows it, whatever this name has worked at since
     finish(forced)
     interrupt(planned(tmp_path, "sft.lr=0.7", "resume=new"))
@@ -231,12 +238,12 @@ OTHERS = {
     "actor under PPO's adapters": (f"{GIVEN} reward.use=x/rm {ADAPTERS}", "sft.use=x/other", "adapters alone"),
     "actor under DPO's adapters": (f"stage=dpo {GIVEN} {ADAPTERS}", "sft.use=x/other", "adapters alone"),
     "base of SFT's adapters": (
-        f"stage=sft model.actor.init=pretrained model.actor.path=x/base {ADAPTERS}",
+        f"stage=sft model.actor.path=x/base {ADAPTERS}",
         "model.actor.path=x/other",
         "adapters alone",
     ),
     "base of a reward model's adapters": (
-        "stage=reward model.reward.init=pretrained model.reward.path=x/base model.reward.lora.dim=4",
+        "stage=reward model.reward.path=x/base model.reward.lora.dim=4",
         "model.reward.path=x/other",
         "adapters alone",
     ),
@@ -276,7 +283,7 @@ def test_rows_of_another_stage_that_make_another_tokenizer_cannot_be_forced(stag
 
 def test_rows_that_a_step_does_not_read_are_no_difference(tmp_path):
     def reward(*overrides: str) -> tuple[Config, Step]:
-        cfg = configured("stage=reward", "model.reward.init=pretrained", "model.reward.path=x/rm", *overrides)
+        cfg = configured("stage=reward", "model.reward.path=x/rm", *overrides)
         return cfg, plan(replace(cfg, store=str(tmp_path)))[-1]
 
     (tmp_path / "rows.jsonl").write_text("{}")

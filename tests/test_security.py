@@ -216,8 +216,8 @@ def no_questions(monkeypatch):
 
 SHORT = ["model.max_prompt_tokens=60", "model.max_response_tokens=60"]  # the tiny model's context
 PLACES = {
-    "actor": ["stage=sft", "model.actor.init=pretrained", "model.actor.path={model}"],
-    "reward": ["stage=reward", "model.reward.init=pretrained", "model.reward.path={model}"],
+    "actor": ["stage=sft", "model.actor.path={model}"],
+    "reward": ["stage=reward", "model.reward.path={model}"],
     "sft.use": ["sft.use={model}"],
     "reward.use": ["reward.use={model}"],
 }
@@ -511,7 +511,7 @@ def test_what_the_hub_says_is_redacted(monkeypatch, model):
         raise OSError("cannot reach http://ann:hunter2@proxy:3128")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
-    cfg = configured("stage=sft", "model.actor.init=pretrained", f"model.actor.path={model}", f"store={model}/store")
+    cfg = configured("stage=sft", f"model.actor.path={model}", f"store={model}/store")
     with pytest.raises(UserError, match=r"http://\*\*\*@proxy:3128"):
         prepare(cfg, plan(cfg))
 

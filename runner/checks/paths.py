@@ -27,3 +27,15 @@ def no_folder(key: str, path: str) -> str:
     hint = f". In {gone.parent} there are: {', '.join(folders[:8])}" if folders else ""
     hint = f". Did you mean {' or '.join(map(str, near))}?" if near else hint
     return f"{key}={path}: this folder does not exist (looked from {Path.cwd()}){hint}"
+
+
+def no_checkpoint(folder: Path, give: str) -> str:
+    """What a folder without a config.json is instead of a checkpoint, and what to give. `give` goes before a path to type."""
+    merged = next((found for found in (folder / "model", folder.parent / "model") if (found / "config.json").is_file()), None)
+    if folder.suffix == ".gguf" or any(folder.glob("*.gguf")):
+        return "is in llama.cpp's format, which is for inference alone: give the checkpoint in Hugging Face format that it was made of"
+    if (folder / "adapter_config.json").is_file():
+        whole = f"{give}{merged}" if merged else "merge them with peft (merge_and_unload, then save_pretrained), and give that folder"
+        return f"holds adapters, which are no model without the one that they adapt: {whole}"
+    inside = f": {give}{merged}" if merged and merged.parent == folder else ""
+    return f"is not a Hugging Face checkpoint: it has no config.json{inside}"

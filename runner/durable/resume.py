@@ -21,6 +21,8 @@ from runner.errors import UserError
 from runner.files import whole_folder, write_text
 
 FACTS = "facts.json"
+# The fact that says which step a forced one continues
+ORIGIN = "goes_on_from"
 # Settings that no checkpoint can continue with, by the start of their names, and why
 SCALE = "the scale of the scores is fixed when PPO starts, and the critic was trained on that scale"
 NETWORK = "a checkpoint holds the weights that train, and only fits the network that they belong to"
@@ -48,7 +50,7 @@ class Unfinished:
     differences: dict[str, tuple]  # dotted key -> (value there, value now)
 
     def describe(self) -> list[str]:
-        return [f"{key}: {_brief(old)} -> {_brief(new)}" for key, (old, new) in self.differences.items()]
+        return [_line(key, *pair) for key, pair in self.differences.items() if key != ORIGIN]
 
 
 def write_facts(folder: Path, name: str, key: str, facts: dict) -> None:
@@ -76,7 +78,7 @@ def unfinished(store: Path, stage: str, name: str, facts: dict) -> Unfinished | 
 def forced(store: Path, stage: str, name: str, facts: dict) -> tuple[Path, dict] | None:
     """(folder, facts) of a step with exactly this configuration that was forced to continue another one, done or not."""
     for folder, found in _steps_of(store, stage, name):
-        if set(differences(found["facts"], facts)) == {"goes_on_from"}:
+        if set(differences(found["facts"], facts)) == {ORIGIN}:
             return folder, found["facts"]
     return None
 
@@ -105,8 +107,12 @@ def refuse_changed_config(cfg: Config, stage: str, earlier: Unfinished) -> None:
     if complete(earlier.folder)[-1].name == "step_0":
         print(f"{stage} starts over: {earlier.folder}, with another configuration, was interrupted before its first step", file=sys.stderr)
         return
-    differ = in_settings(cfg, stage, earlier) or ["(none: that step had itself continued from another configuration)"]
-    lines = "\n".join(f"  {line}" for line in differ)
+    if set(earlier.differences) == {ORIGIN}:
+        raise UserError(
+            f"stage {stage} was interrupted at step {earlier.steps} in {earlier.folder}, which had continued from another configuration. "
+            "To resume it, add resume=force again. To leave it where it is and start over, add resume=new"
+        )
+    lines = "\n".join(f"  {line}" for line in in_settings(cfg, stage, earlier))
     onward = "To continue from its checkpoint with the new ones, add resume=force, which the result records"
     if unfit := _unfit(cfg, stage, earlier):
         onward = f"Its checkpoint cannot be continued with the new ones: {unfit[1]}"
@@ -133,8 +139,9 @@ def in_settings(cfg: Config, stage: str, earlier: Unfinished) -> list[str]:
     # Of the data a step reads a part: rows for other stages alone may have changed without a trace in its facts
     blocks = {fact.partition(".")[0] for fact in earlier.differences}
     told = {key: pair for key, pair in told.items() if blocks & {"parents", key.partition(".")[0]}}
-    lines = [f"{key}: {_brief(old)} -> {_brief(new)}" for key, (old, new) in told.items() if not UNTOLD & set(key.split("."))]
-    return lines + [_unexplained(key, *pair) for key, pair in earlier.differences.items() if not _explains(lines, key)]
+    lines = [_line(key, *pair) for key, pair in told.items() if not UNTOLD & set(key.split("."))]
+    facts = {key: pair for key, pair in earlier.differences.items() if key != ORIGIN and not _explains(lines, key)}
+    return lines + [_unexplained(key, *pair) for key, pair in facts.items()]
 
 
 def _settings(config: dict, stage: str) -> dict:
@@ -155,7 +162,7 @@ def _unexplained(fact: str, old: object, new: object) -> str:
     """A difference that no setting explains: files have changed, or the code has."""
     if fact.startswith("parents.") or fact.endswith(".content") or isinstance(old, list):
         return f"{fact}: the files have changed"
-    return f"{fact}: {_brief(old)} -> {_brief(new)}"
+    return _line(fact, old, new)
 
 
 def check_forced(cfg: Config, stage: str, earlier: Unfinished) -> None:
@@ -170,10 +177,10 @@ def _unfit(cfg: Config, stage: str, earlier: Unfinished) -> tuple[str, str] | No
     fixed = FIXED | (dict.fromkeys(MAKES_TOKENIZER, TOKENIZER) if cfg.makes_tokenizer(stage) else {})
     fixed |= UNDER_ACTOR if cfg.model.actor.adapters_only else {}
     fixed |= UNDER_REWARD if cfg.model.reward.adapters_only else {}
-    for key, line in zip(earlier.differences, earlier.describe(), strict=True):
+    for key, pair in earlier.differences.items():
         why = next((why for start, why in fixed.items() if key.startswith(start)), None)
         if why and key != "dataset.pretrain":
-            return line, why
+            return _line(key, *pair), why
     return None
 
 
@@ -201,6 +208,10 @@ def adopt(folder: Path, key: str, earlier: Unfinished) -> None:
                 except OSError:
                     shutil.copyfile(source / file, work / file)
             write_manifest(work, manifest)
+
+
+def _line(key: str, old: object, new: object) -> str:
+    return f"{key}: {_brief(old)} -> {_brief(new)}"
 
 
 def _brief(value: object) -> str:

@@ -113,7 +113,7 @@ def frozen(cfg: Config, stage: str) -> dict[str, Sizes]:
 def _shape(part: ModelPart, pinned: str | None) -> dict:
     """The shape of random weights is the configuration's, that of a folder is in its config.json, and that of a hub model is in the preset
     that names it. Never the configured shape for another path: it belongs to the preset's own."""
-    if part.init == "random" and not pinned:
+    if part.random and not pinned:
         return part.shape
     path = pinned or part.path
     settings = Path(path) / "config.json"

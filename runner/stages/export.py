@@ -16,7 +16,7 @@ def export(cfg: Config, folder: Path, wrapper: Wrapper, tokenizer, lora: Lora, b
     options = export_options(cfg)
     save_model(wrapper, folder / "model", tokenizer, **options)
     if lora.dim:
-        save_adapter(wrapper, folder / "adapter")
+        save_adapter(wrapper, folder / "adapter", tokenizer)
     if best():
         save_model(wrapper, folder / "model_best", tokenizer, **options)
 
