@@ -261,7 +261,10 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"question": "a", "answer": "b"}, {}, SINGLE),
         ({"query": "a", "completion": "b"}, {}, SINGLE),
         ({"prompt": "a", "label": "b", "response": None}, {}, SINGLE),
-        ({"prompt": "a", "completion": "b", "label": True}, {}, SINGLE),
+        *[({"prompt": "a", "completion": "b", "label": yes}, {}, SINGLE) for yes in (True, 1, "True", None)],
+        ({"prompt": "a", "label": "0"}, {}, Example(turns("a"), "0")),  # the answer itself
+        ({"prompt": "a", "label": "0"}, {"response": "label"}, Example(turns("a"), "0")),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "label": 0}, {}, PAIR),
         ({"instruction": "a", "input": "", "output": "b"}, {}, SINGLE),
         ({"instruction": "a", "input": "x", "output": "b"}, {}, Example(turns("a\n\nx"), "b")),
         ({"instruction": "a", "context": "x", "response": "b"}, {}, Example(turns("a\n\nx"), "b")),
@@ -375,7 +378,7 @@ def test_fields_of_broken_rows(row, fields, message):
         ({"prompt": "", "response": "b"}, "empty prompt"),
         ({"prompt": [], "response": messages("a", "b")[1:]}, "empty prompt"),
         ({"chosen": messages("a", "b"), "rejected": messages("x", "c")}, "prompts differ"),
-        ({"prompt": "a", "completion": "b", "label": False}, "marked as bad (label: false)"),
+        *[({"prompt": "a", "completion": "b", "label": no}, "marked as bad (label: false)") for no in (False, 0, 0.0, "0", "False", "false")],
     ],
 )
 def test_fields_of_useless_rows(row, why):

@@ -296,9 +296,16 @@ def any_fields(row: dict, fields: dict) -> Example:
     answer = pick(named, tuple(n for n in RESPONSES if n in fields) or RESPONSES)
     if answer is None:
         raise null_field(named, RESPONSES) or no_field(row, "response", RESPONSES)
-    if row.get("label") is False:  # KTO: this is how not to answer
+    rejected = pick(named, ("rejected",))
+    if is_bad(row, single=rejected is None and fields.get(answer, answer) != "label"):
         raise Dropped("marked as bad (label: false)")
-    return with_system(named, compare(named, prompt_turns(named), answer, pick(named, ("rejected",))))
+    return with_system(named, compare(named, prompt_turns(named), answer, rejected))
+
+
+def is_bad(row: dict, single: bool) -> bool:
+    """Whether a row is a KTO one that shows how not to answer. single: one answer, and not under this name; else 0 may be anything."""
+    label = row.get("label")
+    return label is False or (single and str(label).strip().lower() in ("false", "0", "0.0"))
 
 
 def prompts(row: dict, fields: dict) -> Example:
