@@ -268,6 +268,12 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"instruction": "a", "input": "", "output": "b"}, {}, SINGLE),
         ({"instruction": "a", "input": "x", "output": "b"}, {}, Example(turns("a\n\nx"), "b")),
         ({"instruction": "a", "context": "x", "response": "b"}, {}, Example(turns("a\n\nx"), "b")),
+        (
+            {"instruction": "e", "input": "x", "output": "b", "history": [["a ", "b"], ["c", "d"]]},
+            {},
+            Example(turns(*"abcd", "e\n\nx"), "b"),
+        ),
+        *[({"instruction": "a", "output": "b", "history": none}, {}, SINGLE) for none in ([], None, "")],
         # A map, ours -> theirs; its names win over the usual ones
         ({"q": "a", "good": "b", "bad": "c"}, {"prompt": "q", "chosen": "good", "rejected": "bad"}, PAIR),
         ({"q": "a", "a": "b", "chosen": "x", "messages": []}, {"prompt": "q", "response": "a"}, SINGLE),
@@ -359,6 +365,13 @@ def test_the_map_for_a_prompt_alone_has_no_answers():
         ),
         ({"messages": [{"role": "user", "content": []}]}, {}, "content of type list, not a string or a list"),
         ({"prompt": None, "chosen": "b", "rejected": "c"}, {}, "field prompt is null"),
+        ({"instruction": "a", "output": "b", "history": "c"}, {}, "field history is of type str, not a list"),
+        (
+            {"instruction": "a", "output": "b", "history": [["c", "d"], ["e"]]},
+            {},
+            r"history\[1\] is not a pair of texts, \[user, assistant\]",
+        ),
+        ({"instruction": "a", "output": "b", "history": [["c", None]]}, {}, r"history\[0\] is not a pair of texts"),
     ],
 )
 def test_fields_of_broken_rows(row, fields, message):
@@ -378,7 +391,10 @@ def test_fields_of_broken_rows(row, fields, message):
         ({"prompt": "", "response": "b"}, "empty prompt"),
         ({"prompt": [], "response": messages("a", "b")[1:]}, "empty prompt"),
         ({"chosen": messages("a", "b"), "rejected": messages("x", "c")}, "prompts differ"),
-        *[({"prompt": "a", "completion": "b", "label": no}, "marked as bad (label: false)") for no in (False, 0, 0.0, "0", "False", "false")],
+        *[
+            ({"prompt": "a", "completion": "b", "label": no}, "marked as bad (label: false)")
+            for no in (False, 0, 0.0, "0", "False", "false")
+        ],
     ],
 )
 def test_fields_of_useless_rows(row, why):

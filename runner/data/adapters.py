@@ -5,7 +5,7 @@ sources are those of DeepSpeed-Chat; `fields` reads any other file or hub data s
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -335,10 +335,20 @@ def prompt_turns(named: dict) -> tuple[Turn, ...]:
     if named[prompt] == []:
         raise Dropped("empty prompt")
     turns = chat(named, prompt) if isinstance(named[prompt], list) else parse_dialogue(need(named, prompt))
-    extra = pick(named, ("input", "context")) if prompt == "instruction" else None  # Alpaca, Dolly
+    if prompt != "instruction":
+        return turns
+    extra = pick(named, ("input", "context"))  # Alpaca, Dolly
     if extra and need(named, extra).strip():
         turns = (*turns[:-1], user(turns[-1]["content"] + "\n\n" + named[extra]))
-    return turns
+    return (*history(named), *turns)
+
+
+def history(named: dict) -> Iterator[Turn]:
+    """The turns before an instruction, as LLaMA-Factory keeps them: [[user, assistant], ...]."""
+    for i, pair in enumerate(need(named, "history", kind=list) if named.get("history") else ()):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise BadRow(f"field history[{i}] is not a pair of texts, [user, assistant]")
+        yield from (user(pair[0]), {"role": "assistant", "content": pair[1].strip()})
 
 
 def with_system(named: dict, example: Example) -> Example:
