@@ -246,6 +246,7 @@ def messages(*contents: str) -> list[dict]:
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 DIALOGUES = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+GOOD = {"from": "gpt", "value": "b"}
 PAIR = Example(turns("a"), "b", "c")
 SINGLE = Example(turns("a"), "b")
 PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
@@ -291,6 +292,11 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"chosen": messages("a", "b"), "rejected": messages("a", "c")}, {}, PAIR),
         ({"prompt": "a", "chosen": messages("a", "b"), "rejected": messages("a", "c"), "messages": messages("a", "b")}, {}, PAIR),
         ({"prompt": messages("a"), "chosen": messages("x", "b", "c", "d")[1:]}, {}, Example(turns("a", "b", "c"), "d")),
+        # Preferences as LLaMA-Factory keeps them: one message each
+        ({"conversations": [{"from": "human", "value": "a"}], "chosen": GOOD, "rejected": {"role": "assistant", "content": "c"}}, {}, PAIR),
+        ({"conversations": messages(*"abc"), "chosen": GOOD}, {}, Example(turns(*"abc"), "b")),
+        ({"conversations": messages("a"), "chosen": "b", "rejected": "c"}, {}, PAIR),
+        ({"instruction": "a", "chosen": GOOD, "rejected": "c"}, {}, PAIR),
         # Whole dialogues
         (DIALOGUES, {}, PAIR),
         ({"good": DIALOGUES["chosen"], "bad": DIALOGUES["rejected"]}, {"chosen": "good", "rejected": "bad"}, PAIR),
@@ -312,6 +318,7 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ({"instruction": "Add", "input": "1 2", "output": ""}, {}, [user("Add\n\n1 2")]),
         ({"frage": "Hi?", "system": "Be brief."}, {"prompt": "frage"}, [{"role": "system", "content": "Be brief."}, user("Hi?")]),
         ({"messages": TURNS[:1]}, {}, [user("a")]),
+        ({"conversations": TURNS[:1], "chosen": GOOD, "rejected": GOOD}, {}, [user("a")]),
         ({"messages": TURNS}, {}, [user("a")]),
         ({"prompt": TURNS}, {}, [user("a")]),
         ({"conversations": [*TURNS, user("c")]}, {}, [*TURNS, user("c")]),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from runner.data.field_names import OURS, PROMPTS, RESPONSES, guessed_map
+from runner.data.field_names import CHATS, OURS, PROMPTS, RESPONSES, guessed_map
 from runner.errors import UserError, did_you_mean
 
 Turn = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": str}
@@ -134,6 +134,10 @@ def chat(row: dict, key: str) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
+def is_message(value: object) -> bool:
+    return isinstance(value, dict) and bool({"role", "from"} & set(value))
+
+
 def joined(content: object) -> str | None:
     """The text of a message: itself, or of its parts, as {type: text, text}; None if there is something else, such as an image."""
     if not isinstance(content, list):
@@ -144,6 +148,8 @@ def joined(content: object) -> str | None:
 
 def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
     """(prompt, response) of an answer field: the bare response to `prompt`, or a dialogue (text or messages) that ends with it."""
+    if is_message(row.get(key)):  # LLaMA-Factory
+        row = row | {key: [row[key]]}
     if isinstance(row.get(key), list):
         turns = chat(row, key)
     elif prompt:
@@ -312,7 +318,7 @@ def prompts(row: dict, fields: dict) -> Example:
     """The prompt of any row, for PPO: found as `fields` does. Answers are left out, also one at the end of a dialogue."""
     named = under_our_names(row, fields)
     turns, answer = prompt_turns(named), pick(named, RESPONSES)
-    if not turns and answer in ("messages", "conversations") and isinstance(named[answer], list):
+    if not turns and answer in CHATS and isinstance(named[answer], list):
         turns = chat(named, answer)
     elif not turns and answer:
         turns, _ = reply(named, answer, ())
@@ -329,9 +335,9 @@ def under_our_names(row: dict, fields: dict) -> dict:
 
 
 def prompt_turns(named: dict) -> tuple[Turn, ...]:
-    """Turns of the field that holds the prompt; none if the row has no such field."""
+    """Turns of the field that holds the prompt, or of a chat beside an answer; none if the row has no such field."""
     if not (prompt := pick(named, PROMPTS)):
-        return ()
+        return asked(named)
     if named[prompt] == []:
         raise Dropped("empty prompt")
     turns = chat(named, prompt) if isinstance(named[prompt], list) else parse_dialogue(need(named, prompt))
@@ -341,6 +347,15 @@ def prompt_turns(named: dict) -> tuple[Turn, ...]:
     if extra and need(named, extra).strip():
         turns = (*turns[:-1], user(turns[-1]["content"] + "\n\n" + named[extra]))
     return (*history(named), *turns)
+
+
+def asked(named: dict) -> tuple[Turn, ...]:
+    """The turns of a chat that ends with the user and whose answer has a field of its own, as in LLaMA-Factory's pairs; otherwise none."""
+    answer, key = pick(named, RESPONSES), pick(named, CHATS)
+    if answer in CHATS or not key or not isinstance(named[key], list):
+        return ()
+    turns = chat(named, key)
+    return turns if turns and turns[-1]["role"] == "user" else ()
 
 
 def history(named: dict) -> Iterator[Turn]:

@@ -4,7 +4,8 @@ import re
 
 # Names of the fields that `fields` looks for, in this order, and ours, which its map may give to others
 PROMPTS = ("prompt", "instruction", "question", "query")
-RESPONSES = ("chosen", "response", "output", "answer", "completion", "label", "messages", "conversations")
+CHATS = ("messages", "conversations")
+RESPONSES = ("chosen", "response", "output", "answer", "completion", "label", *CHATS)
 OURS = ("prompt", "chosen", "response", "rejected", "system", "messages")
 # Words in the names of fields that other people choose
 HINTS = {
