@@ -249,6 +249,14 @@ DIALOGUES = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a
 GOOD = {"from": "gpt", "value": "b"}
 PAIR = Example(turns("a"), "b", "c")
 SINGLE = Example(turns("a"), "b")
+TURNS = messages("a", "b")
+TOOL_TURNS = [
+    {"role": "tool", "content": "a"},
+    {"role": "Function", "content": "a"},
+    {"from": "observation", "value": "a"},
+    {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+    {"role": "assistant", "content": None, "function_call": {"name": "f"}},
+]
 PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
 
 
@@ -285,6 +293,9 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"messages": messages("a", "b")}, {}, SINGLE),
         ({"messages": [SYSTEM, *messages("a", "b", "c", "d")]}, {}, Example((SYSTEM, *turns("a", "b", "c")), "d")),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {}, SINGLE),
+        ({"messages": [{"role": "User", "content": "a"}, {"role": "model", "content": "b"}]}, {}, SINGLE),
+        ({"conversations": [{"from": "HUMAN", "value": "a"}, {"from": "GPT", "value": "b"}]}, {}, SINGLE),
+        ({"messages": [TURNS[0], TURNS[1] | {"tool_calls": None}]}, {}, SINGLE),
         ({"prompt": "a", "messages": messages("a", "b")}, {}, SINGLE),
         ({"messages": [{"role": "user", "content": PARTS}, *messages("a", "b")[1:]]}, {}, SINGLE),
         # Preferences as TRL keeps them: with a prompt, with the prompt inside, with both
@@ -305,9 +316,6 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
 )
 def test_fields(row, fields, example):
     assert adapt("fields", row, fields) == example
-
-
-TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 @pytest.mark.parametrize(
@@ -362,7 +370,7 @@ def test_the_map_for_a_prompt_alone_has_no_answers():
         ({"prompt": "a", "chosen": 3}, {}, "field chosen is of type int, not a string"),
         ({"prompt": {"x": 1}, "chosen": "b"}, {}, "field prompt is of type dict, not a string"),
         ({"messages": ["a", "b"]}, {}, r"messages\[0\] is of type str"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, {}, r"messages\[0\] has role 'tool'"),
+        ({"messages": [{"role": "Narrator", "content": "a"}]}, {}, r"messages\[0\] has role 'Narrator'"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, {}, "has role"),
         ({"messages": [{"role": "user", "content": None}]}, {}, r"messages\[0\] has content null, not a string"),
         (
@@ -394,6 +402,7 @@ def test_fields_of_broken_rows(row, fields, message):
         ({"chosen": "\n\nHuman: a\n\nAssistant:"}, "empty response"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"}, "dialogue ends with a user turn"),
         ({"messages": []}, "empty response"),
+        *[({"messages": [*messages("a"), turn, *messages("b", "c")]}, "dialogue with tool calls") for turn in TOOL_TURNS],
         ({"messages": messages("a", "b")[1:]}, "empty prompt"),
         ({"prompt": "", "response": "b"}, "empty prompt"),
         ({"prompt": [], "response": messages("a", "b")[1:]}, "empty prompt"),

@@ -116,7 +116,9 @@ def parse_dialogue(text: str) -> tuple[Turn, ...]:
     return tuple(turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns)
 
 
-ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+ROLES = {"system": "system"} | dict.fromkeys(("user", "human", "prompter"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "model"), "assistant")
+TOOLS = ("tool", "function", "function_call", "observation")  # those of OpenAI, and of LLaMA-Factory
 
 
 def chat(row: dict, key: str) -> tuple[Turn, ...]:
@@ -126,11 +128,14 @@ def chat(row: dict, key: str) -> tuple[Turn, ...]:
         if not isinstance(message, dict):
             raise BadRow(f"field {key}[{i}] is {kind_of(message)}, not a message with role and content")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if str(role) not in ROLES:
+        known = str(role).lower()
+        if known in TOOLS or (content is None and (message.get("tool_calls") or message.get("function_call"))):
+            raise Dropped("dialogue with tool calls")  # which our templates cannot show
+        if known not in ROLES:
             raise BadRow(f"field {key}[{i}] has role {role!r}, not one of {', '.join(ROLES)}")
         if (text := joined(content)) is None:
             raise BadRow(f"field {key}[{i}] has content {kind_of(content)}, not a string or a list of parts of type text")
-        turns.append({"role": ROLES[role], "content": text.strip()})
+        turns.append({"role": ROLES[known], "content": text.strip()})
     return tuple(turns)
 
 
