@@ -308,6 +308,10 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"conversations": messages(*"abc"), "chosen": GOOD}, {}, Example(turns(*"abc"), "b")),
         ({"conversations": messages("a"), "chosen": "b", "rejected": "c"}, {}, PAIR),
         ({"instruction": "a", "chosen": GOOD, "rejected": "c"}, {}, PAIR),
+        # With ratings
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 7.5, "score_rejected": 7.0}, {}, PAIR),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 7.5, "score_rejected": None}, {}, PAIR),
+        ({"prompt": "a", "chosen": "b", "rejected": None, "score_chosen": 1, "score_rejected": 2}, {}, SINGLE),
         # Whole dialogues
         (DIALOGUES, {}, PAIR),
         ({"good": DIALOGUES["chosen"], "bad": DIALOGUES["rejected"]}, {"chosen": "good", "rejected": "bad"}, PAIR),
@@ -402,6 +406,8 @@ def test_fields_of_broken_rows(row, fields, message):
         ({"chosen": "\n\nHuman: a\n\nAssistant:"}, "empty response"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"}, "dialogue ends with a user turn"),
         ({"messages": []}, "empty response"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 7, "score_rejected": 7.0}, "chosen is rated no higher"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 6.5, "score_rejected": 7.0}, "chosen is rated no higher"),
         *[({"messages": [*messages("a"), turn, *messages("b", "c")]}, "dialogue with tool calls") for turn in TOOL_TURNS],
         ({"messages": messages("a", "b")[1:]}, "empty prompt"),
         ({"prompt": "", "response": "b"}, "empty prompt"),

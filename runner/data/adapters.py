@@ -310,6 +310,8 @@ def any_fields(row: dict, fields: dict) -> Example:
     rejected = pick(named, ("rejected",))
     if is_bad(row, single=rejected is None and fields.get(answer, answer) != "label"):
         raise Dropped("marked as bad (label: false)")
+    if rejected and is_rated_no_higher(row):
+        raise Dropped("chosen is rated no higher")
     return with_system(named, compare(named, prompt_turns(named), answer, rejected))
 
 
@@ -317,6 +319,12 @@ def is_bad(row: dict, single: bool) -> bool:
     """Whether a row is a KTO one that shows how not to answer. single: one answer, and not under this name; else 0 may be anything."""
     label = row.get("label")
     return label is False or (single and str(label).strip().lower() in ("false", "0", "0.0"))
+
+
+def is_rated_no_higher(row: dict) -> bool:
+    """Whether the ratings beside a pair, as UltraFeedback's has them, do not prefer the chosen answer."""
+    good, bad = row.get("score_chosen"), row.get("score_rejected")
+    return isinstance(good, NUMBER) and isinstance(bad, NUMBER) and good <= bad
 
 
 def prompts(row: dict, fields: dict) -> Example:
