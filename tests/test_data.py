@@ -621,6 +621,16 @@ def test_a_folder_of_other_things_is_no_data_set(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+def test_utf16_is_named_with_its_cure_and_never_skipped(name, order, data, tmp_path):
+    dataset = data(ROWS, name=name, on_bad_row="skip")
+    content = ("\ufeff" + "\n".join(map(json.dumps, ROWS))).encode(order)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(UserError, match=rf"{name} is in UTF-16, not UTF-8: .* iconv -f UTF-16 -t UTF-8 OLD > NEW$"):
+        list(adapted(dataset, dataset.sources["mine"], Counts()))
+
+
 def test_a_windows_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8-sig")
     (tmp_path / "b.json").write_text(json.dumps(ROWS), encoding="utf-8-sig")

@@ -149,9 +149,15 @@ def _line_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
                 yield f"{path}:{number}", _parse(line)
 
 
+UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")  # its byte order marks, as `_open` reads them
+
+
 def _readable(lines, path: Path) -> Iterator[str]:
     try:
-        yield from lines
+        for number, line in enumerate(lines):
+            if number == 0 and line.startswith(UTF_16):
+                raise UserError(f"{path} is in UTF-16, not UTF-8: convert its text with iconv -f UTF-16 -t UTF-8 OLD > NEW")
+            yield line
     except (OSError, EOFError) as error:
         raise UserError(f"{path} cannot be read: {error}. Is it complete?") from error
 
