@@ -1,5 +1,6 @@
 """Data: who gets which prompt, which rows a step sees, how dialogues become tokens, files and caches, and the toy judge."""
 
+import csv
 import gzip
 import io
 import itertools
@@ -532,6 +533,19 @@ def test_other_shapes_of_json(tmp_path):
     assert [where for where, _ in read(tmp_path / "gaps.jsonl")] == [f"{tmp_path}/gaps.jsonl:{n}" for n in range(2, 7)]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_tables_have_a_header_and_texts(name, tmp_path):
+    path, texts = tmp_path / name, ["What, and\n\twhere?", 'A "lake"', "", "5" * 200_000]
+    with path.open("w", encoding="utf-8-sig", newline="") as file:  # as Excel writes it
+        table = csv.writer(file, delimiter="," if name == "a.csv" else "\t")
+        table.writerows([["prompt", "chosen", "rejected", "label"], texts, ["a", "b"], ["a", "b", "c", "d", "e"], ["a", "b", "c", 0]])
+    found = read(path)
+    assert found[0] == (f"{path}:3", dict(zip(["prompt", "chosen", "rejected", "label"], texts, strict=True)))
+    assert [where for where, _ in found[1:]] == [f"{path}:{line}" for line in (4, 5, 6)]
+    assert all(str(row) == "the row has not as many values as the header has names" for _, row in found[1:3])
+    assert found[3][1]["label"] == "0"
+
+
 def test_folder_with_splits(tmp_path):
     import datasets
 
@@ -594,7 +608,8 @@ def damaged_parquet() -> bytes:
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.csv", b"x,y\n", "unknown format; use one of .json, .jsonl"),
+        ("a.txt", b"x,y\n", "unknown format; use one of .json, .jsonl"),
+        ("a.csv", b'prompt,chosen\na,b\na,"b" is it\n', r"a.csv:3: .* expected after .*A quote inside a value is written twice"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 100, mtime=0)[:-20], "cannot be read"),
         ("a.json", b'[{"prompt": "x"},\n oops]', r"a.json:2: not valid JSON"),
         ("a.json", b"3", "is not a list of JSON objects but a single int"),

@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 
 # Data files that we read
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv", ".tsv")
 
 
 def is_local(path: str) -> bool:

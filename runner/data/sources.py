@@ -3,6 +3,7 @@
 No torch and no tokenizer in here: the plan needs the key of the data.
 """
 
+import csv
 import difflib
 import gzip
 import hashlib
@@ -71,6 +72,8 @@ def rows(source: Source, toy_rows: int) -> Iterator[tuple[str, dict | BrokenRow]
             yield from _saved_rows(path, source.split)
         elif path.suffix == ".parquet":
             yield from _parquet_rows(path)
+        elif path.suffix in (".csv", ".tsv"):
+            yield from _table_rows(path)
         elif ".jsonl" in path.suffixes:
             yield from _line_rows(path)
         else:
@@ -206,6 +209,18 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
     for number, value in enumerate(values, 1):
         ok = isinstance(value, dict)
         yield f"{path} row {number}", value if ok else BrokenRow(f"a row must be a JSON object, this is a {type(value).__name__}")
+
+
+def _table_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
+    csv.field_size_limit(2**31 - 1)  # 131,072 characters otherwise
+    with _open(path) as lines:
+        table = csv.DictReader(_readable(lines, path), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        try:
+            for row in table:
+                odd = None in row or None in row.values()  # as it names values without a name, and names without a value
+                yield f"{path}:{table.line_num}", BrokenRow("the row has not as many values as the header has names") if odd else row
+        except csv.Error as error:
+            raise UserError(f"{path}:{table.reader.line_num}: {error}. A quote inside a value is written twice, within quotes") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
