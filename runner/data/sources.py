@@ -13,7 +13,7 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-from runner.checks.paths import SUFFIXES, is_local
+from runner.checks.paths import SEVERAL, SUFFIXES, is_local
 from runner.checks.secrets import redact
 from runner.config import Dataset, Source
 from runner.data import toy
@@ -107,6 +107,8 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 def _existing(source: Source) -> Path:
     path, found = source.path, Path(source.path)
+    if not found.exists() and set(path) & set("*?["):
+        raise UserError(f"data file {path} is a pattern, not the name of a file. {SEVERAL}")
     if not found.exists():
         there = sorted(p.name for p in found.parent.glob("*") if p.name.endswith(SUFFIXES) and p.exists()) if found.parent.is_dir() else []
         near = difflib.get_close_matches(found.name, there, n=3)
@@ -120,7 +122,11 @@ def _existing(source: Source) -> Path:
     if found.is_dir():  # checked before its files are hashed: it may be a whole disk
         if not any((found / name).is_file() for name in SAVED_BY_DATASETS):
             inside = sorted(p.name for p in found.iterdir() if p.name.endswith(SUFFIXES))
-            hint = f": name one of {', '.join(inside[:8])}" if inside else f"; name a {', '.join(SUFFIXES)} file"
+            hint = (
+                f": name one of {', '.join(inside[:8])}{f'. {SEVERAL}' * (len(inside) > 1)}"
+                if inside
+                else f"; name a {', '.join(SUFFIXES)} file"
+            )
             raise UserError(f"folder {path} was not written by datasets' save_to_disk{hint}")
         _check_split(source, has_splits=(found / "dataset_dict.json").is_file())
         return found
