@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from omegaconf import OmegaConf
 
 from runner.config import Dataset
 from runner.config_loading import load
-from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, Unmapped, adapt, check_adapter, parse_dialogue, user
+from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, Unmapped, adapt, check_adapter, parse_dialogue, published, user
+from runner.data.field_names import guessed_map, why_no_map
 from runner.errors import UserError
 from runner.overrides import check_overrides
 
@@ -257,6 +259,13 @@ TOOL_TURNS = [
     {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
     {"role": "assistant", "content": None, "function_call": {"name": "f"}},
 ]
+NECTAR = {"prompt": "a", "answers": [{"answer": "b", "model": "m", "rank": 1.0}], "turns": 1, "good_natured": True}
+ULTRAFEEDBACK = {
+    "source": "s",
+    "instruction": "a",
+    "models": ["m"],
+    "completions": [{"response": "b", "annotations": {}, "overall_score": 8.5}],
+}
 PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
 
 
@@ -362,7 +371,8 @@ def test_rows_without_a_prompt(row, error, message):
 def test_the_map_for_a_prompt_alone_has_no_answers():
     with pytest.raises(Unmapped) as caught:
         adapt("prompts", {"history": "a", "winner": "b", "loser": "c", "preferred": 1}, {})
-    assert (caught.value.map, caught.value.verdict) == ("{prompt: history}", None)
+    assert guessed_map(caught.value.row, caught.value.mapped) == "{prompt: history}"
+    assert guessed_map({"text": "a", "id": 3}, ("prompt",)) == "{prompt: text}"
 
 
 @pytest.mark.parametrize(
@@ -424,7 +434,7 @@ def test_fields_of_useless_rows(row, why):
 
 
 @pytest.mark.parametrize(
-    "row, guess, verdict",
+    "row, guess, why_not",
     [
         ({"question": "a", "good": "b", "bad": "c"}, "{prompt: question, chosen: good, rejected: bad}", None),
         ({"post": "a", "bad_reply": "c", "good_reply": "b"}, "{prompt: post, chosen: good_reply, rejected: bad_reply}", None),
@@ -436,17 +446,39 @@ def test_fields_of_useless_rows(row, why):
         (
             {"query": "a", "response_a": "b", "response_b": "c", "preferred": "b"},
             "{prompt: query, chosen: response_a, rejected: FIELD}",
-            "preferred",
+            "Field preferred says which answer is better",
         ),
-        ({"query": "a", "text_0": "b", "text_1": "c", "better": 1}, "{prompt: query, chosen: FIELD, rejected: FIELD}", "better"),
-        ({"dialogue_a": "a", "dialogue_b": "b", "winner": "model_b"}, "{prompt: FIELD, chosen: FIELD, rejected: FIELD}", "winner"),
+        ({"query": "a", "text_0": "b", "text_1": "c", "better": 1}, "{prompt: query, chosen: FIELD, rejected: FIELD}", "Field better says"),
+        (
+            {"dialogue_a": "a", "dialogue_b": "b", "winner": "model_b"},
+            "{prompt: FIELD, chosen: winner, rejected: FIELD}",
+            "Field winner says",
+        ),
         ({"Frage": "a", "completion": "b", "label": True}, "{prompt: FIELD, chosen: completion, rejected: FIELD}", None),
+        # A name alone is not enough: a map needs texts
+        ({"question": "a", "good_natured": True, "good": "b", "bad": None}, "{prompt: question, chosen: good, rejected: FIELD}", None),
+        ({"post": messages("a"), "good": GOOD, "bad": [1]}, "{prompt: post, chosen: good, rejected: FIELD}", None),
+        (NECTAR, "{prompt: prompt, chosen: FIELD, rejected: FIELD}", "Field answers is a list of rated answers, and no map reads that"),
+        (ULTRAFEEDBACK, "{prompt: instruction, chosen: FIELD, rejected: FIELD}", "Field completions is a list of rated answers"),
+        ({"text": "a", "score": 3}, "{prompt: FIELD, chosen: FIELD, rejected: FIELD}", "A text alone has no prompt .* dataset.pretrain="),
     ],
 )
-def test_a_row_with_unknown_names_comes_with_a_map_to_type(row, guess, verdict):
+def test_a_row_with_unknown_names_comes_with_a_map_to_type(row, guess, why_not):
     with pytest.raises(Unmapped) as caught:
         adapt("fields", row, {})
-    assert (caught.value.map, caught.value.verdict) == (guess, verdict)
+    assert guessed_map(caught.value.row, caught.value.mapped) == guess
+    said = why_no_map(caught.value.row)
+    assert re.match(why_not, said) if why_not else said is None
+
+
+@pytest.mark.parametrize("name, row", [(name, row) for name, row, _ in ROWS], ids=[name for name, _, _ in ROWS])
+def test_rows_of_published_sets_that_fields_cannot_read_are_recognised(name, row):
+    try:
+        adapt("fields", row, {})
+    except Unmapped:
+        assert name in published(row)[:2]  # Chinese and Japanese rows look alike
+    for other in (NECTAR, ULTRAFEEDBACK, {"question": "a", "good": "b", "bad": "c"}, {"text": "a"}):
+        assert published(other) == []
 
 
 def test_fields_map_with_an_unknown_name():

@@ -459,7 +459,13 @@ def test_broken_rows_are_named_or_counted(here, refused):
     message = refused("dataset=jsonl", "dataset.path=judged.jsonl")
     assert "Field preferred says which answer is better" in message and "write the rows as prompt, chosen and rejected" in message
     assert "dataset.fields" not in message
+    shp = {"history": "a", "human_ref_A": "b", "human_ref_B": "c", "labels": 1}
+    Path("shp.jsonl").write_text(json.dumps(shp))
+    message = refused("dataset=jsonl", "dataset.path=shp.jsonl")
+    assert message.endswith("It looks like a row of a published set: type dataset.sources.jsonl.adapter=shp")
     Path("fine.jsonl").write_text("\n".join(rows))
+    message = refused("dataset=jsonl", "dataset.path=fine.jsonl", "dataset.sft_only=[shp.jsonl]")
+    assert "dataset.sources.more='{path: shp.jsonl, adapter: shp, only: sft}'" in message
     message = refused("dataset=jsonl", "dataset.path=fine.jsonl", "dataset.sft_only=[named.jsonl]")
     assert "Name its fields prompt and response" in message and "dataset.fields" not in message  # that map is another file's
     assert "field question is missing" in refused("dataset=jsonl", "dataset.path=lacks.jsonl", "dataset.fields={prompt: question}")

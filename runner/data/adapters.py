@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from runner.data.field_names import CHATS, OURS, PROMPTS, RESPONSES, guessed_map
+from runner.data.field_names import CHATS, OURS, PAIR, PROMPTS, RESPONSES, is_message
 from runner.errors import UserError, did_you_mean
 
 Turn = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": str}
@@ -29,12 +29,12 @@ class BadRow(ValueError):
 class Unmapped(BadRow):
     """The row has none of the names that are looked for.
 
-    map: the field map to type, as far as it can be guessed. verdict: the field that says which answer is better, which no map reads.
+    mapped: those of our names that a map for it would have.
     """
 
-    def __init__(self, message: str, map: str, verdict: str | None):
+    def __init__(self, message: str, row: dict, mapped: tuple[str, ...]):
         super().__init__(message)
-        self.map, self.verdict = map, verdict
+        self.row, self.mapped = row, mapped
 
 
 class Dropped(Exception):
@@ -139,10 +139,6 @@ def chat(row: dict, key: str) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def is_message(value: object) -> bool:
-    return isinstance(value, dict) and bool({"role", "from"} & set(value))
-
-
 def joined(content: object) -> str | None:
     """The text of a message: itself, or of its parts, as {type: text, text}; None if there is something else, such as an image."""
     if not isinstance(content, list):
@@ -165,8 +161,7 @@ def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ..
         raise null
     else:
         missing = no_field(row, "prompt", PROMPTS)
-        message = f"field {key} is not a dialogue (it does not begin with 'Human:'), and there is {missing}"
-        raise Unmapped(message, missing.map, missing.verdict)
+        raise Unmapped(f"field {key} is not a dialogue (it does not begin with 'Human:'), and there is {missing}", row, PAIR)
     if not turns or turns[-1]["role"] != "assistant":
         empty = not turns or PLACE.search(str(row[key]))
         raise Dropped("empty response" if empty else f"dialogue ends with a {turns[-1]['role']} turn")
@@ -396,8 +391,23 @@ def null_field(row: dict, names: tuple[str, ...]) -> BadRow | None:
     return next((BadRow(f"field {name} is null") for name in names if name in row), None)
 
 
-def no_field(row: dict, what: str, names: tuple[str, ...], mapped: tuple[str, ...] = ("prompt", "chosen", "rejected")) -> Unmapped:
-    return Unmapped(f"no {what} among the fields {', '.join(map(str, row))}; tried {', '.join(names)}", *guessed_map(row, mapped))
+def no_field(row: dict, what: str, names: tuple[str, ...], mapped: tuple[str, ...] = PAIR) -> Unmapped:
+    return Unmapped(f"no {what} among the fields {', '.join(map(str, row))}; tried {', '.join(names)}", row, mapped)
+
+
+def published(row: dict) -> list[str]:
+    """The adapters of published sets that can read a row."""
+    return [name for name in ADAPTERS if name not in ("fields", "prompts", "toy") and _reads(name, row)]
+
+
+def _reads(name: str, row: dict) -> bool:
+    try:
+        ADAPTERS[name](row, {})
+    except BadRow:
+        return False
+    except Dropped:
+        pass
+    return True
 
 
 ADAPTERS: dict[str, Callable[[dict, dict], Example]] = {
