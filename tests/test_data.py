@@ -1038,6 +1038,16 @@ def test_an_empty_share_says_so(data, build):
         build(data(pairs(1), **only("sft"), holdout=1e-9), "sft")
 
 
+@pytest.mark.parametrize("split", [PhaseSplit(1, 1, 1), PhaseSplit(1, 0, 0)])
+def test_few_rows_come_with_a_holdout_that_works_for_every_stage(split, data, build):
+    dataset = data(pairs(24), holdout=0.01, split=split)
+    with pytest.raises(UserError, match=r"no rows to evaluate on .*Give more prompts, or type dataset.holdout=0.\d+$") as refused:
+        build(dataset, "sft")
+    holdout = float(str(refused.value).rpartition("=")[2])
+    for stage in ("sft", "reward", "ppo") if split.ppo else ("sft",):
+        build(replace(dataset, holdout=holdout), stage)
+
+
 BROKEN = [json.dumps(row) for row in pairs(30)]
 BROKEN[6] = '{"prompt": "Say", '
 BROKEN[9] = "[1, 2]"
