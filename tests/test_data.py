@@ -969,6 +969,14 @@ def test_the_same_prompt_is_answered_once_in_ppo(data, build):
     assert counts["dropped"] == {"same prompt again": 10} and len(train) + len(held) == 30
 
 
+def test_exact_copies_of_training_rows_are_counted_and_kept(data, build):
+    other = {"prompt": "Say 0", "chosen": "good 0", "rejected": "another"}
+    train, _, counts = build(data(pairs(30) + pairs(10) + [other], **only("reward"), holdout=0.05, weight=2.0), "reward")
+    assert len(train) == counts["train"] and counts["repeated"] == 10 - sum(
+        held_out(prompt_hash(asked(f"Say {i}")), 0.05) for i in range(10)
+    )
+
+
 def test_rows_without_a_rejected_response_all_serve_sft(data, build):
     """Only a prompt that reward model or PPO see in a comparison is kept from them."""
     alone = [{"prompt": f"Say {i}", "response": f"fine {i}"} for i in range(60)]

@@ -136,13 +136,16 @@ def _encoded(source: Iterator, encoder: Encoder, title: str) -> Iterator[tuple[d
 
 def _write(folder: Path, stage: str, dataset: Dataset, made: Iterator[tuple[dict, int]], counts: Counts) -> None:
     with _Writer(folder / "train.arrow") as train, _Writer(folder / "eval.arrow") as held:
-        sources = sources_of(dataset)
+        sources, seen = sources_of(dataset), set()
         for row, number in made:
             source = sources[row["source"]]
             if source.only == "eval" or (not dataset.has_own_tests and held_out(number, dataset.holdout)):
                 held.add(row)
                 counts.eval += 1
                 continue
+            content = hash(tuple(token for name, ids in row.items() if name.endswith("_ids") for token in ids))
+            counts.repeated += content in seen
+            seen.add(content)
             copies = copies_of(source.weight, number)
             counts.train += copies
             for _ in range(copies):

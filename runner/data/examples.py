@@ -20,6 +20,7 @@ class Counts:
     train: int = 0
     eval: int = 0
     truncated: int = 0
+    repeated: int = 0  # rows to train on that are exact copies of one before them
     dropped: Counter = field(default_factory=Counter)
     owned: Counter = field(default_factory=Counter)  # examples per stage, before the encoder drops any
 
