@@ -312,7 +312,7 @@ def any_fields(row: dict, fields: dict) -> Example:
 
 def is_bad(row: dict, single: bool) -> bool:
     """Whether a row is a KTO one that shows how not to answer. single: one answer, and not under this name; else 0 may be anything."""
-    label = row.get("label")
+    label = row.get("kto_tag", row.get("label"))  # LLaMA-Factory's name, TRL's name
     return label is False or (single and str(label).strip().lower() in ("false", "0", "0.0"))
 
 
