@@ -14,6 +14,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from runner.aliases import instead_of
 from runner.checks import secrets
+from runner.checks.paths import SEVERAL
 from runner.config import PARENTS, STAGES, Config, Source
 from runner.errors import UserError, did_you_mean
 
@@ -128,6 +129,8 @@ def _check_kind(key: str, value: object, kind: type) -> None:
             raise UserError(f"{key}={value} must be a list of plain values")
     if kind in PLAIN and (value is None or isinstance(value, dict | list)):
         instead = f": type {key}=..., or leave it out" if value is None else ""
+        if isinstance(value, list) and key.startswith("dataset.") and key.endswith("path"):
+            instead = f", the name of one file. {SEVERAL}"
         raise UserError(f"{key}={shown} must be {PLAIN[kind]}{instead}")
     if kind is float and str(value).strip("+-.").lower() in ("inf", "infinity", "nan"):
         raise UserError(f"{key}={value} must be a finite number")

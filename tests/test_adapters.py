@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from omegaconf import OmegaConf
 
 from runner.config import Dataset
 from runner.config_loading import load
-from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, Unmapped, adapt, check_adapter, parse_dialogue, user
+from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, Unmapped, adapt, check_adapter, parse_dialogue, published, user
+from runner.data.field_names import guessed_map, why_no_map
 from runner.errors import UserError
 from runner.overrides import check_overrides
 
@@ -246,8 +248,24 @@ def messages(*contents: str) -> list[dict]:
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 DIALOGUES = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+GOOD = {"from": "gpt", "value": "b"}
 PAIR = Example(turns("a"), "b", "c")
 SINGLE = Example(turns("a"), "b")
+TURNS = messages("a", "b")
+TOOL_TURNS = [
+    {"role": "tool", "content": "a"},
+    {"role": "Function", "content": "a"},
+    {"from": "observation", "value": "a"},
+    {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+    {"role": "assistant", "content": None, "function_call": {"name": "f"}},
+]
+NECTAR = {"prompt": "a", "answers": [{"answer": "b", "model": "m", "rank": 1.0}], "turns": 1, "good_natured": True}
+ULTRAFEEDBACK = {
+    "source": "s",
+    "instruction": "a",
+    "models": ["m"],
+    "completions": [{"response": "b", "annotations": {}, "overall_score": 8.5}],
+}
 PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
 
 
@@ -261,10 +279,19 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"question": "a", "answer": "b"}, {}, SINGLE),
         ({"query": "a", "completion": "b"}, {}, SINGLE),
         ({"prompt": "a", "label": "b", "response": None}, {}, SINGLE),
-        ({"prompt": "a", "completion": "b", "label": True}, {}, SINGLE),
+        *[({"prompt": "a", "completion": "b", "label": yes}, {}, SINGLE) for yes in (True, 1, "True", None)],
+        ({"prompt": "a", "label": "0"}, {}, Example(turns("a"), "0")),  # the answer itself
+        ({"prompt": "a", "label": "0"}, {"response": "label"}, Example(turns("a"), "0")),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "label": 0}, {}, PAIR),
         ({"instruction": "a", "input": "", "output": "b"}, {}, SINGLE),
         ({"instruction": "a", "input": "x", "output": "b"}, {}, Example(turns("a\n\nx"), "b")),
         ({"instruction": "a", "context": "x", "response": "b"}, {}, Example(turns("a\n\nx"), "b")),
+        (
+            {"instruction": "e", "input": "x", "output": "b", "history": [["a ", "b"], ["c", "d"]]},
+            {},
+            Example(turns(*"abcd", "e\n\nx"), "b"),
+        ),
+        *[({"instruction": "a", "output": "b", "history": none}, {}, SINGLE) for none in ([], None, "")],
         # A map, ours -> theirs; its names win over the usual ones
         ({"q": "a", "good": "b", "bad": "c"}, {"prompt": "q", "chosen": "good", "rejected": "bad"}, PAIR),
         ({"q": "a", "a": "b", "chosen": "x", "messages": []}, {"prompt": "q", "response": "a"}, SINGLE),
@@ -275,6 +302,9 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"messages": messages("a", "b")}, {}, SINGLE),
         ({"messages": [SYSTEM, *messages("a", "b", "c", "d")]}, {}, Example((SYSTEM, *turns("a", "b", "c")), "d")),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {}, SINGLE),
+        ({"messages": [{"role": "User", "content": "a"}, {"role": "model", "content": "b"}]}, {}, SINGLE),
+        ({"conversations": [{"from": "HUMAN", "value": "a"}, {"from": "GPT", "value": "b"}]}, {}, SINGLE),
+        ({"messages": [TURNS[0], TURNS[1] | {"tool_calls": None}]}, {}, SINGLE),
         ({"prompt": "a", "messages": messages("a", "b")}, {}, SINGLE),
         ({"messages": [{"role": "user", "content": PARTS}, *messages("a", "b")[1:]]}, {}, SINGLE),
         # Preferences as TRL keeps them: with a prompt, with the prompt inside, with both
@@ -282,6 +312,15 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"chosen": messages("a", "b"), "rejected": messages("a", "c")}, {}, PAIR),
         ({"prompt": "a", "chosen": messages("a", "b"), "rejected": messages("a", "c"), "messages": messages("a", "b")}, {}, PAIR),
         ({"prompt": messages("a"), "chosen": messages("x", "b", "c", "d")[1:]}, {}, Example(turns("a", "b", "c"), "d")),
+        # Preferences as LLaMA-Factory keeps them: one message each
+        ({"conversations": [{"from": "human", "value": "a"}], "chosen": GOOD, "rejected": {"role": "assistant", "content": "c"}}, {}, PAIR),
+        ({"conversations": messages(*"abc"), "chosen": GOOD}, {}, Example(turns(*"abc"), "b")),
+        ({"conversations": messages("a"), "chosen": "b", "rejected": "c"}, {}, PAIR),
+        ({"instruction": "a", "chosen": GOOD, "rejected": "c"}, {}, PAIR),
+        # With ratings
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 7.5, "score_rejected": 7.0}, {}, PAIR),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 7.5, "score_rejected": None}, {}, PAIR),
+        ({"prompt": "a", "chosen": "b", "rejected": None, "score_chosen": 1, "score_rejected": 2}, {}, SINGLE),
         # Whole dialogues
         (DIALOGUES, {}, PAIR),
         ({"good": DIALOGUES["chosen"], "bad": DIALOGUES["rejected"]}, {"chosen": "good", "rejected": "bad"}, PAIR),
@@ -292,9 +331,6 @@ def test_fields(row, fields, example):
     assert adapt("fields", row, fields) == example
 
 
-TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-
-
 @pytest.mark.parametrize(
     "row, fields, prompt",
     [
@@ -303,6 +339,7 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ({"instruction": "Add", "input": "1 2", "output": ""}, {}, [user("Add\n\n1 2")]),
         ({"frage": "Hi?", "system": "Be brief."}, {"prompt": "frage"}, [{"role": "system", "content": "Be brief."}, user("Hi?")]),
         ({"messages": TURNS[:1]}, {}, [user("a")]),
+        ({"conversations": TURNS[:1], "chosen": GOOD, "rejected": GOOD}, {}, [user("a")]),
         ({"messages": TURNS}, {}, [user("a")]),
         ({"prompt": TURNS}, {}, [user("a")]),
         ({"conversations": [*TURNS, user("c")]}, {}, [*TURNS, user("c")]),
@@ -334,7 +371,8 @@ def test_rows_without_a_prompt(row, error, message):
 def test_the_map_for_a_prompt_alone_has_no_answers():
     with pytest.raises(Unmapped) as caught:
         adapt("prompts", {"history": "a", "winner": "b", "loser": "c", "preferred": 1}, {})
-    assert (caught.value.map, caught.value.verdict) == ("{prompt: history}", None)
+    assert guessed_map(caught.value.row, caught.value.mapped) == "{prompt: history}"
+    assert guessed_map({"text": "a", "id": 3}, ("prompt",)) == "{prompt: text}"
 
 
 @pytest.mark.parametrize(
@@ -346,7 +384,7 @@ def test_the_map_for_a_prompt_alone_has_no_answers():
         ({"prompt": "a", "chosen": 3}, {}, "field chosen is of type int, not a string"),
         ({"prompt": {"x": 1}, "chosen": "b"}, {}, "field prompt is of type dict, not a string"),
         ({"messages": ["a", "b"]}, {}, r"messages\[0\] is of type str"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, {}, r"messages\[0\] has role 'tool'"),
+        ({"messages": [{"role": "Narrator", "content": "a"}]}, {}, r"messages\[0\] has role 'Narrator'"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, {}, "has role"),
         ({"messages": [{"role": "user", "content": None}]}, {}, r"messages\[0\] has content null, not a string"),
         (
@@ -356,6 +394,13 @@ def test_the_map_for_a_prompt_alone_has_no_answers():
         ),
         ({"messages": [{"role": "user", "content": []}]}, {}, "content of type list, not a string or a list"),
         ({"prompt": None, "chosen": "b", "rejected": "c"}, {}, "field prompt is null"),
+        ({"instruction": "a", "output": "b", "history": "c"}, {}, "field history is of type str, not a list"),
+        (
+            {"instruction": "a", "output": "b", "history": [["c", "d"], ["e"]]},
+            {},
+            r"history\[1\] is not a pair of texts, \[user, assistant\]",
+        ),
+        ({"instruction": "a", "output": "b", "history": [["c", None]]}, {}, r"history\[0\] is not a pair of texts"),
     ],
 )
 def test_fields_of_broken_rows(row, fields, message):
@@ -371,11 +416,18 @@ def test_fields_of_broken_rows(row, fields, message):
         ({"chosen": "\n\nHuman: a\n\nAssistant:"}, "empty response"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"}, "dialogue ends with a user turn"),
         ({"messages": []}, "empty response"),
+        ({"messages": messages("a", "b"), "kto_tag": "false"}, "marked as bad (label: false)"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 7, "score_rejected": 7.0}, "chosen is rated no higher"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 6.5, "score_rejected": 7.0}, "chosen is rated no higher"),
+        *[({"messages": [*messages("a"), turn, *messages("b", "c")]}, "dialogue with tool calls") for turn in TOOL_TURNS],
         ({"messages": messages("a", "b")[1:]}, "empty prompt"),
         ({"prompt": "", "response": "b"}, "empty prompt"),
         ({"prompt": [], "response": messages("a", "b")[1:]}, "empty prompt"),
         ({"chosen": messages("a", "b"), "rejected": messages("x", "c")}, "prompts differ"),
-        ({"prompt": "a", "completion": "b", "label": False}, "marked as bad (label: false)"),
+        *[
+            ({"prompt": "a", "completion": "b", "label": no}, "marked as bad (label: false)")
+            for no in (False, 0, 0.0, "0", "False", "false")
+        ],
     ],
 )
 def test_fields_of_useless_rows(row, why):
@@ -383,7 +435,7 @@ def test_fields_of_useless_rows(row, why):
 
 
 @pytest.mark.parametrize(
-    "row, guess, verdict",
+    "row, guess, why_not",
     [
         ({"question": "a", "good": "b", "bad": "c"}, "{prompt: question, chosen: good, rejected: bad}", None),
         ({"post": "a", "bad_reply": "c", "good_reply": "b"}, "{prompt: post, chosen: good_reply, rejected: bad_reply}", None),
@@ -395,17 +447,39 @@ def test_fields_of_useless_rows(row, why):
         (
             {"query": "a", "response_a": "b", "response_b": "c", "preferred": "b"},
             "{prompt: query, chosen: response_a, rejected: FIELD}",
-            "preferred",
+            "Field preferred says which answer is better",
         ),
-        ({"query": "a", "text_0": "b", "text_1": "c", "better": 1}, "{prompt: query, chosen: FIELD, rejected: FIELD}", "better"),
-        ({"dialogue_a": "a", "dialogue_b": "b", "winner": "model_b"}, "{prompt: FIELD, chosen: FIELD, rejected: FIELD}", "winner"),
+        ({"query": "a", "text_0": "b", "text_1": "c", "better": 1}, "{prompt: query, chosen: FIELD, rejected: FIELD}", "Field better says"),
+        (
+            {"dialogue_a": "a", "dialogue_b": "b", "winner": "model_b"},
+            "{prompt: FIELD, chosen: winner, rejected: FIELD}",
+            "Field winner says",
+        ),
         ({"Frage": "a", "completion": "b", "label": True}, "{prompt: FIELD, chosen: completion, rejected: FIELD}", None),
+        # A name alone is not enough: a map needs texts
+        ({"question": "a", "good_natured": True, "good": "b", "bad": None}, "{prompt: question, chosen: good, rejected: FIELD}", None),
+        ({"post": messages("a"), "good": GOOD, "bad": [1]}, "{prompt: post, chosen: good, rejected: FIELD}", None),
+        (NECTAR, "{prompt: prompt, chosen: FIELD, rejected: FIELD}", "Field answers is a list of rated answers, and no map reads that"),
+        (ULTRAFEEDBACK, "{prompt: instruction, chosen: FIELD, rejected: FIELD}", "Field completions is a list of rated answers"),
+        ({"text": "a", "score": 3}, "{prompt: FIELD, chosen: FIELD, rejected: FIELD}", "A text alone has no prompt .* dataset.pretrain="),
     ],
 )
-def test_a_row_with_unknown_names_comes_with_a_map_to_type(row, guess, verdict):
+def test_a_row_with_unknown_names_comes_with_a_map_to_type(row, guess, why_not):
     with pytest.raises(Unmapped) as caught:
         adapt("fields", row, {})
-    assert (caught.value.map, caught.value.verdict) == (guess, verdict)
+    assert guessed_map(caught.value.row, caught.value.mapped) == guess
+    said = why_no_map(caught.value.row)
+    assert re.match(why_not, said) if why_not else said is None
+
+
+@pytest.mark.parametrize("name, row", [(name, row) for name, row, _ in ROWS], ids=[name for name, _, _ in ROWS])
+def test_rows_of_published_sets_that_fields_cannot_read_are_recognised(name, row):
+    try:
+        adapt("fields", row, {})
+    except Unmapped:
+        assert name in published(row)[:2]  # Chinese and Japanese rows look alike
+    for other in (NECTAR, ULTRAFEEDBACK, {"question": "a", "good": "b", "bad": "c"}, {"text": "a"}):
+        assert published(other) == []
 
 
 def test_fields_map_with_an_unknown_name():

@@ -24,6 +24,7 @@ from tiny import configured
 
 from runner.config_loading import load
 from runner.errors import UserError
+from runner.overrides import check_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = str(ROOT / "run.py")
@@ -500,7 +501,13 @@ def test_broken_rows_are_named_or_counted(here, refused):
     message = refused("dataset=jsonl", "dataset.path=judged.jsonl")
     assert "Field preferred says which answer is better" in message and "write the rows as prompt, chosen and rejected" in message
     assert "dataset.fields" not in message
+    shp = {"history": "a", "human_ref_A": "b", "human_ref_B": "c", "labels": 1}
+    Path("shp.jsonl").write_text(json.dumps(shp))
+    message = refused("dataset=jsonl", "dataset.path=shp.jsonl")
+    assert message.endswith("It looks like a row of a published set: type dataset.sources.jsonl.adapter=shp")
     Path("fine.jsonl").write_text("\n".join(rows))
+    message = refused("dataset=jsonl", "dataset.path=fine.jsonl", "dataset.sft_only=[shp.jsonl]")
+    assert "dataset.sources.more='{path: shp.jsonl, adapter: shp, only: sft}'" in message
     message = refused("dataset=jsonl", "dataset.path=fine.jsonl", "dataset.sft_only=[named.jsonl]")
     assert "Name its fields prompt and response" in message and "dataset.fields" not in message  # that map is another file's
     assert "field question is missing" in refused("dataset=jsonl", "dataset.path=lacks.jsonl", "dataset.fields={prompt: question}")
@@ -517,9 +524,23 @@ def test_data_that_is_no_file_of_rows_is_said_before_it_is_read(here, refused):
     (here / "data" / "rows.jsonl").write_text("{}")
     (here / "data" / "gone.jsonl").symlink_to("nowhere")
     os.mkfifo(here / "pipe.jsonl")
-    assert "folder ./data was not written by datasets' save_to_disk: name one of" in refused("dataset=jsonl", "dataset.path=./data")
+    message = refused("dataset=jsonl", "dataset.path=./data")
+    assert "folder ./data was not written by datasets' save_to_disk: name one of" in message
     assert "not a regular file" in refused("dataset=jsonl", "dataset.path=pipe.jsonl")
     assert refused("dataset=jsonl", "dataset.path=data/gone.jsonl").endswith("similar names there: rows.jsonl")
+
+
+def test_several_files_are_several_sources(here, refused):
+    rows = [json.dumps({"prompt": f"Question {i}?", "chosen": f"Answer {i}.", "rejected": f"No {i}."}) for i in range(300)]
+    (here / "data").mkdir()
+    for name in "ab":
+        (here / "data" / f"{name}.jsonl").write_text("\n".join(rows))
+    for path in ("./data", "data/*.jsonl", "[data/a.jsonl,data/b.jsonl]"):
+        assert "dataset.sources.more='{path: FILE}' for another" in refused("dataset=jsonl", f"dataset.path={path}")
+    cfg = configured(
+        *check_overrides(["dataset=jsonl", "dataset.path=data/a.jsonl", "dataset.sources.more={path: data/b.jsonl}"], ROOT / "conf")
+    )
+    assert {name: source.path for name, source in cfg.dataset.sources.items()} == {"jsonl": "data/a.jsonl", "more": "data/b.jsonl"}
 
 
 def test_a_split_of_a_local_file_is_refused_before_anything_starts(here, refused):

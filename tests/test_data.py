@@ -1,5 +1,6 @@
 """Data: who gets which prompt, which rows a step sees, how dialogues become tokens, files and caches, and the toy judge."""
 
+import csv
 import gzip
 import io
 import itertools
@@ -532,6 +533,19 @@ def test_other_shapes_of_json(tmp_path):
     assert [where for where, _ in read(tmp_path / "gaps.jsonl")] == [f"{tmp_path}/gaps.jsonl:{n}" for n in range(2, 7)]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_tables_have_a_header_and_texts(name, tmp_path):
+    path, texts = tmp_path / name, ["What, and\n\twhere?", 'A "lake"', "", "5" * 200_000]
+    with path.open("w", encoding="utf-8-sig", newline="") as file:  # as Excel writes it
+        table = csv.writer(file, delimiter="," if name == "a.csv" else "\t")
+        table.writerows([["prompt", "chosen", "rejected", "label"], texts, ["a", "b"], ["a", "b", "c", "d", "e"], ["a", "b", "c", 0]])
+    found = read(path)
+    assert found[0] == (f"{path}:3", dict(zip(["prompt", "chosen", "rejected", "label"], texts, strict=True)))
+    assert [where for where, _ in found[1:]] == [f"{path}:{line}" for line in (4, 5, 6)]
+    assert all(str(row) == "the row has not as many values as the header has names" for _, row in found[1:3])
+    assert found[3][1]["label"] == "0"
+
+
 def test_folder_with_splits(tmp_path):
     import datasets
 
@@ -594,7 +608,8 @@ def damaged_parquet() -> bytes:
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.csv", b"x,y\n", "unknown format; use one of .json, .jsonl"),
+        ("a.txt", b"x,y\n", "unknown format; use one of .json, .jsonl"),
+        ("a.csv", b'prompt,chosen\na,b\na,"b" is it\n', r"a.csv:3: .* expected after .*A quote inside a value is written twice"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 100, mtime=0)[:-20], "cannot be read"),
         ("a.json", b'[{"prompt": "x"},\n oops]', r"a.json:2: not valid JSON"),
         ("a.json", b"3", "is not a list of JSON objects but a single int"),
@@ -619,6 +634,16 @@ def test_a_folder_of_other_things_is_no_data_set(tmp_path):
         (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match="was not written by datasets' save_to_disk"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+def test_utf16_is_named_with_its_cure_and_never_skipped(name, order, data, tmp_path):
+    dataset = data(ROWS, name=name, on_bad_row="skip")
+    content = ("\ufeff" + "\n".join(map(json.dumps, ROWS))).encode(order)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(UserError, match=rf"{name} is in UTF-16, not UTF-8: .* iconv -f UTF-16 -t UTF-8 OLD > NEW$"):
+        list(adapted(dataset, dataset.sources["mine"], Counts()))
 
 
 def test_a_windows_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
@@ -944,6 +969,14 @@ def test_the_same_prompt_is_answered_once_in_ppo(data, build):
     assert counts["dropped"] == {"same prompt again": 10} and len(train) + len(held) == 30
 
 
+def test_exact_copies_of_training_rows_are_counted_and_kept(data, build):
+    other = {"prompt": "Say 0", "chosen": "good 0", "rejected": "another"}
+    train, _, counts = build(data(pairs(30) + pairs(10) + [other], **only("reward"), holdout=0.05, weight=2.0), "reward")
+    assert len(train) == counts["train"] and counts["repeated"] == 10 - sum(
+        held_out(prompt_hash(asked(f"Say {i}")), 0.05) for i in range(10)
+    )
+
+
 def test_rows_without_a_rejected_response_all_serve_sft(data, build):
     """Only a prompt that reward model or PPO see in a comparison is kept from them."""
     alone = [{"prompt": f"Say {i}", "response": f"fine {i}"} for i in range(60)]
@@ -1011,6 +1044,16 @@ def test_an_empty_share_says_so(data, build):
         match=r"stage sft has no rows to evaluate on in dataset=mine: 1 train, 0 held out.*change dataset.split or dataset.holdout",
     ):
         build(data(pairs(1), **only("sft"), holdout=1e-9), "sft")
+
+
+@pytest.mark.parametrize("split", [PhaseSplit(1, 1, 1), PhaseSplit(1, 0, 0)])
+def test_few_rows_come_with_a_holdout_that_works_for_every_stage(split, data, build):
+    dataset = data(pairs(24), holdout=0.01, split=split)
+    with pytest.raises(UserError, match=r"no rows to evaluate on .*Give more prompts, or type dataset.holdout=0.\d+$") as refused:
+        build(dataset, "sft")
+    holdout = float(str(refused.value).rpartition("=")[2])
+    for stage in ("sft", "reward", "ppo") if split.ppo else ("sft",):
+        build(replace(dataset, holdout=holdout), stage)
 
 
 BROKEN = [json.dumps(row) for row in pairs(30)]

@@ -24,7 +24,14 @@ SFT = COMMON | {
     "stage": "sft",
     "seconds": 31.4,
     "steps": 120,
-    "data": {"train": 1920, "eval": 96, "truncated": 14, "dropped": {"empty_response": 2, "duplicate": 31}, "owned": OWNED},
+    "data": {
+        "train": 1920,
+        "eval": 96,
+        "truncated": 14,
+        "repeated": 1200,
+        "dropped": {"empty_response": 2, "duplicate": 31},
+        "owned": OWNED,
+    },
     "phases": {"train": 22.0, "eval": 3.1, "load": 1.2},
     "loss_before": 6.24,
     "loss_after": 1.83,
@@ -147,6 +154,7 @@ def test_tells_what_was_trained_and_how_well(tmp_path, monkeypatch):
     assert "demo: trained in 3 min 23 s" in text  # reward and ppo: the reused sft cost nothing
     assert "This command took 4 min 05 s, including data preparation and start-up." in text
     assert "sft dropped: 2 empty response, 31 duplicate" in text
+    assert "sft trains on 1,200 exact copies of other rows" in text
     assert row(text, "ppo  ", "rollout").endswith("59 %  1 min 35 s") and row(text, "train", "31 %").endswith("31 %  50 s")
     assert row(text, "start", "2 %").endswith("2 %  4.0 s")  # 161 s less the three phases
     assert "ppo was resumed from its checkpoint at step 40" in text

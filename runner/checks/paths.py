@@ -4,7 +4,11 @@ import difflib
 from pathlib import Path
 
 # Data files that we read
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv", ".tsv")
+SEVERAL = (
+    "Each file is a source: type dataset.path=FILE for one and dataset.sources.more='{path: FILE}' for another, "
+    "or write a preset in conf/dataset/ that names them all"
+)
 
 
 def is_local(path: str) -> bool:

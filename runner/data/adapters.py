@@ -5,11 +5,11 @@ sources are those of DeepSpeed-Chat; `fields` reads any other file or hub data s
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from runner.data.field_names import OURS, PROMPTS, RESPONSES, guessed_map
+from runner.data.field_names import CHATS, OURS, PAIR, PROMPTS, RESPONSES, is_message
 from runner.errors import UserError, did_you_mean
 
 Turn = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": str}
@@ -29,12 +29,12 @@ class BadRow(ValueError):
 class Unmapped(BadRow):
     """The row has none of the names that are looked for.
 
-    map: the field map to type, as far as it can be guessed. verdict: the field that says which answer is better, which no map reads.
+    mapped: those of our names that a map for it would have.
     """
 
-    def __init__(self, message: str, map: str, verdict: str | None):
+    def __init__(self, message: str, row: dict, mapped: tuple[str, ...]):
         super().__init__(message)
-        self.map, self.verdict = map, verdict
+        self.row, self.mapped = row, mapped
 
 
 class Dropped(Exception):
@@ -116,7 +116,9 @@ def parse_dialogue(text: str) -> tuple[Turn, ...]:
     return tuple(turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns)
 
 
-ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+ROLES = {"system": "system"} | dict.fromkeys(("user", "human", "prompter"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "model"), "assistant")
+TOOLS = ("tool", "function", "function_call", "observation")  # those of OpenAI, and of LLaMA-Factory
 
 
 def chat(row: dict, key: str) -> tuple[Turn, ...]:
@@ -126,11 +128,14 @@ def chat(row: dict, key: str) -> tuple[Turn, ...]:
         if not isinstance(message, dict):
             raise BadRow(f"field {key}[{i}] is {kind_of(message)}, not a message with role and content")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if str(role) not in ROLES:
+        known = str(role).lower()
+        if known in TOOLS or (content is None and (message.get("tool_calls") or message.get("function_call"))):
+            raise Dropped("dialogue with tool calls")  # which our templates cannot show
+        if known not in ROLES:
             raise BadRow(f"field {key}[{i}] has role {role!r}, not one of {', '.join(ROLES)}")
         if (text := joined(content)) is None:
             raise BadRow(f"field {key}[{i}] has content {kind_of(content)}, not a string or a list of parts of type text")
-        turns.append({"role": ROLES[role], "content": text.strip()})
+        turns.append({"role": ROLES[known], "content": text.strip()})
     return tuple(turns)
 
 
@@ -144,6 +149,8 @@ def joined(content: object) -> str | None:
 
 def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
     """(prompt, response) of an answer field: the bare response to `prompt`, or a dialogue (text or messages) that ends with it."""
+    if is_message(row.get(key)):  # LLaMA-Factory
+        row = row | {key: [row[key]]}
     if isinstance(row.get(key), list):
         turns = chat(row, key)
     elif prompt:
@@ -154,8 +161,7 @@ def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ..
         raise null
     else:
         missing = no_field(row, "prompt", PROMPTS)
-        message = f"field {key} is not a dialogue (it does not begin with 'Human:'), and there is {missing}"
-        raise Unmapped(message, missing.map, missing.verdict)
+        raise Unmapped(f"field {key} is not a dialogue (it does not begin with 'Human:'), and there is {missing}", row, PAIR)
     if not turns or turns[-1]["role"] != "assistant":
         empty = not turns or PLACE.search(str(row[key]))
         raise Dropped("empty response" if empty else f"dialogue ends with a {turns[-1]['role']} turn")
@@ -296,16 +302,31 @@ def any_fields(row: dict, fields: dict) -> Example:
     answer = pick(named, tuple(n for n in RESPONSES if n in fields) or RESPONSES)
     if answer is None:
         raise null_field(named, RESPONSES) or no_field(row, "response", RESPONSES)
-    if row.get("label") is False:  # KTO: this is how not to answer
+    rejected = pick(named, ("rejected",))
+    if is_bad(row, single=rejected is None and fields.get(answer, answer) != "label"):
         raise Dropped("marked as bad (label: false)")
-    return with_system(named, compare(named, prompt_turns(named), answer, pick(named, ("rejected",))))
+    if rejected and is_rated_no_higher(row):
+        raise Dropped("chosen is rated no higher")
+    return with_system(named, compare(named, prompt_turns(named), answer, rejected))
+
+
+def is_bad(row: dict, single: bool) -> bool:
+    """Whether a row is a KTO one that shows how not to answer. single: one answer, and not under this name; else 0 may be anything."""
+    label = row.get("kto_tag", row.get("label"))  # LLaMA-Factory's name, TRL's name
+    return label is False or (single and str(label).strip().lower() in ("false", "0", "0.0"))
+
+
+def is_rated_no_higher(row: dict) -> bool:
+    """Whether the ratings beside a pair, as UltraFeedback's has them, do not prefer the chosen answer."""
+    good, bad = row.get("score_chosen"), row.get("score_rejected")
+    return isinstance(good, NUMBER) and isinstance(bad, NUMBER) and good <= bad
 
 
 def prompts(row: dict, fields: dict) -> Example:
     """The prompt of any row, for PPO: found as `fields` does. Answers are left out, also one at the end of a dialogue."""
     named = under_our_names(row, fields)
     turns, answer = prompt_turns(named), pick(named, RESPONSES)
-    if not turns and answer in ("messages", "conversations") and isinstance(named[answer], list):
+    if not turns and answer in CHATS and isinstance(named[answer], list):
         turns = chat(named, answer)
     elif not turns and answer:
         turns, _ = reply(named, answer, ())
@@ -322,16 +343,35 @@ def under_our_names(row: dict, fields: dict) -> dict:
 
 
 def prompt_turns(named: dict) -> tuple[Turn, ...]:
-    """Turns of the field that holds the prompt; none if the row has no such field."""
+    """Turns of the field that holds the prompt, or of a chat beside an answer; none if the row has no such field."""
     if not (prompt := pick(named, PROMPTS)):
-        return ()
+        return asked(named)
     if named[prompt] == []:
         raise Dropped("empty prompt")
     turns = chat(named, prompt) if isinstance(named[prompt], list) else parse_dialogue(need(named, prompt))
-    extra = pick(named, ("input", "context")) if prompt == "instruction" else None  # Alpaca, Dolly
+    if prompt != "instruction":
+        return turns
+    extra = pick(named, ("input", "context"))  # Alpaca, Dolly
     if extra and need(named, extra).strip():
         turns = (*turns[:-1], user(turns[-1]["content"] + "\n\n" + named[extra]))
-    return turns
+    return (*history(named), *turns)
+
+
+def asked(named: dict) -> tuple[Turn, ...]:
+    """The turns of a chat that ends with the user and whose answer has a field of its own, as in LLaMA-Factory's pairs; otherwise none."""
+    answer, key = pick(named, RESPONSES), pick(named, CHATS)
+    if answer in CHATS or not key or not isinstance(named[key], list):
+        return ()
+    turns = chat(named, key)
+    return turns if turns and turns[-1]["role"] == "user" else ()
+
+
+def history(named: dict) -> Iterator[Turn]:
+    """The turns before an instruction, as LLaMA-Factory keeps them: [[user, assistant], ...]."""
+    for i, pair in enumerate(need(named, "history", kind=list) if named.get("history") else ()):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise BadRow(f"field history[{i}] is not a pair of texts, [user, assistant]")
+        yield from (user(pair[0]), {"role": "assistant", "content": pair[1].strip()})
 
 
 def with_system(named: dict, example: Example) -> Example:
@@ -351,8 +391,23 @@ def null_field(row: dict, names: tuple[str, ...]) -> BadRow | None:
     return next((BadRow(f"field {name} is null") for name in names if name in row), None)
 
 
-def no_field(row: dict, what: str, names: tuple[str, ...], mapped: tuple[str, ...] = ("prompt", "chosen", "rejected")) -> Unmapped:
-    return Unmapped(f"no {what} among the fields {', '.join(map(str, row))}; tried {', '.join(names)}", *guessed_map(row, mapped))
+def no_field(row: dict, what: str, names: tuple[str, ...], mapped: tuple[str, ...] = PAIR) -> Unmapped:
+    return Unmapped(f"no {what} among the fields {', '.join(map(str, row))}; tried {', '.join(names)}", row, mapped)
+
+
+def published(row: dict) -> list[str]:
+    """The adapters of published sets that can read a row."""
+    return [name for name in ADAPTERS if name not in ("fields", "prompts", "toy") and _reads(name, row)]
+
+
+def _reads(name: str, row: dict) -> bool:
+    try:
+        ADAPTERS[name](row, {})
+    except BadRow:
+        return False
+    except Dropped:
+        pass
+    return True
 
 
 ADAPTERS: dict[str, Callable[[dict, dict], Example]] = {

@@ -21,7 +21,7 @@ from runner.data.adapters import BadRow, check_text
 from runner.data.encoder import Encoder
 from runner.data.examples import Counts, adapted, can_use, examples, only_use
 from runner.data.sources import VERSION, content_key, data_key, has_rows_for, rows, sources_of
-from runner.data.split import held_out, prompt_hash
+from runner.data.split import held_out, held_out_above, phase_of, prompt_hash
 from runner.durable.lock import lock
 from runner.errors import UserError
 from runner.files import hash_of, whole_folder
@@ -136,13 +136,16 @@ def _encoded(source: Iterator, encoder: Encoder, title: str) -> Iterator[tuple[d
 
 def _write(folder: Path, stage: str, dataset: Dataset, made: Iterator[tuple[dict, int]], counts: Counts) -> None:
     with _Writer(folder / "train.arrow") as train, _Writer(folder / "eval.arrow") as held:
-        sources = sources_of(dataset)
+        sources, seen = sources_of(dataset), set()
         for row, number in made:
             source = sources[row["source"]]
             if source.only == "eval" or (not dataset.has_own_tests and held_out(number, dataset.holdout)):
                 held.add(row)
                 counts.eval += 1
                 continue
+            content = hash(tuple(token for name, ids in row.items() if name.endswith("_ids") for token in ids))
+            counts.repeated += content in seen
+            seen.add(content)
             copies = copies_of(source.weight, number)
             counts.train += copies
             for _ in range(copies):
@@ -179,12 +182,23 @@ def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
         )
     if most > counts.train + counts.eval and reason == "prompt belongs to another stage":
         return f"{most} of its rows have prompts that {'PPO has for itself' if dataset.ppo_only else 'belong to another stage'}"
-    prompts = len({prompt_hash(example.prompt) for _, example in every})
+    owners = {(prompt_hash(example.prompt), only_use(source, example)) for source, example in every}
+    prompts = len({number for number, _ in owners})
+    holdout = _working_holdout([(number, only or phase_of(number, dataset.split)) for number, only in owners])
+    instead = f"type dataset.holdout={holdout}" if holdout not in (None, dataset.holdout) else "change dataset.split or dataset.holdout"
     return (
         f"{counts.train} train, {counts.eval} held out, dropped: {dropped or 'none'}. All its rows together have {prompts} different "
         f"prompt{'s' * (prompts != 1)}, and each prompt is used by one stage, to train on or to hold out. "
-        "Give more prompts, or change dataset.split or dataset.holdout"
+        f"Give more prompts, or {instead}"
     )
+
+
+def _working_holdout(owned: list[tuple[int, str]]) -> float | None:
+    """The least of some usual values that leaves each stage rows to train on and to evaluate on; stages of one prompt aside."""
+    points = [[held_out_above(number) for number, owner in owned if owner == stage] for stage in {owner for _, owner in owned}]
+    points = [stage for stage in points if len(stage) > 1]
+    works = (share for share in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5) if all(min(stage) < share <= max(stage) for stage in points))
+    return next(works, None) if points else None
 
 
 def copies_of(weight: float, number: int) -> int:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 
 from runner.config import Dataset, Source
-from runner.data.adapters import BadRow, Dropped, Example, Unmapped, adapt
+from runner.data.adapters import BadRow, Dropped, Example, Unmapped, adapt, published
+from runner.data.field_names import guessed_map, why_no_map
 from runner.data.sources import BrokenRow, rows, sources_of
 from runner.data.split import phase_of, prompt_hash
 from runner.errors import UserError
@@ -19,6 +20,7 @@ class Counts:
     train: int = 0
     eval: int = 0
     truncated: int = 0
+    repeated: int = 0  # rows to train on that are exact copies of one before them
     dropped: Counter = field(default_factory=Counter)
     owned: Counter = field(default_factory=Counter)  # examples per stage, before the encoder drops any
 
@@ -91,16 +93,24 @@ def _cure(dataset: Dataset, source: Source, error: Exception) -> str:
     skip = "Fix the row, or type dataset.on_bad_row=skip to count such rows and go on"
     if not isinstance(error, Unmapped):
         return skip
-    if error.verdict:
-        return (
-            f"Field {error.verdict} says which answer is better, and no map reads that: write the rows as prompt, chosen and rejected first"
-        )
     prompts = source.adapter == "prompts"
+    if not prompts and (known := published(error.row)):
+        return f"It looks like a row of a published set: {_with_adapter(dataset, source, known[0])}"
+    if not prompts and (why := why_no_map(error.row)):
+        return why
     if source.path != dataset.path:
         names = "field prompt" if prompts else "fields prompt and response"
         return f"Name its {names}, or give its source a map in a conf/dataset/ file. {skip}"
     alone = "" if prompts else " Only PPO can use prompts without an answer: dataset=prompts reads them, or dataset.ppo_only beside pairs."
-    return f"If all rows are like this one, type dataset.fields='{error.map}' (leave out what is not there).{alone} {skip}"
+    map = guessed_map(error.row, error.mapped)
+    return f"If all rows are like this one, type dataset.fields='{map}' (leave out what is not there).{alone} {skip}"
+
+
+def _with_adapter(dataset: Dataset, source: Source, adapter: str) -> str:
+    """What to type for another adapter. The plain paths of `sft_only` and the like have no keys of their own."""
+    name = next((name for name, other in dataset.sources.items() if other is source), None)
+    own = f"make this file a source of its own: dataset.sources.more='{{path: {source.path}, adapter: {adapter}, only: {source.only}}}'"
+    return f"type dataset.sources.{name}.adapter={adapter}" if name else own
 
 
 def _owners(dataset: Dataset) -> dict[int, str]:

@@ -3,6 +3,7 @@
 No torch and no tokenizer in here: the plan needs the key of the data.
 """
 
+import csv
 import difflib
 import gzip
 import hashlib
@@ -12,14 +13,14 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-from runner.checks.paths import SUFFIXES, is_local
+from runner.checks.paths import SEVERAL, SUFFIXES, is_local
 from runner.checks.secrets import redact
 from runner.config import Dataset, Source
 from runner.data import toy
 from runner.errors import UserError
 
 # Increase it when an adapter, the encoder, the split or the order of the sources changes what becomes of a row
-VERSION = 8
+VERSION = 9
 
 
 class BrokenRow(Exception):
@@ -71,6 +72,8 @@ def rows(source: Source, toy_rows: int) -> Iterator[tuple[str, dict | BrokenRow]
             yield from _saved_rows(path, source.split)
         elif path.suffix == ".parquet":
             yield from _parquet_rows(path)
+        elif path.suffix in (".csv", ".tsv"):
+            yield from _table_rows(path)
         elif ".jsonl" in path.suffixes:
             yield from _line_rows(path)
         else:
@@ -104,6 +107,8 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 def _existing(source: Source) -> Path:
     path, found = source.path, Path(source.path)
+    if not found.exists() and set(path) & set("*?["):
+        raise UserError(f"data file {path} is a pattern, not the name of a file. {SEVERAL}")
     if not found.exists():
         there = sorted(p.name for p in found.parent.glob("*") if p.name.endswith(SUFFIXES) and p.exists()) if found.parent.is_dir() else []
         near = difflib.get_close_matches(found.name, there, n=3)
@@ -117,7 +122,11 @@ def _existing(source: Source) -> Path:
     if found.is_dir():  # checked before its files are hashed: it may be a whole disk
         if not any((found / name).is_file() for name in SAVED_BY_DATASETS):
             inside = sorted(p.name for p in found.iterdir() if p.name.endswith(SUFFIXES))
-            hint = f": name one of {', '.join(inside[:8])}" if inside else f"; name a {', '.join(SUFFIXES)} file"
+            hint = (
+                f": name one of {', '.join(inside[:8])}{f'. {SEVERAL}' * (len(inside) > 1)}"
+                if inside
+                else f"; name a {', '.join(SUFFIXES)} file"
+            )
             raise UserError(f"folder {path} was not written by datasets' save_to_disk{hint}")
         _check_split(source, has_splits=(found / "dataset_dict.json").is_file())
         return found
@@ -149,9 +158,15 @@ def _line_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
                 yield f"{path}:{number}", _parse(line)
 
 
+UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")  # its byte order marks, as `_open` reads them
+
+
 def _readable(lines, path: Path) -> Iterator[str]:
     try:
-        yield from lines
+        for number, line in enumerate(lines):
+            if number == 0 and line.startswith(UTF_16):
+                raise UserError(f"{path} is in UTF-16, not UTF-8: convert its text with iconv -f UTF-16 -t UTF-8 OLD > NEW")
+            yield line
     except (OSError, EOFError) as error:
         raise UserError(f"{path} cannot be read: {error}. Is it complete?") from error
 
@@ -200,6 +215,18 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
     for number, value in enumerate(values, 1):
         ok = isinstance(value, dict)
         yield f"{path} row {number}", value if ok else BrokenRow(f"a row must be a JSON object, this is a {type(value).__name__}")
+
+
+def _table_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
+    csv.field_size_limit(2**31 - 1)  # 131,072 characters otherwise
+    with _open(path) as lines:
+        table = csv.DictReader(_readable(lines, path), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        try:
+            for row in table:
+                odd = None in row or None in row.values()  # as it names values without a name, and names without a value
+                yield f"{path}:{table.line_num}", BrokenRow("the row has not as many values as the header has names") if odd else row
+        except csv.Error as error:
+            raise UserError(f"{path}:{table.reader.line_num}: {error}. A quote inside a value is written twice, within quotes") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:

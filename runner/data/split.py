@@ -31,6 +31,11 @@ def phase_of(number: int, split: PhaseSplit) -> str:
 
 
 def held_out(number: int, holdout: float) -> bool:
-    """Whether a prompt hash is held out for evaluation. Uses other bits than the phase, so that every phase loses the same share."""
+    """Whether a prompt hash is held out for evaluation."""
+    return held_out_above(number) < holdout
+
+
+def held_out_above(number: int) -> float:
+    """The dataset.holdout above which a prompt is held out. Uses other bits than the phase, so that every phase loses the same share."""
     mixed = hashlib.sha256(number.to_bytes(8, "big")).digest()[:8]
-    return int.from_bytes(mixed, "big") / 2**64 < holdout
+    return int.from_bytes(mixed, "big") / 2**64

@@ -86,11 +86,13 @@ def stage_cells(t: Trained) -> list[str]:
 
 
 def stage_notes(t: Trained) -> list[str]:
-    """Why rows were dropped, and where the stage was resumed."""
+    """Why rows were dropped, which repeat others, and where the stage was resumed."""
     notes = []
     if t.result and t.result["data"]["dropped"]:
         dropped = [f"{num(n)} {why.replace('_', ' ')}" for why, n in t.result["data"]["dropped"].items()]
         notes.append(f"{t.step.stage} dropped: {', '.join(dropped)}")
+    if t.result and (repeated := t.result["data"].get("repeated")):  # older results do not count them
+        notes.append(f"{t.step.stage} trains on {num(repeated)} exact copies of other rows: they count more than once")
     if t.state == "trained" and t.result["resumed_from"]:
         notes.append(f"{t.step.stage} was resumed from its checkpoint at step {num(t.result['resumed_from'])}")
     if origin := t.step.facts.get("goes_on_from"):
