@@ -65,7 +65,7 @@ class Step:
 
 
 def plan(cfg: Config) -> list[Step]:
-    """The steps of cfg.stage in the order they run, parents first."""
+    """The steps of cfg.stage in the order they run, parents first. Without parents that are gone, if what was trained on them is there."""
     check_raw(cfg.hardware.deepspeed)
     for name, source in sources_of(cfg.dataset).items():
         check_adapter(f"dataset.sources.{name}", source.adapter, source.fields)
@@ -86,7 +86,7 @@ def plan(cfg: Config) -> list[Step]:
         else:
             _check_share(cfg, stage)
             command(cfg, steps[stage].folder)  # refuses a launch command without {folder}
-    return list(steps.values())
+    return [step for step in steps.values() if step.done or step.stage == cfg.stage or not steps[cfg.stage].done]
 
 
 def _key(facts: dict) -> str:

@@ -381,3 +381,15 @@ def test_a_finished_step_whose_files_are_gone_is_not_reused(tmp_path, file, cont
         (step.folder / file).write_text(content)
     with pytest.raises(UserError, match=r"sft-\w+ says DONE, but .*\. Delete the folder to train it again"):
         planned(tmp_path)
+
+
+def test_parents_that_are_gone_are_not_trained_again_for_a_result_that_is_there(tmp_path):
+    cfg = replace(configured(), store=str(tmp_path))
+    sft, reward, ppo = plan(cfg)
+    for step in (reward, ppo):
+        finish(step)
+    assert [(step.stage, step.state()) for step in plan(cfg)] == [("reward", "reused"), ("ppo", "reused")]
+    (alone,) = plan(replace(configured("stage=sft"), store=str(tmp_path)))
+    assert alone.folder == sft.folder and alone.state() == "run"
+    (ppo.folder / "DONE").unlink()
+    assert [step.state() for step in plan(cfg)] == ["run", "reused", "run"]
