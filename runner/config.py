@@ -135,6 +135,7 @@ class Dataset:
     ppo_only: list[str]
     eval_only: list[str]
     pretrain: list[str]
+    every_answer: bool
     split: PhaseSplit
     holdout: float
     on_bad_row: str

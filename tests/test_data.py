@@ -713,6 +713,28 @@ def pairs(n: int, start: int = 0) -> list[dict]:
     return [{"prompt": f"Say {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(start, start + n)]
 
 
+def test_every_answer_of_a_dialogue_can_be_trained_on(data, build, tokenizer):
+    """Each ends with EOS and has the turns before it as its prompt. Training and held-out rows share no dialogue."""
+
+    def dialogue(i: int) -> dict:
+        said = [("system", "Be brief."), ("user", f"Say {i}"), ("assistant", f"one {i}"), ("user", "Again"), ("assistant", f"two {i}")]
+        return {"messages": [{"role": role, "content": text} for role, text in said]}
+
+    rows, every = [dialogue(i) for i in range(40)], {}
+    for answers in (False, True):
+        train, held, counts = build(data(rows, every_answer=answers), "sft")
+        every[answers] = [[tokenizer.decode(row["input_ids"]) for row in part] for part in (train, held)]
+        assert counts["train"] == len(train) and all(row["input_ids"][-1] == tokenizer.eos_token_id for row in train)
+    last, (train, held) = every[False], every[True]
+    assert (len(train), len(held)) == (2 * len(last[0]), 2 * len(last[1])) and held
+    assert set(last[0]) < set(train) and set(last[1]) < set(held)
+    first = sorted(set(train) - set(last[0]))[0]
+    number = first.partition("Say ")[2].split()[0]
+    assert first == f"Be brief.\n\nHuman: Say {number}\n\nAssistant: one {number}{tokenizer.eos_token}"
+    whole, other = (data(pairs(30), every_answer=answers) for answers in (False, True))
+    assert [build(whole, "reward"), build(whole, "ppo")] == [build(other, "reward"), build(other, "ppo")]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_mean_lengths_of_a_cache_are_those_of_its_rows(stage, data, cfg, tokenizer, tmp_path):
     folder = cache.build(tmp_path, data(pairs(60)), stage, tokenizer, cfg.model)

@@ -26,6 +26,7 @@ KEYED = {
     "model.reward.lora": {"reward", "ppo"},
     "dataset": ALL,
     "dataset.sft_only": {"sft", "reward"},  # the reward model is random, and its tokenizer trained on the demonstrations
+    "dataset.every_answer": {"sft", "reward"},  # likewise
     "dataset.ppo_only": {"sft", "reward", "ppo"},  # SFT must not see them
     "dataset.pretrain": {"ppo"},
     "rollout": {"ppo"},

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from runner.config import SHARES, Dataset, Model, Source
 from runner.data.adapters import BadRow, check_text
 from runner.data.encoder import Encoder
-from runner.data.examples import Counts, adapted, can_use, examples, only_use
+from runner.data.examples import Counts, adapted, can_use, each_answer, examples, only_use
 from runner.data.sources import VERSION, content_key, data_key, has_rows_for, rows, sources_of
 from runner.data.split import held_out, held_out_above, phase_of, prompt_hash
 from runner.durable.lock import lock
@@ -39,7 +39,10 @@ def build(store: Path, dataset: Dataset, stage: str, tokenizer, model: Model) ->
     def fill(folder: Path) -> None:
         counts = Counts()
         encoder = Encoder(share, tokenizer, model, counts)
-        made = _encoded(examples(dataset, share, counts), encoder, f"tokenising {dataset.name} for {stage}")
+        found = examples(dataset, share, counts)
+        if stage == "sft" and dataset.every_answer:
+            found = each_answer(found)
+        made = _encoded(found, encoder, f"tokenising {dataset.name} for {stage}")
         _write(folder, stage, dataset, made, counts)
 
     return _cached(store, f"{share}-{hash_of(facts)[:12]}", fill)

@@ -57,6 +57,15 @@ def examples(dataset: Dataset, stage: str, counts: Counts) -> Iterator[tuple[str
                 yield name, example, number
 
 
+def each_answer(dialogues: Iterator[tuple[str, Example, int]]) -> Iterator[tuple[str, Example, int]]:
+    """Every answer of each dialogue as an example of its own, with the turns before it as its prompt."""
+    for name, example, number in dialogues:
+        for i, turn in enumerate(example.prompt):
+            if turn["role"] == "assistant" and i and example.prompt[i - 1]["role"] == "user":
+                yield name, Example(example.prompt[:i], turn["content"]), number
+        yield name, example, number
+
+
 def can_use(stage: str, example: Example) -> bool:
     """Whether a row has what a stage needs beside the prompt."""
     return {"sft": example.chosen, "reward": example.rejected, "ppo": example.prompt}[stage] is not None

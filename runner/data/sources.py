@@ -52,6 +52,8 @@ def data_key(dataset: Dataset, share: str) -> dict:
     sources = [[_described(s), content_key(s, dataset.toy_rows)] for s in read]
     keys = ("split", "on_bad_row", "max_rows", *(() if dataset.has_own_tests else ("holdout",)))
     rest = {k: v for k, v in asdict(dataset).items() if k in keys}
+    if share == "sft" and dataset.every_answer:
+        rest["every_answer"] = True
     return {"version": VERSION, "sources": sources} | rest
 
 
