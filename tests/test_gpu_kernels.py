@@ -108,13 +108,15 @@ def test_silu_product(monkeypatch):
 
 @each_dtype
 @pytest.mark.parametrize("vocabulary", [11, 5000, 250880])
-def test_chosen_logprobs(dtype, tolerance, vocabulary, monkeypatch):
-    """Values, entropies and gradients in one pass against those in blocks."""
+@pytest.mark.parametrize("unused", [0, 30])
+def test_chosen_logprobs(dtype, tolerance, vocabulary, unused, monkeypatch):
+    """Values, entropies and gradients in one pass against those in blocks. unused: columns that are no token."""
     logits = (5 * torch.randn(70, vocabulary, device="cuda")).to(dtype).requires_grad_()
-    tokens, weights = torch.randint(vocabulary, (70,), device="cuda"), torch.randn(70, device="cuda")
+    tokens, weights = torch.randint(vocabulary - unused, (70,), device="cuda"), torch.randn(70, device="cuda")
 
     def run():
-        logprobs, entropies = losses.chosen_logprobs(logits, tokens, True)
+        logprobs, entropies = losses.chosen_logprobs(losses.bar_unused(logits * 1, vocabulary - unused), tokens, True)
+        assert torch.isfinite(entropies).all()
         return logprobs, entropies, *torch.autograd.grad((logprobs * weights).sum(), logits)
 
     with monkeypatch.context() as patch:
@@ -139,16 +141,19 @@ def test_sampler(vocabulary, monkeypatch):
     torch.testing.assert_close(found[1][same], plain[1][same], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("vocabulary", [None, 60])
 @pytest.mark.parametrize("name", NAMES)
-def test_decoding_in_graphs_is_transformers_generate(name, monkeypatch):
-    """fp32: token for token, with rows that end, are replaced, and a batch that shrinks."""
+def test_decoding_in_graphs_is_transformers_generate(name, vocabulary, monkeypatch):
+    """fp32: token for token, with rows that end, are replaced, and a batch that shrinks. Rows of the head that are no token are barred."""
     monkeypatch.setattr(graph, "GRAPHS", (1, 2, 4))
     torch.backends.cuda.matmul.allow_tf32 = False
-    model, prompts = actor(name).eval().to("cuda"), rows([5, 1, 9, 3, 7, 12, 2], seed=1)
+    model, prompts = actor(name, vocabulary=vocabulary).eval().to("cuda"), rows([5, 1, 9, 3, 7, 12, 2], seed=1, vocab=60)
     uniform = uniforms(7, list(range(7)), 20)
     ids, mask = (x.to("cuda") for x in pad(prompts, PAD, left=True))
     expected = hf.generate(model, ids, mask.sum(1), uniform, pad=PAD, eos=EOS)
-    found = graph.Decoder(network_of(model.hf), model.sampling, prompts, uniform, slots=4, pad=PAD, eos=EOS).run()
+    options = {"slots": 4, "pad": PAD, "eos": EOS, "vocabulary": vocabulary}
+    found = graph.Decoder(network_of(model.hf), model.sampling, prompts, uniform, **options).run()
+    assert (int(found.responses.max()) < 60) == (vocabulary is not None)
     assert torch.equal(found.responses, expected.responses)
     torch.testing.assert_close(found.sampled_logprobs, expected.sampled_logprobs, rtol=1e-3, atol=1e-4)
 
