@@ -108,7 +108,7 @@ def test_silu_product(monkeypatch):
 
 @each_dtype
 @pytest.mark.parametrize("vocabulary", [11, 5000, 250880])
-@pytest.mark.parametrize("unused", [0, 30])
+@pytest.mark.parametrize("unused", [0, 5])
 def test_chosen_logprobs(dtype, tolerance, vocabulary, unused, monkeypatch):
     """Values, entropies and gradients in one pass against those in blocks. unused: columns that are no token."""
     logits = (5 * torch.randn(70, vocabulary, device="cuda")).to(dtype).requires_grad_()
