@@ -794,7 +794,9 @@ def test_a_finished_step_is_reused_without_a_lock(tmp_path):
     (step,) = plan(cfg)
     step.folder.mkdir(parents=True)
     (step.folder / "DONE").touch()
+    os.utime(step.folder / "DONE", (1, 1))
     assert launch(cfg, step, None, tmp_path / "run") is False
+    assert (step.folder / "DONE").stat().st_mtime > 1  # `python -m runner.store` says when it was last used
     assert (tmp_path / "run" / "sft").resolve() == step.folder and not (tmp_path / "store" / "locks").exists()
 
 
