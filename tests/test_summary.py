@@ -502,6 +502,21 @@ def test_a_sweep_of_dpo_says_how_far_the_chosen_answers_moved(tmp_path):
     assert "dpo/accuracy,dpo/chosen_logratio" in (tmp_path / "sweep.csv").read_text()
 
 
+def test_a_sweep_over_stages_shows_what_each_has(tmp_path):
+    trained = {"sft": {"sft/perplexity_after": 6.2}, "dpo": {"sft/perplexity_after": 6.2, "dpo/accuracy": 0.97}}
+    trained["ppo"] = {"sft/perplexity_after": 6.2, "ppo/before/score": 0.0, "ppo/after/score": 1.5}
+    for number, (stage, facts) in enumerate(trained.items()):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "summary.json").write_text(json.dumps(facts | {"overrides": [f"stage={stage}"], "seconds": 9.0}))
+    console, raw = words()
+    show_sweep(tmp_path, console)
+    text = raw.getvalue().decode()
+    assert row(text, "job  ").split() == ["job", "stage", "SFT", "ppl", "DPO", "acc", "score", "time"]
+    assert row(text, "0 ").split() == ["0", "sft", "6.20", "-", "-", "9.0", "s"]
+    assert row(text, "1 ").split() == ["1", "dpo", "6.20", "97.0", "%", "-", "9.0", "s"]
+    assert row(text, "2 ").split() == ["2", "ppo", "6.20", "-", "0.00", "->", "1.50", "9.0", "s"]
+
+
 def test_a_job_that_trained_nothing_took_no_time_in_a_sweep(tmp_path):
     path = make_sweep(tmp_path) / "0" / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 0}))
