@@ -118,6 +118,8 @@ def _files(folder: Path | str) -> Iterator[tuple[str, int, float]]:
 
 def show_store(store: Path) -> None:
     steps = stored(store)
+    if not steps:
+        raise UserError(f"{short(store)} holds no steps: type python -m runner.store FOLDER")
     children = {step.folder.name: [s.folder.name for s in steps if step.folder.name in s.parents] for step in steps}
     rows = [("step", "state", "name", "model", "dataset", "size", "last used", "needed by")]
     for step in steps:
@@ -128,7 +130,8 @@ def show_store(store: Path) -> None:
     print_columns(rows)
     others = {name: sum(count for _, count, _ in _files(store / name)) for name in SHARED if (store / name).is_dir()}
     print()
-    print_columns([(f"{name}/", size(total), f"{SHARED[name]}, made anew where it is missing") for name, total in others.items()])
+    if others:
+        print_columns([(f"{name}/", size(total), f"{SHARED[name]}, made anew where it is missing") for name, total in others.items()])
     print(f"\nIn all {size(sum(step.bytes for step in steps) + sum(others.values()))} in {short(store)}. Nothing was deleted. What can be:")
     saved = [step for step in steps if step.done and step.checkpoints]
     if saved:
@@ -152,6 +155,8 @@ def main() -> None:
     try:
         show_store(store.absolute())
         sys.stdout.flush()
+    except UserError as error:
+        sys.exit(f"error: {error}")
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

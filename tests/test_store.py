@@ -91,3 +91,6 @@ def test_a_folder_that_does_not_exist_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["store", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match=r"there is no store .*nothing .*type python -m runner.store FOLDER"):
         store.main()
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(SystemExit, match=r"nothing holds no steps: type python -m runner.store FOLDER"):
+        store.main()
