@@ -112,7 +112,7 @@ def _files(folder: Path | str) -> Iterator[tuple[str, int, float]]:
             else:
                 facts = entry.stat(follow_symlinks=False)
                 yield entry.path, facts.st_size // facts.st_nlink, facts.st_mtime
-        except FileNotFoundError:  # a run has just removed it
+        except OSError:  # a run has just removed it, or it is somebody else's to read
             continue
 
 
