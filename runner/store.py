@@ -121,7 +121,7 @@ def show_store(store: Path) -> None:
     if not steps:
         raise UserError(f"{short(store)} holds no steps: type python -m runner.store FOLDER")
     children = {step.folder.name: [s.folder.name for s in steps if step.folder.name in s.parents] for step in steps}
-    rows = [("step", "state", "name", "model", "dataset", "size", "last used", "needed by")]
+    rows = [("step", "state", "name", "model", "dataset", "size", "last used", "trained on it")]
     for step in steps:
         day = time.strftime("%Y-%m-%d %H:%M", time.localtime(step.used))
         needed = children[step.folder.name]

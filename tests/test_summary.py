@@ -276,12 +276,12 @@ def test_next_commands_find_the_presets_and_can_be_typed_after_a_forced_run(tmp_
 
 
 def test_what_ppo_lacks_is_said_where_one_model_is_random_and_the_other_is_not(tmp_path):
-    def lacking(actor: str, reward: str) -> str | None:
-        return lacking_for_ppo(SimpleNamespace(actor=SimpleNamespace(init=actor), reward=SimpleNamespace(init=reward)))
+    def lacking(actor: bool, reward: bool) -> str | None:
+        return lacking_for_ppo(SimpleNamespace(actor=SimpleNamespace(random=actor), reward=SimpleNamespace(random=reward)))
 
-    assert lacking("random", "random") is lacking("pretrained", "pretrained") is None
-    assert lacking("random", "pretrained") == "model.actor.path"
-    key = lacking("pretrained", "random")
+    assert lacking(True, True) is lacking(False, False) is None
+    assert lacking(True, False) == "model.actor.path"
+    key = lacking(False, True)
     text = summary([make_step(tmp_path / "s", "sft", SFT)], tmp_path / "run", overrides=["stage=sft"], lacking=key)
     assert "stage=ppo, also type model.reward.path=...: reward model and actor must have the same tokenizer" in " ".join(text.split())
     assert "train the rest " not in text.replace("To train the rest, ", "")

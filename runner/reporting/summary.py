@@ -292,7 +292,7 @@ def next_section(trained: Sequence[Trained], overrides: Sequence[str], flags: Se
 
 def lacking_for_ppo(model: Model) -> str | None:
     """The key of the random one of two models of which the other is pretrained: a tokenizer that the data trains is not the other's."""
-    random = [part for part in ("actor", "reward") if getattr(model, part).init == "random"]
+    random = [part for part in ("actor", "reward") if getattr(model, part).random]
     return f"model.{random[0]}.path" if len(random) == 1 else None
 
 
