@@ -35,6 +35,7 @@ from runner.overrides import check_overrides, in_words
 from runner.plan import Step, plan
 from runner.plan_view import show, show_details
 from runner.watch import stop
+from runner.words import short
 
 CONF = Path(__file__).parent / "conf"
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0") or "debug=true" in sys.argv
@@ -86,7 +87,7 @@ def run(composed: DictConfig) -> None:
     # Not at the top: --help and dry_run can do without
     from runner.launch import launch
     from runner.prepare import prepare
-    from runner.reporting.summary import show_summary
+    from runner.reporting.summary import lacking_for_ppo, show_summary
     from runner.watch.machine import naming_full_disks
 
     hydra_facts = HydraConfig.get()
@@ -99,7 +100,10 @@ def run(composed: DictConfig) -> None:
             if not launch(cfg, step, inputs.get(step.stage), run_dir):
                 reused.add(step.stage)
         took = time.monotonic() - started
-        show_summary(cfg.name, steps, reused, run_dir, list(hydra_facts.overrides.task), took=took)
+        sources = hydra_facts.runtime.config_sources
+        flags = [f"--config-dir={short(source.path)}" for source in sources if source.provider == "command-line"]
+        overrides, lacking = list(hydra_facts.overrides.task), lacking_for_ppo(cfg.model)
+        show_summary(cfg.name, steps, reused, run_dir, overrides, took=took, flags=flags, lacking=lacking)
 
 
 def note_refusal(cfg: Config, changed: list[Step]) -> None:

@@ -18,7 +18,14 @@ ALIASES = (
     ("fp16", "hardware.precision=fp16", ""),
     ("bf16", "hardware.precision=bf16", ""),
     ("zero_stage", "hardware.zero.{engine}", ""),
-    ("max_length max_seq_length max_seq_len", "model.max_prompt_tokens and model.max_response_tokens", "they have a limit each"),
+    ("deepspeed deepspeed_config ds_config", "hardware.deepspeed", "a mapping that is merged into the configuration written here"),
+    ("packing sample_packing", "", "leave it out: dialogues are packed without padding already (model.attention)"),
+    (
+        "load_in_4bit load_in_8bit quantization quantization_bit quantization_config",
+        "model.{part}.lora.dim=16",
+        "nothing trains on quantised weights here; adapters save memory, and so does hardware.offload",
+    ),
+    ("max_length max_seq_length max_seq_len cutoff_len", "model.max_prompt_tokens and model.max_response_tokens", "they have a limit each"),
     ("max_prompt_length max_prompt_seq_len", "model.max_prompt_tokens", ""),
     ("max_new_tokens max_completion_length response_length max_answer_seq_len", "model.max_response_tokens", ""),
     ("use_lora use_peft", "model.{part}.lora.dim", "adapters are used when their rank is above 0"),
@@ -29,6 +36,7 @@ ALIASES = (
     ("output_dir", "name, or store", "results are in runs/NAME, trained steps in the store"),
     ("save_steps", "checkpoint.every", ""),
     ("init", "model.{part}.path=null for random weights, or the checkpoint's folder or hub id", ""),
+    ("report_to", "wandb.mode", "online, offline or disabled; metrics.jsonl is written in any case"),
     ("model_name_or_path", "model.{part}.path", "model=... is the preset of its size"),
     (
         "eval_dataset eval_path eval_file test_path test_file heldout",

@@ -18,11 +18,13 @@ TEMPLATE = Path(__file__).parent.parent / "conf" / "model" / "family" / "base.ya
 
 
 def find(path: str) -> str:
-    """The checkpoint that `path` means: itself, the model/ of a step folder, the actor of a run folder, or a hub id."""
+    """The checkpoint that `path` means: itself, the model/ of a step folder, the newest actor of a run's folder, or a hub id."""
     folder = Path(path).expanduser()
     if not folder.exists() and path.count("/") < 2 and not path.startswith((".", "/", "~", "runs")):
         return path
-    inside = [folder / name for name in ("", "model", "ppo/model", "dpo/model", "sft/model") if (folder / name / "config.json").is_file()]
+    commands = sorted(folder.glob("????-??-??_??-??-??"), reverse=True)  # of runs/NAME; a sweep has many actors, so it is left out
+    actors = [place / stage / "model" for place in (folder, *commands) for stage in ("ppo", "dpo", "sft")]
+    inside = [place for place in (folder, folder / "model", *actors) if (place / "config.json").is_file()]
     if not inside:
         raise UserError(f"{path} {'is not a checkpoint: it has no config.json' if folder.exists() else 'does not exist'}. {instead(path)}")
     if inside[0] != folder:
@@ -176,7 +178,7 @@ def talk(tokenizer, model, longest: int | None, temperature: float | None, famil
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m runner.chat", description="Talk to an exported actor. /clear starts over, /quit ends.")
-    parser.add_argument("path", help="folder of an SFT, DPO or PPO model (or of its step, or of a run), or a Hugging Face id")
+    parser.add_argument("path", help="folder of an SFT, DPO or PPO model, of its step, or of a run (the newest), or a Hugging Face id")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: what the model was trained with")
     parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="default 0.7; PPO trains at 1")
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")

@@ -58,8 +58,10 @@ def read_json(path: Path) -> dict:
     """The JSON object in a file. Raises UserError if there is none, or it is cut short."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Is it complete?") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: it is broken or incomplete ({error})") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a JSON object")
     return found

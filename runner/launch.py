@@ -45,6 +45,8 @@ def launch(cfg: Config, step: Step, inputs: dict | None, run_dir: Path) -> bool:
         return False
     if step.done:  # no lock: the store may be somebody else's, and read-only
         _link(run_dir / step.stage, step.folder)
+        with suppress(OSError):
+            os.utime(step.folder / "DONE")  # runner/store.py says when a step was last used
         return False
     with lock(Path(cfg.store).absolute() / "locks" / step.folder.name, f"step {step.folder.name}") as held:
         _link(run_dir / step.stage, step.folder)

@@ -129,7 +129,8 @@ def _check_whole(step: Step) -> None:
         check_weights(step.folder / "model")
         check_vocabulary(step.folder / "model")
     except UserError as error:
-        raise UserError(f"{short(step.folder)} says DONE, but {error}. Delete the folder to train it again") from error
+        what = str(error).replace(f"{step.folder}/", "")
+        raise UserError(f"{short(step.folder)} says DONE, but {what}. Delete the folder to train it again") from error
 
 
 def _check_share(cfg: Config, stage: str) -> None:

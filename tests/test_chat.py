@@ -73,6 +73,15 @@ def test_a_step_folder_and_a_run_folder_lead_to_their_actor(step, tmp_path, caps
     assert chat.find("facebook/opt-125m") == "facebook/opt-125m"
 
 
+def test_the_folder_of_a_run_means_the_newest_command_that_has_an_actor(step, tmp_path):
+    for command, stage in {"2026-01-30_12-00-00": "ppo", "2026-01-31_12-00-00": "sft", "2026-02-01_12-00-00_sweep": "ppo"}.items():
+        (tmp_path / command).mkdir()
+        (tmp_path / command / stage).symlink_to(step)
+    (tmp_path / "2026-02-01_12-00-00").mkdir()
+    (tmp_path / "2026-02-01_12-00-00" / "ppo").symlink_to(tmp_path / "interrupted")
+    assert chat.find(str(tmp_path)) == str(tmp_path / "2026-01-31_12-00-00" / "sft" / "model")
+
+
 @pytest.mark.parametrize("path, why", [("/nowhere/model", "does not exist"), (".", "no config.json")])
 def test_what_is_no_checkpoint_is_named_with_what_to_type(path, why, step, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -417,6 +417,9 @@ def test_near_checkpoints_are_named(refused, here):
     for typo, meant in {"./stp": "step", "step/modle": "step/model", "./stp/model": "step/model"}.items():
         assert f"sft.use={typo}: this folder does not exist" in (message := refused(f"sft.use={typo}"))
         assert f"Did you mean {meant}?" in message
+    (here / "other").mkdir()
+    message = refused("model=opt175b", "hardware=dgx8")  # Meta gives its weights on request
+    assert "its file in conf/model/ says where to get the checkpoint" in message and "other" not in message
     (here / "bert").mkdir()
     (here / "bert" / "config.json").write_text('{"model_type": "bert"}')
     assert "sft.use=./bert is a model of the family bert, which is not supported: families are opt, bloom, " in refused("sft.use=./bert")
@@ -794,7 +797,9 @@ def test_a_finished_step_is_reused_without_a_lock(tmp_path):
     (step,) = plan(cfg)
     step.folder.mkdir(parents=True)
     (step.folder / "DONE").touch()
+    os.utime(step.folder / "DONE", (1, 1))
     assert launch(cfg, step, None, tmp_path / "run") is False
+    assert (step.folder / "DONE").stat().st_mtime > 1  # `python -m runner.store` says when it was last used
     assert (tmp_path / "run" / "sft").resolve() == step.folder and not (tmp_path / "store" / "locks").exists()
 
 

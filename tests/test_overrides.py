@@ -120,6 +120,11 @@ def test_a_path_in_place_of_a_preset_gets_the_key_that_takes_paths(words, says):
         ("model.reward.lora.rank=8", "type model.reward.lora.dim."),
         ("sft='{learning_rate: 1}'", "unknown key sft.learning_rate: type sft.lr."),
         ("~learning_rate", "type ppo.actor_lr or ppo.critic_lr"),
+        ("stage=sft sft.packing=true", "unknown key sft.packing: leave it out: dialogues are packed without padding already"),
+        ("stage=sft load_in_4bit=true", "type model.actor.lora.dim=16; nothing trains on quantised weights here"),
+        ("deepspeed=ds.json", "type hardware.deepspeed; a mapping that"),
+        ("cutoff_len=512", "type model.max_prompt_tokens and model.max_response_tokens"),
+        ("report_to=none", "type wandb.mode; online, offline or disabled"),
     ],
 )
 def test_names_of_other_programs_are_translated(words, says):

@@ -118,11 +118,12 @@ def test_metrics_have_their_names_and_plausible_values(finished):
     assert 0 < after["score_se"] < 1  # of 8 prompts, whose scores are about one apart
 
 
-def test_running_again_reuses_everything_and_a_change_of_ppo_reuses_its_parents(finished):
+def test_running_again_reuses_everything_and_a_change_of_ppo_reuses_its_parents(finished, tmp_path):
     store, _ = finished
-    stamps = {p: p.stat().st_mtime_ns for p in store.glob("*/DONE")}
-    assert succeed(store, *STATEFUL).count("reused") >= 3
-    assert {p: p.stat().st_mtime_ns for p in store.glob("*/DONE")} == stamps
+    stamps = {p: p.stat().st_mtime_ns for p in store.glob("*/result.json")}
+    printed = succeed(store, *STATEFUL, f"--config-dir={tmp_path}")
+    assert printed.count("reused") >= 3 and f"run.py --config-dir={tmp_path} -m " in printed  # in what to type next
+    assert {p: p.stat().st_mtime_ns for p in store.glob("*/result.json")} == stamps and len(stamps) == 3
     plan = succeed(store, *STATEFUL, "ppo.kl_coef=0.5", "dry_run=true")
     assert plan.count("reused") == 2 and plan.count("resume") == 0
 

@@ -379,8 +379,9 @@ def test_a_finished_step_whose_files_are_gone_is_not_reused(tmp_path, file, cont
         (step.folder / file).unlink()
     else:
         (step.folder / file).write_text(content)
-    with pytest.raises(UserError, match=r"sft-\w+ says DONE, but .*\. Delete the folder to train it again"):
+    with pytest.raises(UserError, match=r"sft-\w+ says DONE, but .*[\w)]\. Delete the folder to train it again") as refused:
         planned(tmp_path)
+    assert str(refused.value).count(step.folder.name) == 1
 
 
 def test_parents_that_are_gone_are_not_trained_again_for_a_result_that_is_there(tmp_path):

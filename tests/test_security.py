@@ -155,7 +155,7 @@ def test_everything_that_unpickles_says_weights_only():
 BROKEN = {
     "config.json": (b'{"model_type":', "config.json cannot be read"),
     "tokenizer_config.json": (b"[1]", "tokenizer_config.json is not a JSON object"),
-    "tokenizer.json": (b'{"version": "1.0", "trunc', r"tokenizer.json cannot be read: .*\. Is it complete\?"),
+    "tokenizer.json": (b'{"version": "1.0", "trunc', "tokenizer.json cannot be read: it is broken or incomplete"),
     "model.safetensors": (b"\0" * 50, "model.safetensors is damaged .*: copy or download it again"),
 }
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from runner.reporting.report import Section, markdown, print_sections, sparkline
 from runner.reporting.results import read_curves
-from runner.reporting.summary import show_summary
+from runner.reporting.summary import lacking_for_ppo, show_summary
 from runner.reporting.sweep_table import SweepTable, show_sweep
 from runner.words import clock, duration, num, pct, spell
 
@@ -133,9 +134,9 @@ def words(width: int = 80, encoding: str = "utf-8") -> tuple[Console, io.BytesIO
     return Console(file=io.TextIOWrapper(raw, encoding=encoding, write_through=True), width=width), raw
 
 
-def summary(steps, run_dir, reused=(), overrides=(), width: int = 80, name: str = "demo") -> str:
+def summary(steps, run_dir, reused=(), overrides=(), width: int = 80, name: str = "demo", **more) -> str:
     console, raw = words(width)
-    show_summary(name, steps, set(reused), run_dir, overrides, took=245.0, console=console)
+    show_summary(name, steps, set(reused), run_dir, overrides, took=245.0, console=console, **more)
     return raw.getvalue().decode()
 
 
@@ -169,7 +170,8 @@ def test_tells_what_was_trained_and_how_well(tmp_path, monkeypatch):
     assert text.count("SFT: score -0.52, judge 0.00") == text.count("PPO: score 1.44, judge 1.00") == 3
     assert row(text, "ppo critic").endswith(" runs/store/ppo-0123456789/critic")
     assert row(text, "talk to it").endswith("python -m runner.chat runs/store/ppo-0123456789/model")
-    assert row(text, "change something").endswith("python run.py -m ppo.kl_coef=0.02,0.05,0.1")
+    # From here run.py is elsewhere
+    assert row(text, "change something").endswith(f"python {Path(__file__).parents[1]}/run.py -m ppo.kl_coef=0.02,0.05,0.1")
     assert "wandb sync" not in text
 
 
@@ -263,6 +265,26 @@ def test_the_rest_is_offered_where_the_data_can_feed_it(tmp_path, owned, offered
 def test_next_command_repeats_the_overrides(tmp_path):
     text = summary(make_steps(tmp_path / "s"), tmp_path / "run", overrides=["ppo.kl_coef=0.3", "dataset.path=my file.jsonl"])
     assert row(text, "change something").endswith("python run.py -m 'dataset.path=my file.jsonl' ppo.kl_coef=0.02,0.05,0.1")
+
+
+def test_next_commands_find_the_presets_and_can_be_typed_after_a_forced_run(tmp_path):
+    forced = ["stage=sft", "resume=force", "model=mine"]
+    text = summary([make_step(tmp_path / "s", "sft", SFT)], tmp_path / "run", overrides=forced, flags=["--config-dir=my conf"])
+    assert row(text, "change something").endswith("run.py '--config-dir=my conf' -m stage=sft model=mine sft.epochs=1,2,4")
+    # Without it the forced step would not be found
+    assert row(text, "train the rest").endswith("run.py '--config-dir=my conf' resume=force model=mine stage=ppo")
+
+
+def test_what_ppo_lacks_is_said_where_one_model_is_random_and_the_other_is_not(tmp_path):
+    def lacking(actor: bool, reward: bool) -> str | None:
+        return lacking_for_ppo(SimpleNamespace(actor=SimpleNamespace(random=actor), reward=SimpleNamespace(random=reward)))
+
+    assert lacking(True, True) is lacking(False, False) is None
+    assert lacking(True, False) == "model.actor.path"
+    key = lacking(False, True)
+    text = summary([make_step(tmp_path / "s", "sft", SFT)], tmp_path / "run", overrides=["stage=sft"], lacking=key)
+    assert "stage=ppo, also type model.reward.path=...: reward model and actor must have the same tokenizer" in " ".join(text.split())
+    assert "train the rest " not in text.replace("To train the rest, ", "")
 
 
 def test_pinned_and_missing_facts(tmp_path):
@@ -478,6 +500,21 @@ def test_a_sweep_of_dpo_says_how_far_the_chosen_answers_moved(tmp_path):
     text = raw.getvalue().decode()
     assert "DPO acc  chosen logp" in text and "96.9 %        +3.21" in row(text, "0 ")
     assert "dpo/accuracy,dpo/chosen_logratio" in (tmp_path / "sweep.csv").read_text()
+
+
+def test_a_sweep_over_stages_shows_what_each_has(tmp_path):
+    trained = {"sft": {"sft/perplexity_after": 6.2}, "dpo": {"sft/perplexity_after": 6.2, "dpo/accuracy": 0.97}}
+    trained["ppo"] = {"sft/perplexity_after": 6.2, "ppo/before/score": 0.0, "ppo/after/score": 1.5}
+    for number, (stage, facts) in enumerate(trained.items()):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "summary.json").write_text(json.dumps(facts | {"overrides": [f"stage={stage}"], "seconds": 9.0}))
+    console, raw = words()
+    show_sweep(tmp_path, console)
+    text = raw.getvalue().decode()
+    assert row(text, "job  ").split() == ["job", "stage", "SFT", "ppl", "DPO", "acc", "score", "time"]
+    assert row(text, "0 ").split() == ["0", "sft", "6.20", "-", "-", "9.0", "s"]
+    assert row(text, "1 ").split() == ["1", "dpo", "6.20", "97.0", "%", "-", "9.0", "s"]
+    assert row(text, "2 ").split() == ["2", "ppo", "6.20", "-", "0.00", "->", "1.50", "9.0", "s"]
 
 
 def test_a_job_that_trained_nothing_took_no_time_in_a_sweep(tmp_path):

@@ -28,8 +28,11 @@ def no_folder(key: str, path: str) -> str:
     gone = next(p for p in (found, *found.parents) if p.parent.is_dir())  # the part of it that is missing
     folders = sorted(p.name for p in gone.parent.iterdir() if p.is_dir())
     near = [gone.parent / name / found.relative_to(gone) for name in difflib.get_close_matches(gone.name, folders, n=3)]
-    hint = f". In {gone.parent} there are: {', '.join(folders[:8])}" if folders else ""
-    hint = f". Did you mean {' or '.join(map(str, near))}?" if near else hint
+    hint = f". Type {key}=FOLDER"
+    if near:
+        hint = f". Did you mean {' or '.join(map(str, near))}?"
+    elif key.startswith("model."):
+        hint += "; where the path is a preset's own, its file in conf/model/ says where to get the checkpoint"
     return f"{key}={path}: this folder does not exist (looked from {Path.cwd()}){hint}"
 
 

@@ -14,6 +14,7 @@ from statistics import median
 
 from rich.console import Console
 
+from runner.config import Model
 from runner.plan import Step
 from runner.reporting.report import Section, bar, markdown, print_sections, sparkline
 from runner.reporting.results import Trained, headline, spent, trained_of
@@ -36,6 +37,8 @@ def show_summary(
     overrides: Sequence[str] = (),
     *,
     took: float,
+    flags: Sequence[str] = (),
+    lacking: str | None = None,
     console: Console | None = None,
 ) -> None:
     """Print the summary of a run, and write run_dir/summary.md and run_dir/summary.json.
@@ -43,12 +46,13 @@ def show_summary(
     Args:
         steps: all steps of the plan, in order; a step that is pinned or lacks a result is shown with "-".
         reused: the stages that were done before and not trained in this run.
-        overrides: what was typed after `run.py`; the suggested commands repeat it.
+        overrides, flags: what was typed after `run.py`; the suggested commands repeat it.
         took: seconds of this command so far; each stage counts its own, of a resumed one those of all commands.
+        lacking: see lacking_for_ppo.
     """
     run_dir = Path(run_dir)
     trained = [trained_of(step, reused) for step in steps]
-    parts = sections(name, trained, run_dir, overrides, took)
+    parts = [*sections(name, trained, run_dir, took), next_section(trained, overrides, flags, lacking)]
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "summary.md").write_text(markdown(parts), encoding="utf-8")
     (run_dir / "summary.json").write_text(json.dumps(headline(name, trained, run_dir, overrides), indent=2) + "\n", encoding="utf-8")
@@ -58,13 +62,13 @@ def show_summary(
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
-def sections(name: str, trained: Sequence[Trained], run_dir: Path, overrides: Sequence[str], took: float) -> list[Section]:
+def sections(name: str, trained: Sequence[Trained], run_dir: Path, took: float) -> list[Section]:
     parts = [stages_section(name, trained, took), *time_sections(trained)]
     steps = next((t.result["steps"] for t in trained if t.step.stage == "sft" and t.result), None)
     describe = {"sft": sft_sections, "reward": reward_sections, "dpo": dpo_sections, "ppo": partial(ppo_sections, sft_steps=steps)}
     for t in trained:
         parts += describe[t.step.stage](t) if t.result else []
-    return [*parts, places_section(trained, run_dir), next_section(trained, overrides)]
+    return [*parts, places_section(trained, run_dir)]
 
 
 def stages_section(name: str, trained: Sequence[Trained], took: float) -> Section:
@@ -267,19 +271,29 @@ def places_section(trained: Sequence[Trained], run_dir: Path) -> Section:
     return Section("Where it is", notes=[note] if any(t.result for t in trained) else (), literal=places)
 
 
-def next_section(trained: Sequence[Trained], overrides: Sequence[str]) -> Section:
+def next_section(trained: Sequence[Trained], overrides: Sequence[str], flags: Sequence[str], lacking: str | None) -> Section:
     steps = {t.step.stage: t.step for t in trained}
-    last, commands = trained[-1].step.stage, []
+    last, commands, notes = trained[-1].step.stage, [], []
     talker = steps.get("ppo") or steps.get("dpo") or steps.get("sft")
     if talker:
         commands.append(("talk to it", f"python -m runner.chat {shlex.quote(short(talker.model))}"))
-    commands.append(("change something", command_line("-m", *repeat(overrides, TRY_NEXT[last]))))
+    swept = [o for o in repeat(overrides, TRY_NEXT[last]) if override_key(o) != "resume"]  # a sweep refuses resume=force
+    commands.append(("change something", command_line(*flags, "-m", *swept)))
     if last in ("sft", "reward") and feeds_the_rest(trained):
-        commands.append(("train the rest", command_line(*repeat(overrides, "stage=ppo"))))
+        if lacking:
+            notes.append(f"To train the rest, stage=ppo, also type {lacking}=...: reward model and actor must have the same tokenizer.")
+        else:
+            commands.append(("train the rest", command_line(*flags, *repeat(overrides, "stage=ppo"))))
     for step in steps.values():
         if not step.pinned and any(step.folder.glob("wandb/offline-run-*")):
             commands.append((f"{step.stage} to W&B", f"wandb sync {shlex.quote(short(step.folder))}/wandb/offline-run-*"))
-    return Section("Next", literal=commands)
+    return Section("Next", notes=notes, literal=commands)
+
+
+def lacking_for_ppo(model: Model) -> str | None:
+    """The key of the random one of two models of which the other is pretrained: a tokenizer that the data trains is not the other's."""
+    random = [part for part in ("actor", "reward") if getattr(model, part).random]
+    return f"model.{random[0]}.path" if len(random) == 1 else None
 
 
 def feeds_the_rest(trained: Sequence[Trained]) -> bool:
@@ -299,4 +313,4 @@ def override_key(override: str) -> str:
 
 
 def command_line(*words: str) -> str:
-    return shlex.join(["python", "run.py", *words])
+    return shlex.join(["python", short(Path(__file__).parents[2] / "run.py"), *words])

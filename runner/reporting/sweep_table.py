@@ -9,7 +9,7 @@ import atexit
 import csv
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,10 +127,14 @@ def swept(jobs: Sequence[Job]) -> list[str]:
 
 
 def columns_with_values(jobs: Sequence[Job]) -> list[tuple]:
-    """The columns in which some job has something to say; SFT, mostly shared, only where it differs."""
-    seen = {keys: [job.facts.get(keys[-1]) for job in jobs if job.facts] for _, keys, _ in COLUMNS}
+    """The columns in which some job has something to say; SFT, mostly shared, only where it differs or is all that a job has."""
+    done = [job.facts for job in jobs if job.facts]
+    seen = {keys: [facts.get(keys[-1]) for facts in done] for _, keys, _ in COLUMNS}
     some = [column for column in COLUMNS if any(value is not None for value in seen[column[1]])]
-    return [column for column in some if not column[1][0].startswith("sft/") or len(set(seen[column[1]])) > 1]
+    others = [column for column in some if not column[1][0].startswith("sft/")]
+    if any(all(facts.get(keys[-1]) is None for _, keys, _ in others) for facts in done):
+        return some
+    return [column for column in some if column in others or len(set(seen[column[1]])) > 1]
 
 
 def sweep_section(sweep_dir: Path, jobs: Sequence[Job]) -> Section:
@@ -138,7 +142,7 @@ def sweep_section(sweep_dir: Path, jobs: Sequence[Job]) -> Section:
     rows = []
     for job in jobs:
         facts = job.facts or {}
-        values = [" -> ".join(show(facts.get(key)) for key in keys_of) if job.facts else "-" for _, keys_of, show in columns]
+        values = [shown(facts, keys_of, show) for _, keys_of, show in columns]
         time = duration(facts.get("seconds") or None) if job.facts else job.state  # "-": all was trained before
         rows.append([job.number, *(job.overrides.get(key, "-") for key in keys), *values, time])
     left = [job for job in jobs if not job.facts]
@@ -149,6 +153,10 @@ def sweep_section(sweep_dir: Path, jobs: Sequence[Job]) -> Section:
     header = ("job", *short_names(keys), *(name for name, _, _ in columns), "time")
     errors = [f"job {job.number}: {clip(job.error, ERROR_LIMIT)}" for job in left if job.error]
     return Section(title, header=header, rows=rows, notes=errors, literal=places)
+
+
+def shown(facts: dict, keys: Sequence[str], show: Callable) -> str:
+    return " -> ".join(show(facts.get(key)) for key in keys) if any(facts.get(key) is not None for key in keys) else "-"
 
 
 def short_names(keys: Sequence[str]) -> list[str]:
