@@ -15,7 +15,7 @@ from pathlib import Path
 from runner.batch_sizes import accumulation, micro_batch
 from runner.checks.paths import is_local, no_checkpoint, no_folder
 from runner.checks.trust import check_vocabulary, check_weights
-from runner.config import ENGINES, PARENTS, SHARES, Config, Hardware, Source, frozen_models
+from runner.config import ENGINES, PARENTS, SHARES, Config, Hardware, Model, Source, frozen_models
 from runner.data.adapters import check_adapter
 from runner.data.sources import content_key, data_key, has_rows_for, sources_of
 from runner.deepspeed_config import check_raw, frozen_config, training_config
@@ -186,26 +186,26 @@ def _first_weights(cfg: Config, name: str) -> dict:
     if part.random:
         return {name: lora | {"init": "random", "shape": part.shape}}
     if is_local(part.path):
-        key = f"model.{name}.path"
-        files, settings = _checked_files(key, part.path), read_json(Path(part.path) / "config.json")
-        check_same_family(f"{key}={part.path}", settings["model_type"], cfg.model.name, cfg.model.family)
-        if name == "reward":
-            _check_one_score(f"{key}={part.path}", settings)
-        return {name: lora | {"path": files}}
+        return {name: lora | {"path": _checked_files(f"model.{name}.path", part.path, cfg.model)}}
     return {name: lora | {"path": part.path, "revision": part.revision}}
 
 
-def _checked_files(key: str, path: str) -> list[list]:
+def _checked_files(key: str, path: str, model: Model | None = None) -> list[list]:
     """The files of a local checkpoint, given under `key`: name, size and time of each. Where the folder is does not matter.
 
-    Raises UserError for a folder that is no checkpoint of a family that we know.
+    Raises UserError for a folder that is no checkpoint of a family that we know (of the preset `model`, if it is given), or a classifier.
     """
     folder = Path(path)
     if not folder.exists():
         raise UserError(no_folder(key, path))
     if not (folder / "config.json").exists():
         raise UserError(f"{key}={path} {no_checkpoint(folder, f'type {key}=')}")
-    check_family(f"{key}={path}", read_json(folder / "config.json").get("model_type"))
+    settings = read_json(folder / "config.json")
+    check_family(f"{key}={path}", settings.get("model_type"))
+    if model:
+        check_same_family(f"{key}={path}", settings["model_type"], model.name, model.family)
+    if key in ("model.reward.path", "reward.use"):
+        _check_one_score(f"{key}={path}", settings)
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
 
 
@@ -219,8 +219,6 @@ def _pinned_facts(stage: str, path: str) -> dict:
     if kind and (stage == "reward") != kind.endswith("ForSequenceClassification"):
         wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"
         raise UserError(f"{stage}.use={path} holds {kind}, but {stage} is {wanted}: give the folder of one")
-    if stage == "reward":
-        _check_one_score(f"reward.use={path}", settings)
     check_weights(folder)
     return {"use": files}
 

@@ -1028,7 +1028,7 @@ def test_every_command_of_the_readme_makes_a_plan(tmp_path, monkeypatch):
         (tmp_path / re.search(r"^# (conf/.*)$", preset, re.MULTILINE)[1]).write_text(preset)
     monkeypatch.setattr(runner.plan, "data_key", lambda dataset, share: {})
     monkeypatch.setattr(runner.plan, "content_key", lambda source, toy_rows: "")
-    monkeypatch.setattr(runner.plan, "_checked_files", lambda key, path: [])
+    monkeypatch.setattr(runner.plan, "_checked_files", lambda *_: [])
     monkeypatch.setattr(runner.plan, "_pinned_facts", lambda stage, path: {})
     lines = [line for block in code_blocks("bash") for line in block.splitlines() if line.startswith("python run.py")]
     assert len(lines) > 25

@@ -230,7 +230,9 @@ def test_code_of_a_model_is_refused_before_anything_is_trained(where, with_code,
 
     if where == "reward.use":
         settings = json.loads((with_code / "config.json").read_text())
-        (with_code / "config.json").write_text(json.dumps(settings | {"architectures": ["OPTForSequenceClassification"]}))
+        (with_code / "config.json").write_text(
+            json.dumps(settings | {"architectures": ["OPTForSequenceClassification"], "id2label": {"0": "score"}})
+        )
     cfg = configured(*[word.format(model=with_code) for word in PLACES[where]], f"store={tmp_path}/store", "dataset.toy_rows=100")
     with pytest.raises(UserError, match=r"brings Python code of its own \(auto_map in .*type model.trust_remote_code=true"):
         prepare(cfg, plan(cfg))
