@@ -9,7 +9,6 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from runner.checks.paths import is_local
 from runner.families import FAMILIES
 from runner.schedules import SCHEDULES
 
@@ -82,7 +81,7 @@ def check_model(model) -> None:
             check(size not in SIZES or whole, f"model.{name}.shape.{size}={value} must be a whole number of 1 or more")
     # Of a folder the shape in the preset may not be true: prepare looks into its config.json
     random = model.actor.random
-    context = model.actor.shape.get("max_position_embeddings") if random or not is_local(model.actor.path) else None
+    context = model.actor.shape.get("max_position_embeddings") if random or not Path(model.actor.path).exists() else None
     wanted = model.max_prompt_tokens + model.max_response_tokens
     check(
         context is None or wanted <= context,
