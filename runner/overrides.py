@@ -27,8 +27,8 @@ LAUNCHERS |= dict.fromkeys(("submitit_local", "submitit_slurm"), "hydra-submitit
 def check_overrides(argv: list[str], conf: Path) -> list[str]:
     """Raise UserError for an unknown key, group option, or a key of a stage that the chosen one does not consume.
 
-    Returns argv as Hydra wants it: keys inside our free mappings (hardware.deepspeed, say), and those that a source may leave out, get
-    the ++ that Hydra asks for.
+    Returns argv as Hydra wants it: keys inside our free mappings (hardware.deepspeed, say), those that a source may leave out, and those
+    of a block that only some stages of a sweep have, get the ++ that Hydra asks for.
     """
     secrets.refuse_in_overrides(argv)
     flags, words = flags_and_overrides(argv, [*known_keys(), *groups_in([conf])])
@@ -37,7 +37,7 @@ def check_overrides(argv: list[str], conf: Path) -> list[str]:
     folders = [conf, *(Path(flag.partition("=")[2]) for flag in flags if flag.startswith(("-cd=", "--config-dir=")))]
     if missing := next((folder for folder in folders if not folder.is_dir()), None):
         raise UserError(f"--config-dir={missing}: this folder does not exist (looked from {Path.cwd()})")
-    groups, chosen = groups_in(folders), _chosen_stage(words, folders)
+    groups, stages = groups_in(folders), _chosen_stages(words, folders)
     parser = OverridesParser.create()
     checked, given = [], {}
     for argument, after in zip(words, [*words[1:], ""], strict=False):
@@ -46,7 +46,7 @@ def check_overrides(argv: list[str], conf: Path) -> list[str]:
         override = _parse(parser, argument)
         _check_sweep(override, sweeps(argv))
         _check_names(override)
-        checked.append(_check_key(argument, override, groups, chosen, folders))
+        checked.append(_check_key(argument, override, groups, stages, folders))
         given.setdefault(override.key_or_group, []).append(argument)
     _tell_repeated(given)
     # Hydra applies them in order. Keys that are added to a source come last: a path before them finds no source under a misspelt name
@@ -113,8 +113,9 @@ def _check_name(value: str) -> None:
         raise UserError(str(error)) from error
 
 
-def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: str, folders: list[Path]) -> str:
-    key, value = override.key_or_group, argument.partition("=")[2]
+def _check_key(argument: str, override, groups: dict[str, list[str]], stages: list[str], folders: list[Path]) -> str:
+    """The argument as Hydra wants it. stages: the chosen one, or those of a sweep."""
+    key, value, chosen = override.key_or_group, argument.partition("=")[2], stages[0]
     known = known_keys() + list(groups)
     if key == "hydra/launcher":
         _check_launcher(value)
@@ -135,11 +136,13 @@ def _check_key(argument: str, override, groups: dict[str, list[str]], chosen: st
     if value.startswith("[") and any(name.startswith(f"{key}.") for name in known):
         raise UserError(f"{argument}: {key} is a mapping of names to values: type {key}='{{name: value}}'")
     block = key.split(".")[0]
-    if block in STAGES and "." in key and block not in _consumed(chosen, folders):
-        raise UserError(f"{key}: stage={chosen} does not use the {block} block. Leave it out, or type stage={block}")
+    of_block = [stage for stage in stages if block not in STAGES or block in _consumed(stage, folders)]
+    if "." in key and not of_block:
+        raise UserError(f"{key}: stage={','.join(stages)} does not use the {block} block. Leave it out, or type stage={block}")
     # Every source has a path: without ++ a misspelt source is refused by Hydra, and by `load` if only other keys are given
     of_source = _fits(["dataset", "sources", "*", "*"], key.split(".")) and not key.endswith(".path")
-    adds = of_source or _is_free(key, known) or (value.startswith("{") and (f"{key}.*" in known or key.startswith("dataset.sources.")))
+    adds = of_source or len(of_block) < len(stages) or _is_free(key, known)
+    adds = adds or (value.startswith("{") and (f"{key}.*" in known or key.startswith("dataset.sources.")))
     return f"++{argument}" if adds and argument.startswith(key) else argument
 
 
@@ -212,7 +215,8 @@ def _fits(pattern: list[str], parts: list[str]) -> bool:
     return len(pattern) == len(parts) and all(p in ("*", k) for p, k in zip(pattern, parts, strict=True))
 
 
-def _chosen_stage(argv: list[str], folders: list[Path]) -> str:
+def _chosen_stages(argv: list[str], folders: list[Path]) -> list[str]:
+    """The stage that is chosen; in a sweep there may be several."""
     named = [a.removeprefix("stage=") for a in argv if a.startswith("stage=")]
     for argument in argv:
         if argument.startswith(("experiment=", "sweep=")) and not named:
@@ -220,7 +224,7 @@ def _chosen_stage(argv: list[str], folders: list[Path]) -> str:
             path = preset_file(group, name, folders)
             defaults = read_yaml(path).get("defaults", []) if path else []
             named = [d["override /stage"] for d in defaults if isinstance(d, dict) and "override /stage" in d]
-    return named[-1].removeprefix("choice(").split(",")[0] if named else "ppo"
+    return re.findall(r"\w+", named[-1].removeprefix("choice(")) if named else ["ppo"]
 
 
 def _consumed(stage: str, folders: list[Path]) -> set[str]:

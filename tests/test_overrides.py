@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from tiny import configured
 
 from runner.aliases import ALIASES, instead_of
 from runner.config import STAGES
@@ -279,6 +280,16 @@ def test_keys_that_a_source_leaves_out_are_added_and_its_path_is_not():
 def test_no_experiment_can_be_chosen_among_others(words, passed_on):
     """Hydra takes no null over the null of the defaults list, but an empty list."""
     assert check_overrides(words, CONF) == passed_on
+
+
+def test_a_key_may_be_of_some_stages_of_a_sweep(tmp_path):
+    """Of the others' jobs it is no key: Hydra would refuse it there, and `load` leaves it out."""
+    words = ["-m", "stage=sft,dpo", "sft.max_steps=2", "dpo.beta=0.1,0.2"]
+    assert check_overrides(words, CONF) == [*words[:3], "++dpo.beta=0.1,0.2"]
+    assert check_overrides(["-m", "stage=choice(reward,ppo)", "ppo.lam=1"], CONF)[-1] == "++ppo.lam=1"
+    with pytest.raises(UserError, match=r"dpo.beta: stage=sft,reward does not use the dpo block"):
+        check_overrides(["-m", "stage=sft,reward", "dpo.beta=0.1"], CONF)
+    assert configured("stage=sft", "++dpo.beta=0.1").dpo is None
 
 
 def test_one_sweep_at_a_time():
