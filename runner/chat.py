@@ -11,9 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from runner.checks.paths import no_checkpoint
 from runner.checks.secrets import redact
 from runner.errors import UserError
 
+CHAT = "python -m runner.chat"
 TEMPLATE = Path(__file__).parent.parent / "conf" / "model" / "family" / "base.yaml"
 
 
@@ -26,7 +28,8 @@ def find(path: str) -> str:
     actors = [place / stage / "model" for place in (folder, *commands) for stage in ("ppo", "dpo", "sft")]
     inside = [place for place in (folder, folder / "model", *actors) if (place / "config.json").is_file()]
     if not inside:
-        raise UserError(f"{path} {'is not a checkpoint: it has no config.json' if folder.exists() else 'does not exist'}. {instead(path)}")
+        why = no_checkpoint(folder, f"type {CHAT} ") if folder.exists() else "does not exist"
+        raise UserError(f"{path} {why}" + ("" if CHAT in why else f". {instead(path)}"))
     if inside[0] != folder:
         print(f"using {inside[0]}", file=sys.stderr)
     return str(inside[0])
@@ -37,7 +40,7 @@ def instead(path: str) -> str:
     found = [p.parent for stage in ("ppo", "dpo", "sft") for p in Path("runs/store").glob(f"{stage}-*/model/config.json")]
     actors = [actor for actor in found if actor.resolve() != Path(path).resolve()]
     newest = max(actors, key=lambda p: p.stat().st_mtime, default="FOLDER (the model/ of an SFT, DPO or PPO step)")
-    return f"Type python -m runner.chat {newest}"
+    return f"Type {CHAT} {newest}"
 
 
 def load(path: str):

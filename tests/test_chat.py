@@ -93,6 +93,15 @@ def test_what_is_no_checkpoint_is_named_with_what_to_type(path, why, step, tmp_p
         chat.find(path)
 
 
+def test_beside_adapters_the_merged_model_is_named(step, tmp_path):
+    adapter = tmp_path / "step" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    (tmp_path / "step" / "model").symlink_to(step / "model")
+    with pytest.raises(UserError, match=r"holds adapters, .*: type python -m runner.chat .*step/model$"):
+        chat.find(str(adapter))
+
+
 def test_a_reward_model_and_broken_weights_are_refused_in_one_line(step, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"^error: cannot chat with .*critic: it is a reward model[^\n]*$"):
         typed(monkeypatch, "Hello\n", step / "critic")
