@@ -99,7 +99,7 @@ def respond(models: Models, reader: Reader, prompts, limits: list[int], number: 
     models.actor.eval()
     actor, uniform = models.actor.module, uniforms(0, episodes, reader.max_response)
     make = partial(graph.Decoder, graph.folded(network_of(actor.hf)), actor.sampling, prompts, uniform)
-    decoder = make(slots=reader.rollout_micro, pad=reader.pad, eos=reader.eos, limits=limits)
+    decoder = make(slots=reader.rollout_micro, pad=reader.pad, eos=reader.eos, limits=limits, vocabulary=actor.vocabulary)
     return decoder.run().to(CPU), decoder.stats
 
 

@@ -226,8 +226,10 @@ SILENT = 5.0
 def _least_waiting(beat: dict, end: End) -> tuple[bool, bool, bool, int]:
     """A key that sorts heartbeats: the rank that most probably kept the others waiting comes first."""
     said = next((note["message"] for note in end.notes if note["rank"] == beat["rank"]), "")
+    # It has waited, whatever its last heartbeat says: that was made while it failed. NCCL's watchdog ends a rank without a note
+    waited = bool(re.search(TIMEOUT, said)) or beat["rank"] == end.culprit[0]
     return (
-        bool(re.search(TIMEOUT, said)),  # it has waited, whatever its last heartbeat says: that was made while it failed
+        waited,
         not _silent(beat, end),  # a silent rank is dead, or was stopped
         beat["where"] == heartbeat.WAITING,  # a rank at work has not come to the collective yet
         beat["step"],  # of ranks that all wait, the one farthest behind

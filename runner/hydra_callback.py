@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from runner.checks import secrets
@@ -45,8 +45,26 @@ class CheckBeforeSaving(Callback):
         self.on_run_start(config)
         # Another sweeper chooses its values as it goes
         if str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):
+            _add_keys(config)
             with suppress(HydraException, OmegaConfBaseException):  # words that it cannot read are refused by the sweeper itself
                 refuse_jobs(config)
+
+
+def _add_keys(config: DictConfig) -> None:
+    """Write ++ before the keys of hydra.sweeper.params, as overrides.py does on the command line: a preset leaves out what has a default.
+
+    A key that does not exist is refused by `load`.
+    """
+    groups = GlobalHydra.instance().config_loader().list_groups("")
+    typed = {word.partition("=")[0].lstrip("+") for word in config.hydra.overrides.task}
+    params = {}
+    for key, value in (config.hydra.sweeper.get("params") or {}).items():
+        if key in typed:  # and so overridden, which Hydra would not see behind the ++
+            continue
+        as_it_is = key in groups or "/" in key or key.startswith(("+", "~", "hydra."))
+        params[key if as_it_is else f"++{key}"] = value
+    with open_dict(config):
+        config.hydra.sweeper.params = params
 
 
 def refuse_jobs(config: DictConfig) -> None:

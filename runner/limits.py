@@ -122,8 +122,8 @@ def check_dataset(data) -> None:
         check(answers, f"{key}.only=sft needs answers, which adapter=prompts does not read: type {key}.adapter=fields")
         check(
             not source.fields or source.adapter in ("fields", "prompts"),
-            f"{key}.fields has no effect: adapter={source.adapter} knows the names of its data set. Leave it out, or type "
-            f"{key}.adapter=fields",
+            f"{key}.fields has no effect: adapter={source.adapter} knows the names of its data set. Leave it out"
+            + (f", or type {key}.adapter=fields" if source.adapter != "toy" else ""),
         )
     taken = {pair for source in data.sources.values() for pair in source.fields.items()}
     check(data.fields.items() <= taken, _unread_map(data))

@@ -172,8 +172,7 @@ def load_causal(path: str, tokenizer, **options) -> PreTrainedModel:
 
 def load_scalar(path: str, tokenizer, *, fresh_head: bool, seed: int, **options) -> PreTrainedModel:
     """A one-label classifier. fresh_head: a language model, which has no head, gets one; a reward model keeps its own."""
-    made_up = {"score.weight"} if fresh_head else set()
-    model = _load(AutoModelForSequenceClassification, path, made_up=made_up, num_labels=1, seed=seed, **options)
+    model = _load(AutoModelForSequenceClassification, path, fresh_head=fresh_head, num_labels=1, seed=seed, **options)
     _fit_tokenizer(model, tokenizer)
     score = model.score
     model.score = Fp32Linear(score.in_features, 1, bias=False, device="meta")
@@ -198,13 +197,13 @@ def _load(
     dtype,
     attention: str,
     dropout: float | None,
-    made_up: Set[str] = frozenset(),
+    fresh_head: bool = False,
     seed: int = 0,
     revision=None,
     trust_remote_code=False,
     **more,
 ):
-    """made_up: weights that the checkpoint need not have."""
+    """fresh_head: a checkpoint that is no classifier need not have a head."""
     if not trust_remote_code:
         refuse_code(path, revision)
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code, **more)
@@ -225,6 +224,7 @@ def _load(
         model = auto.from_config(config, **options)
         torch.manual_seed(dropouts)
         return model
+    made_up = {"score.weight"} if fresh_head and not _is_classifier(config) else set()
     return load_weights(auto, path, revision, made_up, config=config, **options)
 
 

@@ -49,8 +49,17 @@ def check_overrides(argv: list[str], conf: Path) -> list[str]:
         checked.append(_check_key(argument, override, groups, stages, folders))
         given.setdefault(override.key_or_group, []).append(argument)
     _tell_repeated(given)
-    # Hydra applies them in order. Keys that are added to a source come last: a path before them finds no source under a misspelt name
-    return [*flags, *sorted(checked, key=lambda word: bool(re.match(r"\+\+dataset\.sources\.[^.=]+\.", word)))]
+    return [*flags, *_paths_first(checked)]
+
+
+def _paths_first(words: list[str]) -> list[str]:
+    """Put the path of a source before keys that are added to it. Hydra goes by the order: a misspelt name with a path would else exist."""
+    ordered = []
+    for word in words:
+        path = re.match(r"(dataset\.sources\.[^.=]+\.)path=", word)
+        added = (i for i, other in enumerate(ordered) if path and other.startswith(f"++{path[1]}"))
+        ordered.insert(next(added, len(ordered)), word)
+    return ordered
 
 
 def _no_override(argument: str, after: str, known: list[str]) -> str:

@@ -169,6 +169,8 @@ def _one_tokenizer(cfg: Config, steps: dict[str, Step]) -> str:
             f"{given} brings the tokenizer of its own run; the {made} model starts from random weights and gets one trained on the data of "
             f"this command. Use the data and model of the run that {given} comes from, or give both models of one run: {made}.use=..."
         )
+    if not pinned and own == ["sft"]:
+        return "The actor starts from random weights, with a tokenizer trained on the data: type model.actor.path=... too"
     key = "reward.use" if "reward" in pinned else "model.reward.path"
     return f"Give a reward model that has the actor's: {key}=..."
 

@@ -132,7 +132,8 @@ def show_store(store: Path) -> None:
     print()
     if others:
         print_columns([(f"{name}/", size(total), f"{SHARED[name]}, made anew where it is missing") for name, total in others.items()])
-    print(f"\nIn all {size(sum(step.bytes for step in steps) + sum(others.values()))} in {short(store)}. Nothing was deleted. What can be:")
+    total = size(sum(step.bytes for step in steps) + sum(others.values()))
+    print(f"\n{short(store)}: {total} in all. Nothing was deleted. What can be:")
     saved = [step for step in steps if step.done and step.checkpoints]
     if saved:
         words = shlex.join(["rm", "-rf", *(short(step.folder / "checkpoints") for step in saved)])

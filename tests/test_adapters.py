@@ -417,6 +417,8 @@ def test_fields_of_broken_rows(row, fields, message):
         ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"}, "dialogue ends with a user turn"),
         ({"messages": []}, "empty response"),
         ({"messages": messages("a", "b"), "kto_tag": "false"}, "marked as bad (label: false)"),
+        ({"messages": messages("a", "b"), "kto_tag": None, "label": False}, "marked as bad (label: false)"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "1.0", "score_rejected": "5.0"}, "chosen is rated no higher"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 7, "score_rejected": 7.0}, "chosen is rated no higher"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 6.5, "score_rejected": 7.0}, "chosen is rated no higher"),
         *[({"messages": [*messages("a"), turn, *messages("b", "c")]}, "dialogue with tool calls") for turn in TOOL_TURNS],

@@ -929,6 +929,17 @@ def test_a_sweep_with_a_job_that_cannot_run_is_not_started(words, errors, here):
     assert "Traceback" not in done.stderr and "Launching" not in done.stdout
 
 
+def test_a_sweep_of_ones_own_may_name_what_presets_leave_out_and_keys_of_some_of_its_stages(here):
+    (here / "mine" / "sweep").mkdir(parents=True)
+    params = {"dataset.sources.toy.weight": "1,2", "stage": "sft,reward", "reward.lr": "1e-3,-1"}
+    for name, more in (("own", {}), ("typo", {"reward.lrr": "1,2"})):
+        preset = {"hydra": {"mode": "MULTIRUN", "sweeper": {"params": params | more}}}
+        (here / "mine" / "sweep" / f"{name}.yaml").write_text("# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.create(preset)))
+    done = process("--config-dir=mine", "sweep=own")
+    assert "2 of the 8 jobs" in done.stderr and "reward.lr=-1.0 must be above 0 (jobs 3, 7)" in done.stderr, done.stderr
+    assert "unknown key reward.lrr (did you mean reward.lr?)" in process("--config-dir=mine", "sweep=typo").stderr
+
+
 def test_a_sweep_goes_on_after_a_job_that_failed_and_keeps_its_error(here):
     """Rows are read when a job runs."""
     for name in "ab":

@@ -214,6 +214,10 @@ LATE = {
         {"at": 100.2, "where": "runner/data/cache.py:12 (load)"},
         "in phase train after step 7, at runner/data/cache.py:12 (load)",
     ),
+    "at work for long after the others gave up": (
+        {"at": 106.0, "where": "runner/data/cache.py:12 (load)"},
+        "in phase train after step 7, at runner/data/cache.py:12 (load)",
+    ),
     "behind": ({"at": 100.2, "step": 6, "phase": "rollout"}, "in phase rollout after step 6"),
 }
 
@@ -222,8 +226,9 @@ LATE = {
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
 def test_the_late_rank_is_named(backend, facts, expected, tmp_path):
     cfg, step = made(tmp_path, "sft", "hardware=cpu2", "hardware.gpus=4", "hardware.micro_batch.sft=8")
-    for rank in (0, 1, 3):
-        beat(step.folder, rank, 100.0)
+    for rank in (1, 3):
+        beat(step.folder, rank, max(100.0, facts["at"]))
+    beat(step.folder, 0, 100.0)  # the first to give up
     beat(step.folder, 2, **facts)
     if backend == "gloo":
         note(step, WAITED, rank=0)

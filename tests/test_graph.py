@@ -291,7 +291,7 @@ def test_looking_a_stride_late_as_on_a_gpu_changes_no_response(slots, stride, mo
     prompts, limits = rows([5, 1, 9, 3, 7, 12, 2] * 3, seed=1), [1 + 5 * n % 16 for n in range(21)]
     model = actor("opt").eval()
     expected = decoder(model, prompts, tokens=16, slots=slots, eos=-1, limits=limits).run()
-    monkeypatch.setitem(graph.LAG, "cpu", True)
+    monkeypatch.setitem(graph.LAG, "cpu", 1)
     monkeypatch.setitem(graph.STRIDE, "cpu", stride)
     found = decoder(model, prompts, tokens=16, slots=slots, eos=-1, limits=limits).run()
     assert_same(found, expected)
@@ -300,7 +300,7 @@ def test_looking_a_stride_late_as_on_a_gpu_changes_no_response(slots, stride, mo
 
 def test_no_step_follows_the_end_of_the_longest_responses(monkeypatch):
     """Neither the rest of a stride nor a late look, where all responses are as long as they may be: two batches of 16 tokens."""
-    monkeypatch.setitem(graph.LAG, "cpu", True)
+    monkeypatch.setitem(graph.LAG, "cpu", 1)
     monkeypatch.setitem(graph.STRIDE, "cpu", 6)
     work = decoder(actor("opt").eval(), rows([4] * 6), tokens=16, slots=3, eos=-1)
     assert work.run().lengths.tolist() == [16] * 6
@@ -320,7 +320,7 @@ def test_a_response_that_reaches_a_stop_string_is_sampled_no_further(slots, late
     """To the next look it is; the others do not change."""
     model, prompts = actor("opt").eval(), rows([5, 1, 9, 3, 7, 12, 2] * 3, seed=1)
     expected = decoder(model, prompts, tokens=40, slots=slots).run()
-    monkeypatch.setitem(graph.LAG, "cpu", late)
+    monkeypatch.setitem(graph.LAG, "cpu", int(late))
     work = decoder(model, prompts, tokens=40, slots=slots, stops=Reached(None, []))
     found = work.run()
     stopped = 0

@@ -544,6 +544,15 @@ def test_a_reward_model_that_is_trained_on_keeps_its_head(name, tokenizer, tmp_p
     torch.testing.assert_close(model.score.weight, given.score.weight)
 
 
+def test_a_reward_model_without_its_head_is_not_given_another(tokenizer, tmp_path):
+    classifier("opt").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("score.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 of the weights .* such as score.weight"):
+        load_scalar(str(tmp_path), tokenizer, fresh_head=True, **options())
+
+
 @every_family
 def test_a_fresh_head_is_small(name, tokenizer, tmp_path):
     causal(name).save_pretrained(tmp_path)

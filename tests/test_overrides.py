@@ -266,7 +266,9 @@ def test_keys_that_a_source_leaves_out_are_added_and_its_path_is_not():
         "dataset.sources.a={path: b}",
     ]
     weight, prompt, path, own = words
-    assert check_overrides(words, CONF) == [path, f"++{own}", f"++{weight}", f"++{prompt}"]
+    assert check_overrides(words, CONF) == [path, f"++{weight}", f"++{prompt}", f"++{own}"]
+    again = ["dataset.sources.toy.weight=2", "dataset.sources.toy={path: x, weight: 3}", "~dataset.sources.toy"]  # the last one counts
+    assert check_overrides(again, CONF) == [f"++{again[0]}", f"++{again[1]}", again[2]]
 
 
 @pytest.mark.parametrize(

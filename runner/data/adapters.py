@@ -312,14 +312,16 @@ def any_fields(row: dict, fields: dict) -> Example:
 
 def is_bad(row: dict, single: bool) -> bool:
     """Whether a row is a KTO one that shows how not to answer. single: one answer, and not under this name; else 0 may be anything."""
-    label = row.get("kto_tag", row.get("label"))  # LLaMA-Factory's name, TRL's name
+    label = row.get(pick(row, ("kto_tag", "label")))  # LLaMA-Factory's name, TRL's name
     return label is False or (single and str(label).strip().lower() in ("false", "0", "0.0"))
 
 
 def is_rated_no_higher(row: dict) -> bool:
     """Whether the ratings beside a pair, as UltraFeedback's has them, do not prefer the chosen answer."""
-    good, bad = row.get("score_chosen"), row.get("score_rejected")
-    return isinstance(good, NUMBER) and isinstance(bad, NUMBER) and good <= bad
+    try:
+        return float(row["score_chosen"]) <= float(row["score_rejected"])  # numbers, or their digits in a table of texts
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def prompts(row: dict, fields: dict) -> Example:

@@ -226,9 +226,15 @@ def _table_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
         try:
             for row in table:
                 odd = None in row or None in row.values()  # as it names values without a name, and names without a value
-                yield f"{path}:{table.line_num}", BrokenRow("the row has not as many values as the header has names") if odd else row
+                broken = BrokenRow("the row has not as many values as the header has names")
+                yield f"{path}:{table.line_num}", broken if odd else _filled(row)
         except csv.Error as error:
             raise UserError(f"{path}:{table.reader.line_num}: {error}. A quote inside a value is written twice, within quotes") from error
+
+
+def _filled(row: dict[str, str]) -> dict[str, str | None]:
+    """A table has no null: an empty cell stands for it."""
+    return {name: value or None for name, value in row.items()}
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:

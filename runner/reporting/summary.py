@@ -14,7 +14,7 @@ from statistics import median
 
 from rich.console import Console
 
-from runner.config import Model
+from runner.config import PARENTS, STAGES, Model
 from runner.plan import Step
 from runner.reporting.report import Section, bar, markdown, print_sections, sparkline
 from runner.reporting.results import Trained, headline, spent, trained_of
@@ -64,7 +64,8 @@ def show_summary(
 
 def sections(name: str, trained: Sequence[Trained], run_dir: Path, took: float) -> list[Section]:
     parts = [stages_section(name, trained, took), *time_sections(trained)]
-    steps = next((t.result["steps"] for t in trained if t.step.stage == "sft" and t.result), None)
+    # None of a model that was given, 0 where nothing is known: its folder was deleted
+    steps = next((t.result["steps"] if t.result else None for t in trained if t.step.stage == "sft"), 0)
     describe = {"sft": sft_sections, "reward": reward_sections, "dpo": dpo_sections, "ppo": partial(ppo_sections, sft_steps=steps)}
     for t in trained:
         parts += describe[t.step.stage](t) if t.result else []
@@ -277,17 +278,23 @@ def next_section(trained: Sequence[Trained], overrides: Sequence[str], flags: Se
     talker = steps.get("ppo") or steps.get("dpo") or steps.get("sft")
     if talker:
         commands.append(("talk to it", f"python -m runner.chat {shlex.quote(short(talker.model))}"))
-    swept = [o for o in repeat(overrides, TRY_NEXT[last]) if override_key(o) != "resume"]  # a sweep refuses resume=force
+    swept = [o for o in repeat(read_by(last, overrides), TRY_NEXT[last]) if override_key(o) != "resume"]  # a sweep refuses resume=force
     commands.append(("change something", command_line(*flags, "-m", *swept)))
     if last in ("sft", "reward") and feeds_the_rest(trained):
         if lacking:
             notes.append(f"To train the rest, stage=ppo, also type {lacking}=...: reward model and actor must have the same tokenizer.")
         else:
-            commands.append(("train the rest", command_line(*flags, *repeat(overrides, "stage=ppo"))))
+            commands.append(("train the rest", command_line(*flags, *repeat(read_by("ppo", overrides), "stage=ppo"))))
     for step in steps.values():
         if not step.pinned and any(step.folder.glob("wandb/offline-run-*")):
             commands.append((f"{step.stage} to W&B", f"wandb sync {shlex.quote(short(step.folder))}/wandb/offline-run-*"))
     return Section("Next", notes=notes, literal=commands)
+
+
+def read_by(stage: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides as they were typed, without those for blocks that this stage does not have: a job of a sweep over stages may hold some."""
+    others = {other for other in STAGES if other not in (stage, *PARENTS[stage])}
+    return [o.removeprefix("++") for o in overrides if "." not in override_key(o) or override_key(o).partition(".")[0] not in others]
 
 
 def lacking_for_ppo(model: Model) -> str | None:

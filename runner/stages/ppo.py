@@ -188,7 +188,7 @@ def build(cfg: Config, inputs: Inputs, tokenizer, device: torch.device) -> Model
     ppo, configs = cfg.ppo, engine_configs(cfg, "ppo")
     actor_part, reward_part = cfg.model.actor, cfg.model.reward
     sampling = {"temperature": ppo.temperature, "top_k": ppo.top_k, "top_p": ppo.top_p, "least": ppo.min_response_tokens}
-    sampling["vocabulary"] = len(tokenizer)
+    sampling["vocabulary"] = max(tokenizer.get_vocab().values()) + 1
     checkpointing = cfg.hardware.gradient_checkpointing
     options = {"betas": ppo.betas, "eps": ppo.eps}
 
