@@ -134,7 +134,7 @@ def columns_with_values(jobs: Sequence[Job]) -> list[tuple]:
     others = [column for column in some if not column[1][0].startswith("sft/")]
     if any(all(facts.get(keys[-1]) is None for _, keys, _ in others) for facts in done):
         return some
-    return [column for column in some if column in others or len(set(seen[column[1]])) > 1]
+    return [column for column in some if column in others or len(set(seen[column[1]]) - {None}) > 1]
 
 
 def sweep_section(sweep_dir: Path, jobs: Sequence[Job]) -> Section:
