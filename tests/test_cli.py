@@ -826,6 +826,8 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
     save_file({"x": torch.zeros(1)}, here / "actor" / "model.safetensors")
     message = refused("sft.use=./actor")  # beside a reward model with random weights, whose tokenizer is trained on the data
     assert "Use the data and model of the run that sft.use comes from" in message and "reward.use=..." in message
+    message = refused("model.reward.path=./reward", "dataset.toy_rows=200")
+    assert "with a tokenizer trained on the data: type model.actor.path=... too" in message
     assert "longer than the 256 positions of ./actor" in refused(*folders, "model.reward.path=./actor", "model.max_prompt_tokens=250")
     assert "longer than the 256 positions of ./actor" in refused("sft.use=./actor", "stage=dpo", "model.max_prompt_tokens=250")
     message = refused("stage=reward", "model.reward.shape.max_position_embeddings=300", "dataset.toy_rows=100")
