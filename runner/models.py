@@ -273,7 +273,8 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets = list(lora.targets) or list(FAMILIES[model.config.model_type].lora_targets)
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding) and name != "score"]
+    tokens = model.get_input_embeddings()
+    layers = [name for name, m in model.named_modules() if (isinstance(m, nn.Linear) or m is tokens) and name != "score"]
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             known = sorted({name.rsplit(".", 1)[-1] for name in layers})
@@ -380,6 +381,8 @@ def save_model(wrapper: Wrapper, folder: Path, tokenizer, *, dtype: torch.dtype,
         for key, value in (extra or {}).items():
             setattr(hf.config, key, value)
         hf.config.dtype = dtype
+        if any(map(_is_lora_layer, filter(None, (hf.get_input_embeddings(), hf.get_output_embeddings())))):
+            hf.config.tie_word_embeddings = False  # merged, the two matrices are no longer one
         if isinstance(wrapper, Actor):
             ids = {k: getattr(tokenizer, k) for k in ("pad_token_id", "eos_token_id", "bos_token_id")}
             hf.generation_config = GenerationConfig(**ids, max_new_tokens=max_new_tokens)

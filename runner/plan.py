@@ -204,6 +204,9 @@ def _checked_files(key: str, path: str, model: Model | None = None) -> list[list
     check_family(f"{key}={path}", settings.get("model_type"))
     if model:
         check_same_family(f"{key}={path}", settings["model_type"], model.name, model.family)
+    kinds = settings.get("architectures") or ()
+    if key == "model.actor.path" and any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise UserError(f"{key}={path} holds {kinds[0]}, which scores texts and writes none: give the folder of a language model")
     if key in ("model.reward.path", "reward.use"):
         _check_one_score(f"{key}={path}", settings)
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]

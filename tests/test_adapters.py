@@ -292,6 +292,7 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
             Example(turns(*"abcd", "e\n\nx"), "b"),
         ),
         *[({"instruction": "a", "output": "b", "history": none}, {}, SINGLE) for none in ([], None, "")],
+        ({"prompt": "c", "chosen": "b", "rejected": "d", "history": [["a", "b"]]}, {}, Example(turns(*"abc"), "b", "d")),
         # A map, ours -> theirs; its names win over the usual ones
         ({"q": "a", "good": "b", "bad": "c"}, {"prompt": "q", "chosen": "good", "rejected": "bad"}, PAIR),
         ({"q": "a", "a": "b", "chosen": "x", "messages": []}, {"prompt": "q", "response": "a"}, SINGLE),
@@ -421,7 +422,7 @@ def test_fields_of_broken_rows(row, fields, message):
         ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "1.0", "score_rejected": "5.0"}, "chosen is rated no higher"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 7, "score_rejected": 7.0}, "chosen is rated no higher"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 6.5, "score_rejected": 7.0}, "chosen is rated no higher"),
-        *[({"messages": [*messages("a"), turn, *messages("b", "c")]}, "dialogue with tool calls") for turn in TOOL_TURNS],
+        *[({"messages": [*messages("a"), turn, *messages("b", "c")]}, "tool calls in the dialogue") for turn in TOOL_TURNS],
         ({"messages": messages("a", "b")[1:]}, "empty prompt"),
         ({"prompt": "", "response": "b"}, "empty prompt"),
         ({"prompt": [], "response": messages("a", "b")[1:]}, "empty prompt"),

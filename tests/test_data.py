@@ -610,6 +610,7 @@ def damaged_parquet() -> bytes:
     "name, content, message",
     [
         ("a.txt", b"x,y\n", "unknown format; use one of .json, .jsonl"),
+        ("a.csv", b"prompt;chosen\na;b\n", r"a.csv:1: the columns are separated by semicolons"),
         ("a.csv", b'prompt,chosen\na,b\na,"b" is it\n', r"a.csv:3: .* expected after .*A quote inside a value is written twice"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 100, mtime=0)[:-20], "cannot be read"),
         ("a.json", b'[{"prompt": "x"},\n oops]', r"a.json:2: not valid JSON"),

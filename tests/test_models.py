@@ -290,7 +290,7 @@ def plain_outputs(hf) -> torch.Tensor:
 
 
 def test_adapters_for_layers_that_are_not_there_are_refused():
-    with pytest.raises(UserError, match=r"lora.targets: nix is no layer of opt. Take some of embed_positions, embed_tokens, fc1, fc2"):
+    with pytest.raises(UserError, match=r"lora.targets: nix is no layer of opt. Take some of embed_tokens, fc1, fc2, k_proj"):
         add_lora(causal("opt"), lora(targets=["nix"]))
     with pytest.raises(UserError, match=r"lora.targets: vproj is no layer of opt \(did you mean v_proj\?\)"):
         add_lora(causal("opt"), lora(targets=["q_proj", "vproj"]))  # peft is content if one of them fits
@@ -457,6 +457,19 @@ def test_export_in_bf16(with_lora, tokenizer, tmp_path):
     target = model.hf.model.layers[0].self_attn.q_proj
     expected = target.base_layer.weight.float() + target.get_delta_weight("default").float() if with_lora else target.weight
     assert torch.equal(loaded.model.layers[0].self_attn.q_proj.weight, expected.bfloat16())
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_tied_matrices_of_which_one_has_an_adapter_are_saved_as_two(target, tokenizer, tmp_path):
+    model = Actor(add_lora(causal("opt"), lora(targets=[target, "q_proj"])), "opt", 0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name:  # which begin at 0
+            parameter.data.normal_()
+    save_model(model, tmp_path / "model", tokenizer, dtype=torch.float32, max_new_tokens=5)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["tie_word_embeddings"] is False
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not torch.equal(again.get_input_embeddings().weight, again.get_output_embeddings().weight)
+    torch.testing.assert_close(plain_outputs(again), outputs(model.eval()), rtol=1e-4, atol=1e-4)
 
 
 def test_saved_adapter_fits_on_the_base_model(tmp_path, tokenizer, monkeypatch):

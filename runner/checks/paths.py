@@ -41,6 +41,8 @@ def no_checkpoint(folder: Path, give: str) -> str:
     merged = next((found for found in (folder / "model", folder.parent / "model") if (found / "config.json").is_file()), None)
     if folder.suffix == ".gguf" or any(folder.glob("*.gguf")):
         return "is in llama.cpp's format, which is for inference alone: give the checkpoint in Hugging Face format that it was made of"
+    if folder.is_file():
+        return f"is a file: {give}{folder.parent}"
     if (folder / "adapter_config.json").is_file():
         whole = f"{give}{merged}" if merged else "merge them with peft (merge_and_unload, then save_pretrained), and give that folder"
         return f"holds adapters, which are no model without the one that they adapt: {whole}"

@@ -130,7 +130,7 @@ def chat(row: dict, key: str) -> tuple[Turn, ...]:
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         known = str(role).lower()
         if known in TOOLS or (content is None and (message.get("tool_calls") or message.get("function_call"))):
-            raise Dropped("dialogue with tool calls")  # which our templates cannot show
+            raise Dropped("tool calls in the dialogue")  # which our templates cannot show
         if known not in ROLES:
             raise BadRow(f"field {key}[{i}] has role {role!r}, not one of {', '.join(ROLES)}")
         if (text := joined(content)) is None:
@@ -352,7 +352,7 @@ def prompt_turns(named: dict) -> tuple[Turn, ...]:
         raise Dropped("empty prompt")
     turns = chat(named, prompt) if isinstance(named[prompt], list) else parse_dialogue(need(named, prompt))
     if prompt != "instruction":
-        return turns
+        return (*history(named), *turns) if isinstance(named.get("history"), list) else turns
     extra = pick(named, ("input", "context"))  # Alpaca, Dolly
     if extra and need(named, extra).strip():
         turns = (*turns[:-1], user(turns[-1]["content"] + "\n\n" + named[extra]))

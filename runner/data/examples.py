@@ -107,19 +107,26 @@ def _cure(dataset: Dataset, source: Source, error: Exception) -> str:
         return f"It looks like a row of a published set: {_with_adapter(dataset, source, known[0])}"
     if not prompts and (why := why_no_map(error.row)):
         return why
+    map = guessed_map(error.row, error.mapped)
     if source.path != dataset.path:
         names = "field prompt" if prompts else "fields prompt and response"
-        return f"Name its {names}, or give its source a map in a conf/dataset/ file. {skip}"
+        own = _name(dataset, source)
+        give = f"type dataset.sources.{own}.fields='{map}'" if own else "make it a source of its own, with a map (README, Your own data)"
+        return f"Name its {names}, or {give}. {skip}"
     alone = "" if prompts else " Only PPO can use prompts without an answer: dataset=prompts reads them, or dataset.ppo_only beside pairs."
-    map = guessed_map(error.row, error.mapped)
     return f"If all rows are like this one, type dataset.fields='{map}' (leave out what is not there).{alone} {skip}"
 
 
 def _with_adapter(dataset: Dataset, source: Source, adapter: str) -> str:
-    """What to type for another adapter. The plain paths of `sft_only` and the like have no keys of their own."""
-    name = next((name for name, other in dataset.sources.items() if other is source), None)
+    """What to type for another adapter."""
+    name = _name(dataset, source)
     own = f"make this file a source of its own: dataset.sources.more='{{path: {source.path}, adapter: {adapter}, only: {source.only}}}'"
     return f"type dataset.sources.{name}.adapter={adapter}" if name else own
+
+
+def _name(dataset: Dataset, source: Source) -> str | None:
+    """The name of a source; the plain paths of `sft_only` and the like have none, and no keys of their own."""
+    return next((name for name, other in dataset.sources.items() if other is source), None)
 
 
 def _owners(dataset: Dataset) -> dict[int, str]:

@@ -224,6 +224,8 @@ def _table_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
     with _open(path) as lines:
         table = csv.DictReader(_readable(lines, path), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         try:
+            if [";" in name for name in table.fieldnames or ()] == [True]:
+                raise UserError(f"{path}:1: the columns are separated by semicolons: save the table with commas, or with tabs as .tsv")
             for row in table:
                 odd = None in row or None in row.values()  # as it names values without a name, and names without a value
                 broken = BrokenRow("the row has not as many values as the header has names")
