@@ -230,16 +230,17 @@ def _least_waiting(beat: dict, end: End) -> tuple[bool, bool, bool, int]:
     waited = bool(re.search(TIMEOUT, said)) or beat["rank"] == end.culprit[0]
     return (
         waited,
-        not _silent(beat, end),  # a silent rank is dead, or was stopped
+        _silence(beat, end) < SILENT,  # a silent rank is dead, or was stopped
         beat["where"] == heartbeat.WAITING,  # a rank at work has not come to the collective yet
         beat["step"],  # of ranks that all wait, the one farthest behind
     )
 
 
-def _silent(beat: dict, end: End) -> bool:
-    """Whether a rank's heart stopped long before the others', without a note that says why."""
-    newest = max(other["time"] for other in end.beats)
-    return beat["time"] <= newest - SILENT and beat["rank"] not in {note["rank"] for note in end.notes}
+def _silence(beat: dict, end: End) -> float:
+    """Seconds for which a rank's heart had stopped when the last one did; 0 of a rank whose note says why."""
+    if beat["rank"] in {note["rank"] for note in end.notes}:
+        return 0.0
+    return max(other["time"] for other in end.beats) - beat["time"]
 
 
 def _late(end: End) -> tuple[str, str]:
@@ -250,9 +251,8 @@ def _late(end: End) -> tuple[str, str]:
         late = min(end.beats, key=lambda beat: _least_waiting(beat, end))
         at = late["where"] if late["where"] == heartbeat.WAITING else f"at {late['where'] or 'unknown code'}"
         what += f"; rank {late['rank']} is late, {place(late)}, {at}"
-        if _silent(late, end):
-            newest = max(beat["time"] for beat in end.beats)
-            what += f", its last sign of life {newest - late['time']:.0f} s before the others'"
+        if (silence := _silence(late, end)) >= SILENT:
+            what += f", its last sign of life {silence:.0f} s before the others'"
     return what, (
         "If that rank was only slow, raise hardware.timeout_minutes. If it hangs, look at its machine (nvidia-smi, dmesg); "
         "NCCL_DEBUG=INFO before the command shows which network NCCL chose."

@@ -150,8 +150,8 @@ def _check_key(argument: str, override, groups: dict[str, list[str]], stages: li
         raise UserError(f"{key}: stage={','.join(stages)} does not use the {block} block. Leave it out, or type stage={block}")
     # Every source has a path: without ++ a misspelt source is refused by Hydra, and by `load` if only other keys are given
     of_source = _fits(["dataset", "sources", "*", "*"], key.split(".")) and not key.endswith(".path")
-    adds = of_source or len(of_block) < len(stages) or _is_free(key, known)
-    adds = adds or (value.startswith("{") and (f"{key}.*" in known or key.startswith("dataset.sources.")))
+    whole_mapping = value.startswith("{") and (f"{key}.*" in known or key.startswith("dataset.sources."))
+    adds = of_source or whole_mapping or len(of_block) < len(stages) or _is_free(key, known)
     return f"++{argument}" if adds and argument.startswith(key) else argument
 
 

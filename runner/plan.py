@@ -193,7 +193,8 @@ def _first_weights(cfg: Config, name: str) -> dict:
 def _checked_files(key: str, path: str, model: Model | None = None) -> list[list]:
     """The files of a local checkpoint, given under `key`: name, size and time of each. Where the folder is does not matter.
 
-    Raises UserError for a folder that is no checkpoint of a family that we know (of the preset `model`, if it is given), or a classifier.
+    Raises UserError for a folder that is no checkpoint of a family that we know (of the preset `model`, if it is given), or of another
+    kind of model.
     """
     folder = Path(path)
     if not folder.exists():
@@ -204,11 +205,7 @@ def _checked_files(key: str, path: str, model: Model | None = None) -> list[list
     check_family(f"{key}={path}", settings.get("model_type"))
     if model:
         check_same_family(f"{key}={path}", settings["model_type"], model.name, model.family)
-    kinds = settings.get("architectures") or ()
-    if key == "model.actor.path" and any(kind.endswith("ForSequenceClassification") for kind in kinds):
-        raise UserError(f"{key}={path} holds {kinds[0]}, which scores texts and writes none: give the folder of a language model")
-    if key in ("model.reward.path", "reward.use"):
-        _check_one_score(f"{key}={path}", settings)
+    _check_kind(key, path, settings)
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
 
 
@@ -216,21 +213,26 @@ def _pinned_facts(stage: str, path: str) -> dict:
     """What identifies a pinned checkpoint: the files of a folder, the name of a hub model."""
     if not is_local(path):
         return {"use": path}
-    folder, files = Path(path), _checked_files(f"{stage}.use", path)
-    settings = read_json(folder / "config.json")
-    kind = "".join(map(str, settings.get("architectures") or ()))
-    if kind and (stage == "reward") != kind.endswith("ForSequenceClassification"):
-        wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"
-        raise UserError(f"{stage}.use={path} holds {kind}, but {stage} is {wanted}: give the folder of one")
-    check_weights(folder)
+    files = _checked_files(f"{stage}.use", path)
+    check_weights(Path(path))
     return {"use": files}
 
 
-def _check_one_score(where: str, settings: dict) -> None:
-    """Raise UserError for a classifier of several labels. settings: its config.json, which names labels unless there are two."""
-    labels = len(settings.get("id2label") or "01")
-    if labels > 1 and any(name.endswith("ForSequenceClassification") for name in settings.get("architectures") or ()):
-        raise UserError(f"{where} sorts texts into {labels} labels; a reward model gives one score: give one that was trained as such")
+def _check_kind(key: str, path: str, settings: dict) -> None:
+    """Raise UserError for a reward model in place of a language model, for the reverse, and for a classifier of several labels.
+
+    settings: config.json of the checkpoint that was given under `key`.
+    """
+    kind, stage = "".join(map(str, settings.get("architectures") or ())), key.removesuffix(".use")
+    scores = kind.endswith("ForSequenceClassification")
+    if key.endswith(".use") and kind and (stage == "reward") != scores:
+        wanted = "a reward model (ForSequenceClassification)" if stage == "reward" else "a language model (ForCausalLM)"
+        raise UserError(f"{key}={path} holds {kind}, but {stage} is {wanted}: give the folder of one")
+    if key == "model.actor.path" and scores:
+        raise UserError(f"{key}={path} holds {kind}, which scores texts and writes none: give the folder of a language model")
+    labels = len(settings.get("id2label") or "01")  # config.json names labels unless there are two
+    if key in ("model.reward.path", "reward.use") and scores and labels > 1:
+        raise UserError(f"{key}={path} sorts texts into {labels} labels; a reward model gives one score: give one that was trained as such")
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------

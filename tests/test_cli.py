@@ -429,6 +429,9 @@ def test_near_checkpoints_are_named(refused, here):
     assert "reward.use=./step/model sorts texts into 2 labels; a reward model gives one score" in refused("reward.use=./step/model")
     assert "scores texts and writes none" in refused("model.actor.path=./step/model", "stage=sft")
     assert "step/model/config.json is a file: type sft.use=step/model" in refused("sft.use=step/model/config.json")
+    (here / "odd").mkdir()
+    (here / "odd" / "config.json").write_text('{"model_type": "opt", "architectures": [3]}')  # a file may hold anything
+    assert "odd has no tokenizer" in refused("model.actor.path=./odd", "stage=sft")
     (here / "llama").mkdir()
     (here / "llama" / "config.json").write_text('{"model_type": "llama"}')
     message = refused("model.reward.path=./llama", "stage=reward", "dry_run=true")

@@ -15,6 +15,7 @@ from statistics import median
 from rich.console import Console
 
 from runner.config import PARENTS, STAGES, Model
+from runner.durable.resume import ORIGIN
 from runner.plan import Step
 from runner.reporting.report import Section, bar, markdown, print_sections, sparkline
 from runner.reporting.results import Trained, headline, spent, trained_of
@@ -100,7 +101,7 @@ def stage_notes(t: Trained) -> list[str]:
         notes.append(f"{t.step.stage} trains on {num(repeated)} exact copies of other rows: they count more than once")
     if t.state == "trained" and t.result["resumed_from"]:
         notes.append(f"{t.step.stage} was resumed from its checkpoint at step {num(t.result['resumed_from'])}")
-    if origin := t.step.facts.get("goes_on_from"):
+    if origin := t.step.facts.get(ORIGIN):
         place, changed = f"{origin['step']} at step {origin['at']}", ", ".join(origin["changed"])
         notes.append(f"{t.step.stage} was forced to continue from {place}, trained with {changed}")
     return notes
