@@ -79,14 +79,20 @@ def check_model(model) -> None:
         for size, value in getattr(model, name).shape.items():
             whole = value is None or (type(value) is int and value > 0)
             check(size not in SIZES or whole, f"model.{name}.shape.{size}={value} must be a whole number of 1 or more")
-    # Of a folder the shape in the preset may not be true: prepare looks into its config.json
     random = model.actor.random
-    context = model.actor.shape.get("max_position_embeddings") if random or not Path(model.actor.path).exists() else None
+    if random or not Path(model.actor.path).exists():  # of a folder the plan reads config.json: the preset's shape may not be its own
+        message = too_long(model, model.actor.path or "model.actor.shape", model.actor.shape.get("max_position_embeddings"))
+        check(message is None, message)
+
+
+def too_long(model, of: str, positions: int | None) -> str | None:
+    """What to type if prompts and responses do not fit into the positions of the checkpoint or shape `of`; None positions: no limit."""
     wanted = model.max_prompt_tokens + model.max_response_tokens
-    check(
-        context is None or wanted <= context,
+    if not isinstance(positions, int) or wanted <= positions:
+        return None
+    return (
         f"model.max_prompt_tokens={model.max_prompt_tokens} + model.max_response_tokens={model.max_response_tokens} = {wanted} "
-        f"is longer than the {context} positions of {model.actor.path or 'model.actor.shape'}: lower one of them",
+        f"is longer than the {positions} positions of {of}: lower one of them"
     )
 
 

@@ -24,6 +24,7 @@ from runner.durable.resume import ORIGIN, Unfinished, check_forced, forced, unfi
 from runner.errors import UserError
 from runner.families import check_family, check_same_family
 from runner.files import hash_of, read_json
+from runner.limits import too_long
 from runner.words import short
 
 # Increase it when the code changes what a step computes
@@ -78,7 +79,7 @@ def plan(cfg: Config) -> list[Step]:
         accumulation(cfg, stage)  # refuses an inexact division
         parents = {parent: steps[parent] for parent in PARENTS[stage] if parent in steps}
         pinned = getattr(cfg, stage).use
-        facts = _pinned_facts(stage, pinned) if pinned else _facts(cfg, stage, parents)
+        facts = _pinned_facts(cfg, stage, pinned) if pinned else _facts(cfg, stage, parents)
         models = {name: step.model for name, step in parents.items()}
         steps[stage] = _or_interrupted(cfg, Step(stage, _key(facts), _folder(cfg, stage, _key(facts)), pinned, models, facts))
         if steps[stage].done:
@@ -186,15 +187,15 @@ def _first_weights(cfg: Config, name: str) -> dict:
     if part.random:
         return {name: lora | {"init": "random", "shape": part.shape}}
     if is_local(part.path):
-        return {name: lora | {"path": _checked_files(f"model.{name}.path", part.path, cfg.model)}}
+        return {name: lora | {"path": _checked_files(cfg.model, f"model.{name}.path", part.path)}}
     return {name: lora | {"path": part.path, "revision": part.revision}}
 
 
-def _checked_files(key: str, path: str, model: Model | None = None) -> list[list]:
+def _checked_files(model: Model, key: str, path: str) -> list[list]:
     """The files of a local checkpoint, given under `key`: name, size and time of each. Where the folder is does not matter.
 
-    Raises UserError for a folder that is no checkpoint of a family that we know (of the preset `model`, if it is given), or of another
-    kind of model.
+    Raises UserError for a folder that is no checkpoint of a family that we know (under model.*.path: of the preset's family), for another
+    kind of model, and for one without weights, tokenizer, or positions enough.
     """
     folder = Path(path)
     if not folder.exists():
@@ -203,19 +204,22 @@ def _checked_files(key: str, path: str, model: Model | None = None) -> list[list
         raise UserError(f"{key}={path} {no_checkpoint(folder, f'type {key}=')}")
     settings = read_json(folder / "config.json")
     check_family(f"{key}={path}", settings.get("model_type"))
-    if model:
+    if not key.endswith(".use"):
         check_same_family(f"{key}={path}", settings["model_type"], model.name, model.family)
     _check_kind(key, path, settings)
+    if message := too_long(model, path, settings.get("max_position_embeddings")):
+        raise UserError(message)
+    if not model.trust_remote_code:  # then its tokenizer may be of any kind
+        check_vocabulary(folder)
+    check_weights(folder)
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
 
 
-def _pinned_facts(stage: str, path: str) -> dict:
+def _pinned_facts(cfg: Config, stage: str, path: str) -> dict:
     """What identifies a pinned checkpoint: the files of a folder, the name of a hub model."""
     if not is_local(path):
         return {"use": path}
-    files = _checked_files(f"{stage}.use", path)
-    check_weights(Path(path))
-    return {"use": files}
+    return {"use": _checked_files(cfg.model, f"{stage}.use", path)}
 
 
 def _check_kind(key: str, path: str, settings: dict) -> None:

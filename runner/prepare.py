@@ -17,13 +17,13 @@ from tempfile import TemporaryFile
 from runner.batch_sizes import batches_per_epoch, steps_of
 from runner.checks.paths import is_local, no_folder
 from runner.checks.secrets import redact
-from runner.checks.trust import check_weights
 from runner.config import Config, ModelPart, Ppo
 from runner.data.sources import data_key
 from runner.durable.lock import lock
 from runner.errors import UserError, did_you_mean
 from runner.families import check_family, check_same_family
 from runner.files import hash_of, whole_folder
+from runner.limits import too_long
 from runner.plan import Step
 from runner.preflight import preflight
 
@@ -235,8 +235,6 @@ def base_model(cfg: Config, store: Path, name: str, tokenizer) -> str:
         config = _config(cfg, f"model.{name}.path", part.path, part.revision)
         check_same_family(f"model.{name}.path={part.path}", config.model_type, cfg.model.name, cfg.model.family)
         _check_context(cfg, part.path, config)
-        if is_local(part.path):
-            check_weights(Path(part.path))
         return part.path
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     shape = part.shape | {"vocab_size": max(part.shape.get("vocab_size", 0), len(tokenizer))}
@@ -290,13 +288,9 @@ def _sizing(key: str) -> Iterator[None]:
         raise UserError(f"{key} is refused by transformers: {lines[-1].strip()}") from error
 
 
-def _check_context(cfg: Config, path: str, config) -> None:
-    context, wanted = getattr(config, "max_position_embeddings", None), cfg.model.max_prompt_tokens + cfg.model.max_response_tokens
-    if context is not None and wanted > context:
-        raise UserError(
-            f"model.max_prompt_tokens={cfg.model.max_prompt_tokens} + model.max_response_tokens={cfg.model.max_response_tokens} = {wanted} "
-            f"is longer than the {context} positions of {path}: lower one of them"
-        )
+def _check_context(cfg: Config, of: str, config) -> None:
+    if message := too_long(cfg.model, of, getattr(config, "max_position_embeddings", None)):
+        raise UserError(message)
 
 
 @contextmanager

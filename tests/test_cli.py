@@ -431,7 +431,9 @@ def test_near_checkpoints_are_named(refused, here):
     assert "step/model/config.json is a file: type sft.use=step/model" in refused("sft.use=step/model/config.json")
     (here / "odd").mkdir()
     (here / "odd" / "config.json").write_text('{"model_type": "opt", "architectures": [3]}')  # a file may hold anything
-    assert "odd has no tokenizer" in refused("model.actor.path=./odd", "stage=sft")
+    assert "odd has no tokenizer" in refused("model.actor.path=./odd", "stage=sft", "dry_run=true")
+    (here / "odd" / "config.json").write_text('{"model_type": "opt", "max_position_embeddings": 99}')
+    assert "longer than the 99 positions of ./odd" in refused("model.actor.path=./odd", "stage=sft", "dry_run=true")
     (here / "llama").mkdir()
     (here / "llama" / "config.json").write_text('{"model_type": "llama"}')
     message = refused("model.reward.path=./llama", "stage=reward", "dry_run=true")
@@ -826,9 +828,9 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
     for name, kind in (("actor", tokenizer), ("reward", other)):
         AutoConfig.for_model("opt", vocab_size=512, max_position_embeddings=256, **shape).save_pretrained(here / name)
         kind.save_pretrained(here / name)
+        save_file({"x": torch.zeros(1)}, here / name / "model.safetensors")
     folders = [f"model.{part}.path=./{part}" for part in ("actor", "reward")]
     assert "have different tokenizers" in refused(*folders)
-    save_file({"x": torch.zeros(1)}, here / "actor" / "model.safetensors")
     message = refused("sft.use=./actor")  # beside a reward model with random weights, whose tokenizer is trained on the data
     assert "Use the data and model of the run that sft.use comes from" in message and "reward.use=..." in message
     message = refused("model.reward.path=./reward", "dataset.toy_rows=200")
@@ -1047,7 +1049,7 @@ def test_every_command_of_the_readme_makes_a_plan(tmp_path, monkeypatch):
     monkeypatch.setattr(runner.plan, "data_key", lambda dataset, share: {})
     monkeypatch.setattr(runner.plan, "content_key", lambda source, toy_rows: "")
     monkeypatch.setattr(runner.plan, "_checked_files", lambda *_: [])
-    monkeypatch.setattr(runner.plan, "_pinned_facts", lambda stage, path: {})
+    monkeypatch.setattr(runner.plan, "_pinned_facts", lambda cfg, stage, path: {})
     lines = [line for block in code_blocks("bash") for line in block.splitlines() if line.startswith("python run.py")]
     assert len(lines) > 25
     for line in lines:

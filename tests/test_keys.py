@@ -209,11 +209,12 @@ def test_a_local_base_model_counts_by_its_files_and_not_by_where_it_lies(cfg, tm
     first = tmp_path / "first"
     first.mkdir()
     (first / "config.json").write_text('{"model_type": "opt"}')
-    (first / "model.safetensors").write_text("weights")
+    (first / "tokenizer.json").write_text("{}")
+    (first / "model.bin").write_text("weights")
     before = facts(first)
     moved = first.rename(tmp_path / "moved")
     assert facts(moved) == before
-    (moved / "model.safetensors").write_text("other weights")
+    (moved / "model.bin").write_text("other weights")
     assert {stage for stage in ALL if facts(moved)[stage] != before[stage]} == {"sft"}
     with pytest.raises(UserError, match=r"model.actor.path=.*/first: this folder does not exist .* Type model.actor.path=FOLDER"):
         facts(first)
