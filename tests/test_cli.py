@@ -826,7 +826,7 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
     other = train_tokenizer(["entirely different words " * 9], 280)
     shape = {"hidden_size": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "word_embed_proj_dim": 8}
     for name, kind in (("actor", tokenizer), ("reward", other)):
-        AutoConfig.for_model("opt", vocab_size=512, max_position_embeddings=256, **shape).save_pretrained(here / name)
+        AutoConfig.for_model("opt", vocab_size=512, max_position_embeddings=512, **shape).save_pretrained(here / name)
         kind.save_pretrained(here / name)
         save_file({"x": torch.zeros(1)}, here / name / "model.safetensors")
     folders = [f"model.{part}.path=./{part}" for part in ("actor", "reward")]
@@ -835,8 +835,8 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
     assert "Use the data and model of the run that sft.use comes from" in message and "reward.use=..." in message
     message = refused("model.reward.path=./reward", "dataset.toy_rows=200")
     assert "with a tokenizer trained on the data: type model.actor.path=... too" in message
-    assert "longer than the 256 positions of ./actor" in refused(*folders, "model.reward.path=./actor", "model.max_prompt_tokens=250")
-    assert "longer than the 256 positions of ./actor" in refused("sft.use=./actor", "stage=dpo", "model.max_prompt_tokens=250")
+    assert "longer than the 512 positions of ./actor" in refused(*folders, "model.reward.path=./actor", "model.max_prompt_tokens=300")
+    assert "longer than the 512 positions of ./actor" in refused("sft.use=./actor", "stage=dpo", "model.max_prompt_tokens=300")
     message = refused("stage=reward", "model.reward.shape.max_position_embeddings=300", "dataset.toy_rows=100")
     assert "longer than the 300 positions of model.reward.shape" in message
     assert "pick a preset of the family opt" in refused(*folders, "model.family=llama", "stage=sft")
