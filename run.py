@@ -1,8 +1,8 @@
 """The entry point: `python run.py model=opt1.3b hardware=a6000`. Hydra composes conf/; we check it, plan it and run each step.
 
-In this order: runner/overrides.py checks the words typed; Hydra composes conf/ with them; runner/hydra_callback.py looks at the result
-before Hydra saves it; `load` makes it the Config, `plan` the steps; `prepare` gets data and tokenizers ready, `launch` runs each step in
-processes of its own, and a summary ends the run.
+In this order: runner/cli/overrides.py checks the words typed; Hydra composes conf/ with them; runner/cli/hydra_callback.py looks at the
+result before Hydra saves it; `load` makes it the Config, `plan` the steps; `prepare` gets data and tokenizers ready, `launch` runs each
+step in processes of its own, and a summary ends the run.
 
 Imports neither torch nor transformers, so that --help, --cfg, completion and dry_run answer at once; training happens in worker
 processes (runner/worker.py). README.md says what to type.
@@ -23,19 +23,19 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from runner.checks.flags import sweeps
-from runner.config import Config
-from runner.config_loading import load
+from runner.cli.flags import sweeps
+from runner.cli.overrides import check_overrides, in_words
+from runner.config.loading import load
+from runner.config.schema import Config
 from runner.durable.resume import refuse_changed_config
 from runner.errors import UserError
 from runner.files import remove_unused
 from runner.forecast.fit import refuse_the_impossible
 from runner.forecast.show import show_forecast
-from runner.overrides import check_overrides, in_words
+from runner.formatting import short
 from runner.plan import Step, plan
 from runner.plan_view import show, show_details
 from runner.watch import stop
-from runner.words import short
 
 CONF = Path(__file__).parent / "conf"
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0") or "debug=true" in sys.argv

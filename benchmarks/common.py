@@ -25,8 +25,8 @@ from hydra import compose, initialize_config_dir
 from transformers import AutoConfig
 
 from runner import engine, ranks
-from runner.config import Config, ModelPart
-from runner.config_loading import load
+from runner.config.loading import load
+from runner.config.schema import Config, ModelPart
 from runner.stages import build
 from runner.stages.build import Inputs
 

@@ -17,7 +17,7 @@ import torch
 from common import NEVER, Clock, Tokenizer, configure, emit, free, inputs, options, peak_gb, rates, start, tokens
 
 from runner import flops
-from runner.config import Config
+from runner.config.schema import Config
 from runner.engine import DTYPES
 from runner.rollout import graph
 from runner.rollout.collect import Models, Reader, sample, score

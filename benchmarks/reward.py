@@ -11,8 +11,8 @@ from common import Clock, Tokenizer, configure, emit, free, inputs, options, pea
 
 from runner import engine, flops
 from runner.data.batches import pair_batch
+from runner.deepspeed_config import engine_configs
 from runner.losses import pairwise_loss
-from runner.plan import engine_configs
 from runner.stages.build import load_reward
 from runner.stages.pairs import counted
 from runner.stages.reward import last_scores

@@ -11,9 +11,10 @@ import numpy as np
 from common import Clock, Tokenizer, configure, emit, free, inputs, options, peak_gb, rates, start, tokens
 
 from runner import engine, flops
-from runner.data.batches import loss_weights, send, sft_batch
+from runner.data.batches import loss_weights, sft_batch
+from runner.deepspeed_config import engine_configs
+from runner.device import send
 from runner.losses import sft_loss
-from runner.plan import engine_configs
 from runner.stages.build import load_actor
 
 

@@ -9,8 +9,8 @@ from functools import partial
 from statistics import median
 
 from runner.batch_sizes import micro_batch, step_batch
-from runner.config import ENGINES, Config
-from runner.words import pct
+from runner.config.schema import ENGINES, Config
+from runner.formatting import pct
 
 # Share of the time below which a win is not worth a line
 NOTABLE = 0.1

@@ -2,7 +2,7 @@
 
 import math
 
-from runner.config import Config
+from runner.config.schema import Config
 from runner.errors import UserError
 
 # Prompt tokens per prefill

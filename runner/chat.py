@@ -54,8 +54,8 @@ def load(path: str):
     import yaml
 
     from runner.checks.trust import refuse_code
-    from runner.models import load_weights
-    from runner.tokenizer import check_template, load_tokenizer, set_template
+    from runner.models.loading import load_weights
+    from runner.models.tokenizer import check_template, load_tokenizer, set_template
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -78,7 +78,7 @@ def load(path: str):
 
 def fit(turns: list[dict[str, str]], tokenizer, room: float) -> tuple[list[dict[str, str]], list[int]]:
     """The dialogue as turns and token ids, without its oldest turns if they do not fit into `room` tokens."""
-    from runner.tokenizer import encode_prompts
+    from runner.models.tokenizer import encode_prompts
 
     kept = turns
     while len(ids := encode_prompts(tokenizer, [kept])[0]) > room and len(kept) > 1:

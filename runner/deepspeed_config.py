@@ -2,7 +2,8 @@
 
 import difflib
 
-from runner.config import Config
+from runner.batch_sizes import accumulation, micro_batch
+from runner.config.schema import ENGINES, Config, frozen_models
 from runner.errors import UserError
 
 # DeepSpeed silently ignores unknown keys at the top level, so we check the user's block against those that it reads
@@ -114,3 +115,15 @@ def _merge(config: dict, raw: dict) -> dict:
     for key, value in raw.items():
         merged[key] = _merge(merged.get(key) or {}, value) if isinstance(value, dict) else value
     return merged
+
+
+def engine_configs(cfg: Config, stage: str) -> dict[str, dict]:
+    """The DeepSpeed config of every engine of a stage. Replicated frozen models need none."""
+    micro, gas, block = micro_batch(cfg, stage), accumulation(cfg, stage), getattr(cfg, stage)
+    configs = {}
+    for engine in ENGINES[stage]:
+        # The ptx mixture adds as many micro batches of text again to every step of the actor
+        doubled = stage == "ppo" and engine == "actor" and block.ptx_coef
+        name = "reward" if stage == "reward" else engine  # as its checkpoints call it
+        configs[name] = training_config(cfg, engine, micro, gas * (2 if doubled else 1), block.grad_clip)
+    return configs | {name: frozen_config(cfg, name) for name in frozen_models(cfg, stage) if getattr(cfg.hardware.zero, name) == 3}

@@ -18,7 +18,6 @@ from transformers.integrations import HfDeepSpeedConfig
 from runner import ranks
 from runner.batch_sizes import fits_whole
 from runner.errors import UserError
-from runner.models import parameter_groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,6 +82,21 @@ def trainable(wrapper: nn.Module, ds_config: dict, *, lr: float, lora_lr: float,
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         engine.optimizer.step = partial(_step_at_once, engine.optimizer)
     return engine
+
+
+def parameter_groups(model: nn.Module, lr: float, lora_lr: float, weight_decay: float) -> list[dict]:
+    """AdamW groups: weight decay on matrices, none on vectors; adapters have their own learning rate. The schedule scales `peak_lr`."""
+    groups: dict[tuple[bool, bool], list] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # Under ZeRO-3 the local piece is flat; ds_shape is the true shape
+            decays = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            groups.setdefault(("lora_" in name, decays), []).append(parameter)
+    options = []
+    for (adapter, decays), parameters in groups.items():
+        rate = lora_lr if adapter else lr
+        options.append({"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": weight_decay if decays else 0.0})
+    return options
 
 
 def _step_at_once(optimizer: FP16_UnfusedOptimizer) -> bool:

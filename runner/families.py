@@ -9,7 +9,7 @@ from runner.errors import UserError
 class Family:
     """One row of the table."""
 
-    attention: tuple[str, ...]  # implementations: ours (runner/attention.py) first, then those of transformers
+    attention: tuple[str, ...]  # implementations: ours (runner/models/attention.py) first, then those of transformers
     position_ids: bool  # False: takes none (ALiBi)
     lora_targets: tuple[str, ...]  # linear layers that get adapters
     dropouts: tuple[str, ...]  # config fields that hold a dropout probability

@@ -16,7 +16,7 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from runner.batch_sizes import micro_batch
-from runner.config import Config
+from runner.config.schema import Config
 from runner.durable.manifest import steps_done
 from runner.forecast import fit
 from runner.plan import Step

@@ -15,13 +15,15 @@ from omegaconf import OmegaConf
 
 from runner import faults
 from runner.checks.secrets import kind_of_secret, redact
-from runner.config import STAGES, Config
+from runner.config.schema import STAGES, Config
+from runner.deepspeed_config import engine_configs
 from runner.durable.lock import lock
 from runner.durable.manifest import steps_done
 from runner.durable.resume import adopt, write_facts
 from runner.errors import UserError
 from runner.files import write_text
-from runner.plan import Step, command, engine_configs
+from runner.launch_command import command
+from runner.plan import Step
 from runner.watch import machine, stop
 from runner.worker import ENVIRONMENT, LAUNCHER_PID, WORKERS_LOCK
 

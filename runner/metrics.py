@@ -19,12 +19,12 @@ import torch
 
 from runner import flops, ranks
 from runner.advice import advise
-from runner.config import Config
+from runner.config.schema import Config
 from runner.errors import UserError
 from runner.files import write_text
+from runner.formatting import clock
 from runner.wandb_login import has_wandb_key
 from runner.watch import heartbeat, stop
-from runner.words import clock
 
 # Prefixes of the metrics that differ between two otherwise identical runs
 CLOCK = ("time/", "perf/tokens", "perf/mfu", "perf/mbu", "perf/gpu_mem", "rollout/decode_ms")

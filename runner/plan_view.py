@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from runner.batch_sizes import accumulation, micro_batch, step_batch
-from runner.config import ENGINES, PARTS, Config, rate_key
-from runner.plan import Step, command, engine_configs, missing_hostfile
-from runner.words import short
+from runner.config.schema import ENGINES, PARTS, Config, rate_key
+from runner.deepspeed_config import engine_configs
+from runner.formatting import print_columns, short
+from runner.launch_command import command, missing_hostfile
+from runner.plan import Step
 
 
 def show(cfg: Config, steps: list[Step]) -> None:
@@ -51,13 +53,6 @@ def unread(cfg: Config, stages: list[str]) -> Iterator[str]:
     for stage in stages if cfg.checkpoint.keep_best else ():
         if not getattr(cfg, stage).eval_every:
             yield f"checkpoint.keep_best={cfg.checkpoint.keep_best} has no effect on {stage}: {stage}.eval_every=0 scores no checkpoint"
-
-
-def print_columns(rows: list[tuple[str, ...]]) -> None:
-    """Print a table with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def show_details(cfg: Config, steps: list[Step]) -> None:

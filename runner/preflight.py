@@ -15,10 +15,12 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from runner.checks.paths import is_local
-from runner.config import Config
+from runner.config.schema import Config
 from runner.data.sources import sources_of
+from runner.deepspeed_config import engine_configs
 from runner.errors import UserError
-from runner.plan import Step, engine_configs, missing_hostfile, over_ssh
+from runner.launch_command import missing_hostfile, over_ssh
+from runner.plan import Step
 from runner.wandb_login import has_wandb_key, wandb_server
 
 

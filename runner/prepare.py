@@ -17,13 +17,13 @@ from tempfile import TemporaryFile
 from runner.batch_sizes import batches_per_epoch, steps_of
 from runner.checks.paths import is_local, no_folder
 from runner.checks.secrets import redact
-from runner.config import Config, ModelPart, Ppo
+from runner.config.limits import too_long
+from runner.config.schema import Config, ModelPart, Ppo
 from runner.data.sources import data_key
 from runner.durable.lock import lock
 from runner.errors import UserError, did_you_mean
 from runner.families import check_family, check_same_family
 from runner.files import hash_of, whole_folder
-from runner.limits import too_long
 from runner.plan import Step
 from runner.preflight import preflight
 
@@ -136,7 +136,7 @@ def _tokenizers(cfg: Config, store: Path, steps: dict[str, Step]) -> dict[str, t
     if "ppo" in steps and "actor" in found:
         _check_stops(cfg.ppo.stop, *found["actor"])
     if len(found) == 2:
-        from runner.tokenizer import same_tokens
+        from runner.models.tokenizer import same_tokens
 
         (actor, a), (reward, b) = found["actor"], found["reward"]
         if not same_tokens(a, b):
@@ -148,7 +148,7 @@ def _tokenizers(cfg: Config, store: Path, steps: dict[str, Step]) -> dict[str, t
 
 
 def _check_stops(strings: list[str], path: str, tokenizer) -> None:
-    from runner.tokenizer import special_in
+    from runner.models.tokenizer import special_in
 
     for string in strings:
         if (token := special_in(tokenizer, string)) is not None:
@@ -176,7 +176,7 @@ def _one_tokenizer(cfg: Config, steps: dict[str, Step]) -> str:
 
 
 def _tokenizer(cfg: Config, store: Path, part: ModelPart, key: str) -> tuple[str, object]:
-    from runner.tokenizer import check_template, load_tokenizer, set_template
+    from runner.models.tokenizer import check_template, load_tokenizer, set_template
 
     path = part.path or _own_tokenizer(cfg, store)
     options = {"revision": part.revision, "trust_remote_code": cfg.model.trust_remote_code}
@@ -205,7 +205,7 @@ def _note_template(path: str) -> None:
 def _own_tokenizer(cfg: Config, store: Path) -> str:
     """A tokenizer for models with random weights, trained on the demonstrations."""
     from runner.data.encoder import training_texts
-    from runner.tokenizer import check_template, train_tokenizer
+    from runner.models.tokenizer import check_template, train_tokenizer
 
     if cfg.model.chat_template is None:
         raise UserError(f"model.chat_template=null asks for that of a checkpoint, and random weights have none. {NO_TEMPLATE}")

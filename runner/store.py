@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.checks.trust import check_weights
-from runner.config import STAGES
+from runner.config.schema import STAGES
 from runner.durable.lock import is_held
 from runner.durable.manifest import steps_done
 from runner.durable.resume import FACTS
 from runner.errors import UserError
 from runner.files import read_json
-from runner.plan_view import print_columns
-from runner.words import num, short
+from runner.formatting import num, print_columns, short
 
 # What is in the store besides steps
 SHARED = {"data": "tokenised data", "base": "tokenizers and shapes of random models"}

@@ -54,7 +54,7 @@ def work(folder: Path) -> None:
     import torch.distributed as dist
 
     from runner import engine, ranks
-    from runner.config_loading import load
+    from runner.config.loading import load
     from runner.metrics import RunLog
     from runner.stages import dpo, ppo, reward, sft
     from runner.stages.build import Inputs

@@ -41,7 +41,7 @@ TEXTS = ["Please describe the river for Ann.", "The river is calm, bright and fr
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory) -> Path:
     """A byte-level tokenizer with <pad> 0, <s> 1 and </s> 2 that adds no BOS."""
-    from runner.tokenizer import train_tokenizer
+    from runner.models.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(TEXTS, 300).save_pretrained(folder)
@@ -50,6 +50,6 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder, cfg):
-    from runner.tokenizer import load_tokenizer
+    from runner.models.tokenizer import load_tokenizer
 
     return load_tokenizer(str(tokenizer_folder), chat_template=cfg.model.chat_template)

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from runner.config import Dataset
-from runner.config_loading import load
+from runner.cli.overrides import check_overrides
+from runner.config.loading import load
+from runner.config.schema import Dataset
 from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, Unmapped, adapt, check_adapter, parse_dialogue, published, user
 from runner.data.field_names import guessed_map, why_no_map
 from runner.errors import UserError
-from runner.overrides import check_overrides
 
 REPO = Path(__file__).resolve().parents[1]
 DATA = REPO.parent / "shared" / "data"

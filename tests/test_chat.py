@@ -12,7 +12,7 @@ from tiny import SHAPES
 
 from runner import chat
 from runner.errors import UserError
-from runner.tokenizer import encode_prompts, render_prompt
+from runner.models.tokenizer import encode_prompts, render_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT, ANSWER = SHAPES["opt"]["max_position_embeddings"], 12

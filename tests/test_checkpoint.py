@@ -18,14 +18,15 @@ from trained import bits, run_worker, train, trainable
 from workers import resize, update
 
 from runner import ranks
-from runner.config import Lora
+from runner.config.schema import Lora
 from runner.durable import checkpoint
 from runner.durable.checkpoint import Checkpoints
 from runner.durable.manifest import scored, write_manifest
-from runner.ema import Ema
 from runner.errors import UserError
 from runner.metrics import RunLog
-from runner.models import Actor, add_lora
+from runner.models.ema import Ema
+from runner.models.lora import add_lora
+from runner.models.wrappers import Actor
 from runner.watch import stop
 from runner.watch.stop import Stopped
 

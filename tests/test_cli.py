@@ -22,9 +22,9 @@ import pytest
 from omegaconf import OmegaConf
 from tiny import configured
 
-from runner.config_loading import load
+from runner.cli.overrides import check_overrides
+from runner.config.loading import load
 from runner.errors import UserError
-from runner.overrides import check_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = str(ROOT / "run.py")
@@ -403,7 +403,7 @@ def test_a_launcher_that_is_not_installed_is_named(refused, monkeypatch):
 
 
 def test_paths_with_spaces_are_one_word_of_the_launch_command(monkeypatch):
-    from runner.plan import command
+    from runner.launch_command import command
 
     monkeypatch.setattr(sys, "executable", "/home/my name/.venv/bin/python")
     cfg = configured("hardware=cpu", "hardware.hostfile='my hosts'", "hardware.launch='{python} {hostfile} {folder}'")
@@ -433,6 +433,7 @@ def test_near_checkpoints_are_named(refused, here):
     (here / "odd" / "config.json").write_text('{"model_type": "opt", "architectures": [3]}')  # a file may hold anything
     assert "odd has no tokenizer" in refused("model.actor.path=./odd", "stage=sft", "dry_run=true")
     (here / "odd" / "config.json").write_text('{"model_type": "opt", "max_position_embeddings": 99}')
+    (here / "odd" / "tokenizer.json").write_text("{}")
     assert "longer than the 99 positions of ./odd" in refused("model.actor.path=./odd", "stage=sft", "dry_run=true")
     (here / "llama").mkdir()
     (here / "llama" / "config.json").write_text('{"model_type": "llama"}')
@@ -821,7 +822,7 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
-    from runner.tokenizer import train_tokenizer
+    from runner.models.tokenizer import train_tokenizer
 
     other = train_tokenizer(["entirely different words " * 9], 280)
     shape = {"hidden_size": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "word_embed_proj_dim": 8}
@@ -846,8 +847,8 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
 
 
 def test_a_checkpoints_own_chat_template_is_kept_or_said_to_be_replaced(here, tokenizer_folder, capsys):
+    from runner.models.tokenizer import load_tokenizer
     from runner.prepare import _tokenizer
-    from runner.tokenizer import load_tokenizer
 
     own = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
     load_tokenizer(str(tokenizer_folder), chat_template=own).save_pretrained(here / "tuned")
@@ -988,7 +989,7 @@ def test_workers_import_the_launchers_code_whatever_lies_in_the_folder(tmp_path)
 
 def test_a_worker_with_a_broken_config_says_why(tmp_path):
     """The workers load it as the launcher does."""
-    from runner.config_loading import load
+    from runner.config.loading import load
 
     (tmp_path / "config.yaml").write_text("name: x\nnonsense: 1\n")
     with pytest.raises(UserError, match="unknown key nonsense"):
@@ -1039,8 +1040,8 @@ def test_every_command_of_the_readme_makes_a_plan(tmp_path, monkeypatch):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     import runner.plan
-    from runner.config_loading import load
-    from runner.overrides import check_overrides
+    from runner.cli.overrides import check_overrides
+    from runner.config.loading import load
 
     conf = tmp_path / "conf"
     shutil.copytree(ROOT / "conf", conf)
@@ -1048,7 +1049,7 @@ def test_every_command_of_the_readme_makes_a_plan(tmp_path, monkeypatch):
         (tmp_path / re.search(r"^# (conf/.*)$", preset, re.MULTILINE)[1]).write_text(preset)
     monkeypatch.setattr(runner.plan, "data_key", lambda dataset, share: {})
     monkeypatch.setattr(runner.plan, "content_key", lambda source, toy_rows: "")
-    monkeypatch.setattr(runner.plan, "_checked_files", lambda *_: [])
+    monkeypatch.setattr(runner.plan, "checked_files", lambda *_: [])
     monkeypatch.setattr(runner.plan, "_pinned_facts", lambda cfg, stage, path: {})
     lines = [line for block in code_blocks("bash") for line in block.splitlines() if line.startswith("python run.py")]
     assert len(lines) > 25

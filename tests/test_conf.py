@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from runner.config import Dataset, Hardware, Model
-from runner.config_loading import load
+from runner.config.loading import load
+from runner.config.schema import Dataset, Hardware, Model
 from runner.errors import UserError
 
 CONF = Path(__file__).parent.parent / "conf"

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from runner.config import PhaseSplit, Source
+from runner.config.schema import PhaseSplit, Source
 from runner.data import cache, sources, toy
 from runner.data.batches import EMPTY, Batches, micro_sizes, pad, pair_batch, pick, preference_batch, sft_batch, shard, subset
 from runner.data.cache import copies_of
@@ -28,7 +28,7 @@ from runner.data.encoder import training_texts
 from runner.data.examples import Counts, adapted, examples
 from runner.data.split import held_out, phase_of, prompt_hash
 from runner.errors import UserError
-from runner.tokenizer import (
+from runner.models.tokenizer import (
     decode_response,
     encode_prompts,
     encode_responses,

@@ -10,12 +10,13 @@ import torch
 from tiny import EOS, NAMES, PAD, actor, causal, configured, family
 from workers import update
 
-from runner.config import SHARES, Config, Lora
+from runner.config.schema import SHARES, Config, Lora
 from runner.data.batches import preference_batch
+from runner.deepspeed_config import engine_configs
 from runner.errors import UserError
 from runner.metrics import RunLog
-from runner.models import load_causal
-from runner.plan import engine_configs, plan
+from runner.models.loading import load_causal
+from runner.plan import plan
 from runner.stages import dpo, invariants
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -180,13 +181,13 @@ def test_the_best_is_exported_beside_the_last(folder, alone, tmp_path, monkeypat
 def test_it_learns_the_toy_task(alone, tmp_path):
     """From the SFT actor: pairs it has not seen are ordered rightly, and its answers please the judge no less than before."""
     from runner.data import cache, toy
+    from runner.models.tokenizer import decode_response, load_tokenizer
     from runner.prepare import prepare
     from runner.rollout import graph
     from runner.rollout.families import network_of
     from runner.rollout.sampling import uniforms
     from runner.stages import sft
     from runner.stages.build import Inputs
-    from runner.tokenizer import decode_response, load_tokenizer
 
     words = ["model.max_prompt_tokens=64", "model.max_response_tokens=32", "dataset.toy_rows=4000", "wandb.mode=disabled"]
     words += ["sft.eval_every=0", "sft.epochs=2", "dpo.eval_every=0", "dpo.max_steps=20"]

@@ -11,7 +11,7 @@ from tiny import configured
 from workers import update
 
 from runner import flops, metrics
-from runner.config import Lora
+from runner.config.schema import Lora
 from runner.errors import UserError
 from runner.flops import Work
 from runner.metrics import RunLog

@@ -19,19 +19,23 @@ from trained import bits, run_worker, train, trainable
 from workers import overflow, update
 
 from runner import engine
-from runner.config import SHARES, Lora
+from runner.config.schema import SHARES, Lora
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, loss_weights, pad, pair_batch, pick, sft_batch
-from runner.ema import Ema
+from runner.deepspeed_config import engine_configs
+from runner.engine import parameter_groups
 from runner.errors import UserError
 from runner.losses import pairwise_loss, policy_loss, sft_loss, value_loss
-from runner.models import Actor, Scalar, add_lora, full_state_dict, load_causal, load_scalar, parameter_groups
-from runner.plan import engine_configs
+from runner.models.ema import Ema
+from runner.models.loading import load_causal, load_scalar
+from runner.models.lora import add_lora
+from runner.models.saving import full_state_dict
+from runner.models.tokenizer import load_tokenizer
+from runner.models.wrappers import Actor, Scalar
 from runner.rollout.collect import Reader, collect, response_logprobs, response_values, sample
 from runner.stages import ppo, ppo_update
 from runner.stages.invariants import first_ratio
 from runner.stages.reward import last_scores
-from runner.tokenizer import load_tokenizer
 from runner.watch.finite import check_finite
 
 ROOT = Path(__file__).resolve().parents[1]

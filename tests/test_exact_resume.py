@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from workers import update
 
-from runner.config import Config, Lora
+from runner.config.schema import Config, Lora
 from runner.metrics import CLOCK, RunLog
 from runner.rollout import collect
 from runner.stages import dpo, ppo, reward, sft

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from runner import flops
-from runner.config import Lora
+from runner.config.schema import Lora
 from runner.flops import Work
 
 H = 2048
@@ -69,7 +69,7 @@ def test_a_reward_model_has_no_matrix_for_logits():
 
 
 def test_below_adapters_nothing_trains():
-    from runner.models import add_lora
+    from runner.models.lora import add_lora
 
     lora = Lora(dim=8, alpha=16, dropout=0.0, lr=1e-4, targets=[], train_rest=False)
     found = flops.count(add_lora(model("gpt_neox"), lora).get_base_model())

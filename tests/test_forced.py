@@ -10,7 +10,7 @@ import torch
 from test_exact_resume import configuration, run
 from workers import update
 
-from runner.config import Config
+from runner.config.schema import Config
 from runner.durable.manifest import complete
 from runner.durable.resume import Unfinished, adopt
 from runner.watch import stop

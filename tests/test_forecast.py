@@ -10,7 +10,7 @@ from tiny import CONF, NAMES, PAD, SHAPES, VOCAB, configured, family, no_dropout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from runner import flops
-from runner.config import STAGES, frozen_models
+from runner.config.schema import STAGES, frozen_models
 from runner.data.batches import pad
 from runner.errors import UserError
 from runner.forecast import fit
@@ -19,7 +19,8 @@ from runner.forecast.fit import cure, fits, refuse_the_impossible, warnings
 from runner.forecast.memory import host_bytes, peaks, samples_whole
 from runner.forecast.show import forecast, price, rows_of, show_forecast, steps_of_stage
 from runner.forecast.sizes import model_sizes, sizes_of
-from runner.models import Actor, add_lora
+from runner.models.lora import add_lora
+from runner.models.wrappers import Actor
 from runner.plan import plan
 
 H100, H200 = "hardware=h100", "hardware=h200"

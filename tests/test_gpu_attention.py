@@ -5,9 +5,9 @@ import torch
 from tiny import NAMES, PAD, causal, classifier, family, predictions, rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from runner import attention
 from runner.data.batches import pad
-from runner.models import Actor, Scalar
+from runner.models import attention
+from runner.models.wrappers import Actor, Scalar
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

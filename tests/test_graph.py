@@ -8,9 +8,10 @@ from tiny import EOS, NAMES, PAD, SHAPES, VOCAB, actor, causal, family, generate
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from runner import triton_support
-from runner.config import Lora
+from runner.config.schema import Lora
 from runner.losses import warp_logits
-from runner.models import Actor, add_lora
+from runner.models.lora import add_lora
+from runner.models.wrappers import Actor
 from runner.rollout import graph
 from runner.rollout.collect import response_logprobs
 from runner.rollout.families import network_of, side_by_side

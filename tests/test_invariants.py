@@ -12,12 +12,14 @@ from trained import train, trainable
 from workers import update
 
 from runner import plan
-from runner.config import Lora
+from runner.config.schema import Lora
 from runner.data.batches import pad
+from runner.engine import parameter_groups
 from runner.errors import UserError
 from runner.losses import sft_loss
 from runner.metrics import RunLog
-from runner.models import Actor, add_lora, parameter_groups
+from runner.models.lora import add_lora
+from runner.models.wrappers import Actor
 from runner.rollout import collect, graph
 from runner.rollout.collect import response_logprobs
 from runner.rollout.families import network_of

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiny import configured
 
-from runner.config import Config, Source
-from runner.config_loading import _bare
+from runner.config.loading import _bare
+from runner.config.schema import Config, Source
 from runner.data.sources import data_key, sources_of
 from runner.errors import UserError
 from runner.plan import plan

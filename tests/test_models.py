@@ -8,23 +8,17 @@ from safetensors.torch import load_file, save_file
 from tiny import BOS, EOS, NAMES, PAD, actor, causal, classifier, config, configured, family, no_dropout, predictions, rows, scalar, sharpen
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
-from runner.config import Lora
+from runner.config.schema import Lora
 from runner.data.batches import pad
+from runner.engine import parameter_groups
 from runner.errors import UserError
 from runner.families import FAMILIES
 from runner.losses import entropy
-from runner.models import (
-    Actor,
-    Scalar,
-    add_lora,
-    full_state_dict,
-    load_causal,
-    load_scalar,
-    parameter_groups,
-    save_adapter,
-    save_model,
-)
-from runner.packing import positions_from_mask
+from runner.models.loading import load_causal, load_scalar
+from runner.models.lora import add_lora
+from runner.models.packing import positions_from_mask
+from runner.models.saving import full_state_dict, save_adapter, save_model
+from runner.models.wrappers import Actor, Scalar
 from runner.stages import build
 
 every_family = pytest.mark.parametrize("name", NAMES)

@@ -11,11 +11,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from tiny import configured
 
-from runner.aliases import ALIASES, instead_of
-from runner.config import STAGES
-from runner.config_loading import known_keys, load
+from runner.cli.overrides import check_overrides
+from runner.config.aliases import ALIASES, instead_of
+from runner.config.loading import known_keys, load
+from runner.config.schema import STAGES
 from runner.errors import UserError
-from runner.overrides import check_overrides
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from runner.attention import _flash, alibi_bias, attend
-from runner.packing import among_real, lay_out, spread
+from runner.models.attention import _flash, alibi_bias, attend
+from runner.models.packing import among_real, lay_out, spread
 
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 1, 1]])
 IDS = torch.arange(15).view(3, 5)

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 from tiny import configured
 
-from runner.config import Config
+from runner.config.schema import Config
 from runner.durable.lock import is_held, lock
 from runner.durable.manifest import SHARED, complete, damage, read_manifest, sealed, write_manifest
 from runner.durable.resume import adopt, differences, in_settings, refuse_changed_config, write_facts

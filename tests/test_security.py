@@ -65,7 +65,7 @@ def weights(folder: Path) -> dict:
 def loaded(folder: Path, tokenizer):
     import torch
 
-    from runner.models import load_causal
+    from runner.models.loading import load_causal
 
     return load_causal(str(folder), tokenizer, dtype=torch.float32, attention="auto", dropout=None)
 
@@ -185,7 +185,7 @@ def test_a_model_folder_without_weights_is_not_filled_with_random_ones(model, tm
 
 
 def test_no_service_on_the_internet_is_asked_to_convert_pickles():
-    import runner.models  # noqa: F401
+    import runner.models.loading  # noqa: F401
 
     assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"
 
@@ -240,7 +240,7 @@ def test_code_of_a_model_is_refused_before_anything_is_trained(where, with_code,
 
 def test_chat_and_workers_refuse_it_too(with_code, no_questions, tokenizer):
     from runner import chat
-    from runner.tokenizer import load_tokenizer
+    from runner.models.tokenizer import load_tokenizer
 
     for load in (chat.load, load_tokenizer, lambda path: loaded(Path(path), tokenizer)):
         with pytest.raises(UserError, match="brings Python code of its own"):
@@ -249,7 +249,7 @@ def test_chat_and_workers_refuse_it_too(with_code, no_questions, tokenizer):
 
 def test_code_runs_only_where_it_is_asked_for(model, tmp_path, no_questions):
     """The other side of the switch: otherwise the refusals might come from something else."""
-    from runner.tokenizer import load_tokenizer
+    from runner.models.tokenizer import load_tokenizer
 
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"auto_map": {"AutoTokenizer": ["code.Own", None]}}))
@@ -339,7 +339,7 @@ def test_an_override_cannot_make_python_objects(quote, refused, ran):
 
 
 def test_a_config_of_a_step_cannot_make_python_objects(tmp_path, ran):
-    from runner.config_loading import load
+    from runner.config.loading import load
 
     (tmp_path / "config.yaml").write_text("name: " + TAGS[0].format(ran=ran))
     with pytest.raises(UserError, match=r"config.yaml:1: the tag .* is refused"):
@@ -348,7 +348,7 @@ def test_a_config_of_a_step_cannot_make_python_objects(tmp_path, ran):
 
 @pytest.mark.parametrize("text, why", [("a: [1", "not valid YAML"), ("- 1", "no mapping"), (b"\xff\xfe\x00", "cannot be read|not valid")])
 def test_a_broken_config_is_said_in_one_message(text, why, tmp_path):
-    from runner.config_loading import load
+    from runner.config.loading import load
 
     (tmp_path / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=why):
@@ -376,7 +376,7 @@ def test_a_name_stays_in_its_folder_wherever_it_comes_from(house, refused, monke
 
 @pytest.mark.parametrize("name", ["demo", "Größe 2", "opt-1.3b_lr=1e-5", "a.b,c", "7b"])
 def test_ordinary_names_pass(name):
-    from runner.limits import check_name
+    from runner.config.limits import check_name
 
     check_name(name)
 
@@ -513,7 +513,7 @@ def test_what_the_hub_says_is_redacted(monkeypatch, model):
         raise OSError("cannot reach http://ann:hunter2@proxy:3128")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
-    cfg = configured("stage=sft", f"model.actor.path={model}", f"store={model}/store")
+    cfg = configured("stage=sft", f"model.actor.path={model}", f"store={model}/store", *SHORT)
     with pytest.raises(UserError, match=r"http://\*\*\*@proxy:3128"):
         prepare(cfg, plan(cfg))
 

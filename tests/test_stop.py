@@ -13,9 +13,9 @@ import psutil
 import pytest
 from tiny import configured
 
+from runner.config.limits import seconds_of
 from runner.errors import UserError
 from runner.launch import _await_orphans
-from runner.limits import seconds_of
 from runner.plan import plan
 from runner.watch import stop
 from runner.worker import WORKERS_LOCK

@@ -13,11 +13,11 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from runner.formatting import clock, duration, num, pct, spell
 from runner.reporting.report import Section, markdown, print_sections, sparkline
 from runner.reporting.results import read_curves
 from runner.reporting.summary import lacking_for_ppo, show_summary
 from runner.reporting.sweep_table import SweepTable, show_sweep
-from runner.words import clock, duration, num, pct, spell
 
 OWNED = {"sft": 2500, "reward": 5000, "ppo": 5000}
 COMMON = {"world_size": 1, "resumed_from": 0, "tokens": 120_000}

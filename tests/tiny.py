@@ -8,10 +8,11 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from runner.config import Config
-from runner.config_loading import load
+from runner.config.loading import load
+from runner.config.schema import Config
 from runner.data.batches import pad
-from runner.models import FAMILIES, Actor, Fp32Linear, Scalar
+from runner.families import FAMILIES
+from runner.models.wrappers import Actor, Fp32Linear, Scalar
 from runner.rollout import hf
 from runner.rollout.record import Rollout
 from runner.rollout.sampling import uniforms

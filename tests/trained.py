@@ -15,11 +15,11 @@ from tiny import PAD, predictions
 from workers import update
 
 from runner import engine
-from runner.config import Offload
+from runner.config.schema import Offload
 from runner.data.batches import pad
+from runner.deepspeed_config import engine_configs
 from runner.losses import sft_loss
-from runner.models import full_state_dict
-from runner.plan import engine_configs
+from runner.models.saving import full_state_dict
 
 
 def trainable(model, zero: int = 0, precision: str = "fp32", offload: bool = False, **changes):

@@ -61,6 +61,8 @@ def _with_code(folder: Path) -> Iterator[str]:
 
 def _file(path: str, name: str, revision: str | None) -> str | None:
     """Where a file of a checkpoint lies on this machine, fetched if need be; None when there is none."""
+    if Path(path).is_dir():
+        return str(Path(path, name)) if Path(path, name).is_file() else None
     from transformers.utils import cached_file
 
     absent = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}

@@ -6,7 +6,6 @@ continues exactly where it stopped. The rows of a global batch do not depend on 
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -164,26 +163,3 @@ def _both(rows: list[dict | None]) -> list[list[int]]:
 def pick(dataset, numbers: np.ndarray) -> list[dict | None]:
     """Rows of a memory-mapped data set; None for an empty slot."""
     return [dataset[int(n)] if n != EMPTY else None for n in numbers]
-
-
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device without waiting: pinned memory is copied while kernels run."""
-    if device.type == "cuda" and not x.is_cuda:
-        x = x.pin_memory()
-    return x.to(device, non_blocking=device.type == "cuda")
-
-
-def fetch(*tensors: Tensor) -> Callable[[], list[Tensor]]:
-    """Copies, on the CPU, of what tensors hold at this point of the queue. Only a call of what this returns waits for them."""
-    if not tensors[0].is_cuda:
-        values = [x.clone() for x in tensors]
-        return lambda: values
-    copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in tensors]
-    done = torch.cuda.Event()
-    done.record()
-
-    def wait() -> list[Tensor]:
-        done.synchronize()
-        return copies
-
-    return wait

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from runner.config import SHARES, Dataset, Model, Source
+from runner.config.schema import SHARES, Dataset, Model, Source
 from runner.data.adapters import BadRow, check_text
 from runner.data.encoder import Encoder
 from runner.data.examples import Counts, adapted, can_use, each_answer, examples, only_use
@@ -25,7 +25,7 @@ from runner.data.split import held_out, held_out_above, phase_of, prompt_hash
 from runner.durable.lock import lock
 from runner.errors import UserError
 from runner.files import hash_of, whole_folder
-from runner.tokenizer import fingerprint, plain
+from runner.models.tokenizer import fingerprint, plain
 
 BATCH = 1000
 

@@ -8,12 +8,12 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 
-from runner.config import Dataset, Model
+from runner.config.schema import Dataset, Model
 from runner.data.adapters import Example
 from runner.data.examples import Counts, examples
 from runner.data.sources import sources_of
 from runner.errors import UserError
-from runner.tokenizer import encode, encode_responses, gap, plain, render_prompt
+from runner.models.tokenizer import encode, encode_responses, gap, plain, render_prompt
 
 
 class Encoder:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 
-from runner.config import Dataset, Source
+from runner.config.schema import Dataset, Source
 from runner.data.adapters import BadRow, Dropped, Example, Unmapped, adapt, published
 from runner.data.field_names import guessed_map, why_no_map
 from runner.data.sources import BrokenRow, rows, sources_of

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from runner.checks.paths import SEVERAL, SUFFIXES, is_local
 from runner.checks.secrets import redact
-from runner.config import Dataset, Source
+from runner.config.schema import Dataset, Source
 from runner.data import toy
 from runner.errors import UserError
 

@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 
-from runner.config import PhaseSplit
+from runner.config.schema import PhaseSplit
 
 
 def prompt_hash(turns: Sequence[dict]) -> int:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from runner import ranks
-from runner.config import Config
+from runner.config.schema import Config
 from runner.durable.manifest import SHARED, complete, damage, read_manifest, remove, scored, sealed, write_manifest
 from runner.durable.shards import MOMENTS, Shard, make_moments, publish, scaler_state, set_scaler_state, shards, steps_taken
 from runner.errors import UserError

@@ -13,8 +13,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from runner.config import PARENTS, Config
-from runner.config_loading import read_yaml
+from runner.config.loading import read_yaml
+from runner.config.schema import PARENTS, Config
 from runner.durable.lock import is_held, lock
 from runner.durable.manifest import SHARED, complete, newest_whole, read_manifest, steps_done, write_manifest
 from runner.errors import UserError
@@ -75,11 +75,11 @@ def unfinished(store: Path, stage: str, name: str, facts: dict) -> Unfinished | 
     return None if steps is None else Unfinished(folder, found["key"], steps, differences(found["facts"], facts))
 
 
-def forced(store: Path, stage: str, name: str, facts: dict) -> tuple[Path, dict] | None:
-    """(folder, facts) of a step with exactly this configuration that was forced to continue another one, done or not."""
-    for folder, found in _steps_of(store, stage, name):
+def forced(store: Path, stage: str, name: str, facts: dict) -> dict | None:
+    """The facts of a step with exactly this configuration that was forced to continue another one, done or not."""
+    for _, found in _steps_of(store, stage, name):
         if set(differences(found["facts"], facts)) == {ORIGIN}:
-            return folder, found["facts"]
+            return found["facts"]
     return None
 
 

@@ -8,7 +8,7 @@ import math
 
 from runner import flops
 from runner.batch_sizes import PROBE, micro_positions, step_batch
-from runner.config import Config
+from runner.config.schema import Config
 from runner.forecast.memory import itemsize, samples_whole, slots
 from runner.forecast.sizes import trained
 

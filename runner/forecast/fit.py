@@ -4,7 +4,7 @@ from dataclasses import replace
 from operator import attrgetter
 
 from runner.batch_sizes import micro_batch, step_batch
-from runner.config import ENGINES, PARTS, Config, frozen_models
+from runner.config.schema import ENGINES, PARTS, Config, frozen_models
 from runner.errors import UserError
 from runner.forecast.memory import host_bytes, peaks
 from runner.forecast.sizes import model_sizes

@@ -7,7 +7,7 @@ fragmentation. tests/test_forecast.py compares it with measured runs.
 from dataclasses import dataclass
 
 from runner.batch_sizes import PREFILL_TOKENS, fits_whole, micro_positions
-from runner.config import ENGINES, Config
+from runner.config.schema import ENGINES, Config
 from runner.forecast.sizes import Sizes, frozen, model_sizes, trained
 
 

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.batch_sizes import batches_per_epoch, step_batch, steps_of
-from runner.config import Config
+from runner.config.schema import Config
 from runner.durable.manifest import steps_done
 from runner.forecast.duration import step_seconds, why_no_time
 from runner.forecast.fit import foreseeable, warnings
 from runner.forecast.memory import peaks
+from runner.formatting import print_columns, spell
 from runner.plan import Step
-from runner.plan_view import print_columns
-from runner.words import spell
 
 # Steps to give time and price for, while the number of steps is unknown
 MANY = 1000

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from runner import flops
 from runner.checks.paths import is_local
-from runner.config import Config, Lora, ModelPart, frozen_models
+from runner.config.schema import Config, Lora, ModelPart, frozen_models
 from runner.families import FAMILIES
 from runner.files import read_json
 

@@ -14,12 +14,12 @@ from statistics import median
 
 from rich.console import Console
 
-from runner.config import PARENTS, STAGES, Model
+from runner.config.schema import PARENTS, STAGES, Model
 from runner.durable.resume import ORIGIN
+from runner.formatting import duration, num, pct, short
 from runner.plan import Step
 from runner.reporting.report import Section, bar, markdown, print_sections, sparkline
 from runner.reporting.results import Trained, headline, spent, trained_of
-from runner.words import duration, num, pct, short
 
 STAGE_HEADER = ("stage", "state", "time", "steps", "train", "eval", "truncated", "dropped")
 CHANGE_HEADER = ("", "before", "after", "change", "during training")

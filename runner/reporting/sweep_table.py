@@ -22,9 +22,9 @@ from rich.console import Console
 from runner.checks.secrets import redact
 from runner.errors import UserError
 from runner.files import remove_unused
+from runner.formatting import duration, num, pct, short
 from runner.reporting.report import Section, clip, markdown, print_sections
 from runner.reporting.summary import override_key
-from runner.words import duration, num, pct, short
 
 # header, keys in summary.json (before -> after), how a value is written
 COLUMNS = (

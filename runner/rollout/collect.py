@@ -9,7 +9,8 @@ from torch import Tensor
 
 from runner import engine, ranks
 from runner.batch_sizes import PROBE
-from runner.data.batches import pad, send
+from runner.data.batches import pad
+from runner.device import send
 from runner.losses import masked_sum
 from runner.rollout import graph, hf
 from runner.rollout.families import network_of

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from runner.attention import alibi_slopes
+from runner.models.attention import alibi_slopes
 from runner.rollout import kernels
 from runner.rollout.kernels import Norm
 from runner.rollout.network import Block, Linear, Network, Together

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runner import attention
 from runner.batch_sizes import PREFILL_TOKENS
-from runner.data.batches import fetch, send
 from runner.data.batches import pad as padded
+from runner.device import fetch, send
 from runner.engine import free_memory
 from runner.losses import bar_unused, warp_logits, without_token
-from runner.packing import lay_out
+from runner.models import attention
+from runner.models.packing import lay_out
 from runner.rollout import kernels
 from runner.rollout.families import network_of
 from runner.rollout.lanes import Lanes, Responses

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from runner.losses import bar_unused, token_logprobs, warp_logits, without_token
-from runner.models import Actor
+from runner.models.wrappers import Actor
 from runner.rollout.record import Rollout
 from runner.rollout.sampling import invert
 

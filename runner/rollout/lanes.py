@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from runner.data.batches import send
+from runner.device import send
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runner import ranks
-from runner.packing import spread
+from runner.models.packing import spread
 
 CPU = torch.device("cpu")
 

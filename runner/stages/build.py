@@ -9,9 +9,11 @@ import torch
 from runner import engine as engines
 from runner import ranks
 from runner.checks.paths import is_local
-from runner.config import Config, Lora, ModelPart
-from runner.models import Actor, Scalar, add_lora, load_causal, load_scalar
-from runner.tokenizer import load_tokenizer
+from runner.config.schema import Config, Lora, ModelPart
+from runner.models.loading import load_causal, load_scalar
+from runner.models.lora import add_lora
+from runner.models.tokenizer import load_tokenizer
+from runner.models.wrappers import Actor, Scalar
 
 
 @dataclass(frozen=True)

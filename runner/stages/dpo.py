@@ -14,14 +14,15 @@ from torch import Tensor
 
 from runner import engine, flops, ranks
 from runner.batch_sizes import micro_positions
-from runner.config import Config
+from runner.config.schema import Config
 from runner.data import cache
-from runner.data.batches import EMPTY, Batches, pick, preference_batch, send
+from runner.data.batches import EMPTY, Batches, pick, preference_batch
+from runner.deepspeed_config import engine_configs
+from runner.device import send
 from runner.durable.checkpoint import Checkpoints
 from runner.losses import dpo_loss
 from runner.metrics import RunLog
-from runner.packing import spread
-from runner.plan import engine_configs
+from runner.models.packing import spread
 from runner.schedules import lr_share, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reference, tokenizer_for

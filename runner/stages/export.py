@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runner import engine
-from runner.config import Config, Lora
-from runner.models import Wrapper, save_adapter, save_model
+from runner.config.schema import Config, Lora
+from runner.models.saving import save_adapter, save_model
+from runner.models.wrappers import Wrapper
 
 
 def export(cfg: Config, folder: Path, wrapper: Wrapper, tokenizer, lora: Lora, best: Callable[[], bool]) -> None:

@@ -5,13 +5,13 @@ import json
 import numpy as np
 
 from runner import ranks
-from runner.config import Config
+from runner.config.schema import Config
 from runner.data import toy
 from runner.metrics import RunLog
+from runner.models.tokenizer import decode_response
 from runner.rollout.collect import Models, Reader, collect
 from runner.rollout.record import Rollout
 from runner.stages import invariants
-from runner.tokenizer import decode_response
 
 # Held-out prompts have random numbers of their own, far from those of training
 EVAL_EPISODE = 2**40

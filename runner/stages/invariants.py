@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from runner import ranks
-from runner.config import Config
+from runner.config.schema import Config
 from runner.durable.shards import shards, steps_taken
 from runner.errors import UserError
 from runner.losses import masked_mean

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from runner import engine, flops
-from runner.config import Config
+from runner.config.schema import Config
 from runner.data import cache
 from runner.data.batches import Batches
+from runner.deepspeed_config import engine_configs
 from runner.durable.checkpoint import Checkpoints
-from runner.ema import Ema
 from runner.errors import UserError
 from runner.losses import adapt_kl_coef, explained_variance, gae, kl_estimate, masked_mean, token_rewards, whiten
 from runner.metrics import RunLog
-from runner.models import save_model
-from runner.plan import engine_configs
+from runner.models.ema import Ema
+from runner.models.saving import save_model
 from runner.rollout import graph
 from runner.rollout.collect import Models, Reader, collect
 from runner.rollout.families import side_by_side

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from runner import engine, ranks
 from runner.batch_sizes import micro_positions, step_batch
-from runner.config import Config, Ppo
+from runner.config.schema import Config, Ppo
 from runner.data import cache
-from runner.data.batches import Batches, deal, loss_weights, pick, send, sft_batch
+from runner.data.batches import Batches, deal, loss_weights, pick, sft_batch
+from runner.device import send
 from runner.losses import policy_loss, sft_loss, value_loss
 from runner.rollout.collect import Models, response_logprobs, response_values
 from runner.rollout.record import Rollout

@@ -8,13 +8,14 @@ import torch
 
 from runner import engine, flops, ranks
 from runner.batch_sizes import micro_positions
-from runner.config import Config
+from runner.config.schema import Config
 from runner.data import cache
-from runner.data.batches import EMPTY, Batches, pair_batch, pick, send
+from runner.data.batches import EMPTY, Batches, pair_batch, pick
+from runner.deepspeed_config import engine_configs
+from runner.device import send
 from runner.durable.checkpoint import Checkpoints
 from runner.losses import pairwise_loss
 from runner.metrics import RunLog
-from runner.plan import engine_configs
 from runner.schedules import lr_share, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_reward, tokenizer_for

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from operator import attrgetter
 from pathlib import Path
 
-from runner.config import ENGINES, PARTS, Config, rate_key
+from runner.config.schema import ENGINES, PARTS, Config, rate_key
 from runner.errors import UserError
 
 

@@ -20,11 +20,11 @@ from runner import engine, ranks
 from runner.batch_sizes import micro_positions
 from runner.data import cache
 from runner.data.batches import Batches, loss_weights, pick, sft_batch
+from runner.deepspeed_config import engine_configs
 from runner.durable.checkpoint import Checkpoints
-from runner.ema import Ema
 from runner.losses import sft_loss
 from runner.metrics import RunLog
-from runner.plan import engine_configs
+from runner.models.ema import Ema
 from runner.stages import ppo
 from runner.stages.build import load_actor, tokenizer_for
 

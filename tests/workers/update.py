@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from tiny import EOS, PAD, causal, classifier, configured, rows
 
 from runner import engine, ranks
-from runner.config import SHARES, Config, Dpo, ZeroStages
-from runner.ema import Ema
+from runner.config.schema import SHARES, Config, Dpo, ZeroStages
 from runner.metrics import RunLog
-from runner.models import full_state_dict
+from runner.models.ema import Ema
+from runner.models.saving import full_state_dict
 from runner.rollout.collect import Models, Reader, collect, response_logprobs
 from runner.rollout.record import Rollout
 from runner.stages import dpo, ppo, ppo_update, reward, sft

@@ -1,13 +1,13 @@
 """The configuration: every key with its type. Values and their explanations live in conf/ and nowhere else.
 
-runner/limits.py says which values a block refuses; runner/config_loading.py turns composed YAML into these objects, for the launcher
+runner/config/limits.py says which values a block refuses; runner/config/loading.py turns composed YAML into these objects, for the launcher
 and for the workers.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner import limits
+from runner.config import limits
 
 STAGES = ("sft", "reward", "dpo", "ppo")
 # Stages whose models a stage starts from

@@ -12,10 +12,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from runner.aliases import instead_of
 from runner.checks import secrets
 from runner.checks.paths import SEVERAL
-from runner.config import PARENTS, STAGES, Config, Source
+from runner.config.aliases import instead_of
+from runner.config.schema import PARENTS, STAGES, Config, Source
 from runner.errors import UserError, did_you_mean
 
 

@@ -15,8 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.bloom import modeling_bloom
 
-from runner.data.batches import send
-from runner.packing import Layout
+from runner.device import send
+from runner.models.packing import Layout
 
 PACKED = "packed"
 

@@ -1,7 +1,7 @@
 """The limits of every key: which values a block of the configuration refuses, and the words that say what to type instead.
 
-One function per block, in the order of runner/config.py, whose dataclasses call them when they are made. Each raises ValueError;
-`load` in runner/config_loading.py turns it into a UserError. Blocks have no types here: the module that makes them imports this one.
+One function per block, in the order of runner/config/schema.py, whose dataclasses call them when they are made. Each raises ValueError;
+`load` in runner/config/loading.py turns it into a UserError. Blocks have no types here: the module that makes them imports this one.
 No torch.
 """
 

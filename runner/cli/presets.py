@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.config_loading import read_yaml
+from runner.config.loading import read_yaml
 from runner.errors import UserError
 
 # What a preset of these groups inherits from, to get the keys that all of its kind share

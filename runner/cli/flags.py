@@ -4,7 +4,7 @@ from dataclasses import fields
 
 from hydra._internal.utils import get_args_parser
 
-from runner.config import Config
+from runner.config.schema import Config
 from runner.errors import UserError, did_you_mean
 
 ALL = {name: action for action in get_args_parser()._actions for name in action.option_strings}

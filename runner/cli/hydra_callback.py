@@ -16,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from runner.checks import secrets
-from runner.config_loading import load
+from runner.config.limits import check_name
+from runner.config.loading import load
 from runner.errors import UserError
-from runner.limits import check_name
 from runner.plan import plan
 
 SHOWN = 8  # errors of a sweep's jobs

@@ -12,13 +12,13 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from runner.checks import secrets
-from runner.checks.flags import completes, flags_and_overrides, sweeps
 from runner.checks.paths import SUFFIXES, is_local
-from runner.config import STAGES
-from runner.config_loading import broken_yaml, instead_of_source, known_keys, read_yaml, unknown
+from runner.cli.flags import completes, flags_and_overrides, sweeps
+from runner.cli.presets import check_preset, groups_in, preset_file
+from runner.config.limits import check_name
+from runner.config.loading import broken_yaml, instead_of_source, known_keys, read_yaml, unknown
+from runner.config.schema import STAGES
 from runner.errors import UserError, did_you_mean
-from runner.limits import check_name
-from runner.presets import check_preset, groups_in, preset_file
 
 LAUNCHERS = {"joblib": "hydra-joblib-launcher"}
 LAUNCHERS |= dict.fromkeys(("submitit_local", "submitit_slurm"), "hydra-submitit-launcher")
@@ -114,7 +114,7 @@ def _check_names(override) -> None:
 
 
 def _check_name(value: str) -> None:
-    if "${" in value:  # known only once composed: runner/hydra_callback.py checks it then
+    if "${" in value:  # known only once composed: runner/cli/hydra_callback.py checks it then
         return
     try:
         check_name(value)

@@ -1,7 +1,7 @@
 """Packing: the real tokens of all rows of a batch in one row, without padding.
 
-Linear layers, norms and embeddings then see only the N real tokens of a (B, T) batch; runner/attention.py keeps the rows apart. All of
-this is best done on the CPU, where micro batches are made: on the GPU, reading each count of tokens would wait for it.
+Linear layers, norms and embeddings then see only the N real tokens of a (B, T) batch; runner/models/attention.py keeps the rows apart.
+All of this is best done on the CPU, where micro batches are made: on the GPU, reading each count of tokens would wait for it.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runner.data.batches import send
+from runner.device import send
 
 
 @dataclass(frozen=True)

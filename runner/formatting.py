@@ -61,3 +61,10 @@ def short(path: str | Path) -> str:
     """The path as it can be typed from the working directory."""
     path, here = str(path), Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_absolute() and Path(path).is_relative_to(here) else path
+
+
+def print_columns(rows: list[tuple[str, ...]]) -> None:
+    """Print a table with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

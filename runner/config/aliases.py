@@ -2,7 +2,7 @@
 
 import re
 
-from runner.config import ENGINES, PARTS, STAGES, rate_key
+from runner.config.schema import ENGINES, PARTS, STAGES, rate_key
 
 # The end of a foreign key, what to type, and what should be known about it. {engine}, {part} and {rate} stand for each network that the
 # stage trains. Nothing to type: it does not exist here, and the last column says why
