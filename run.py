@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from runner.cli.flags import sweeps
-from runner.cli.overrides import check_overrides, in_words
+from runner.cli.overrides import check_overrides, hydra_error_message
 from runner.config.loading import load
 from runner.config.schema import Config
 from runner.durable.resume import refuse_changed_config
@@ -150,7 +150,7 @@ if __name__ == "__main__":
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         if WANTS_TRACEBACK:
             raise
-        sys.exit(f"error: {in_words(error)}")
+        sys.exit(f"error: {hydra_error_message(error)}")
     except OSError as error:
         # Hydra makes the folder of this command before it calls main
         if WANTS_TRACEBACK or called:

@@ -62,7 +62,7 @@ def measure(family: str, model, batch: int, length: int, cfg, out) -> None:
     free()  # a longer cache does not fit into what a shorter one leaves
     whole, elapsed = timed(run, length)
     steps, spent = whole.steps - quarter.steps, whole.decode_seconds - quarter.decode_seconds
-    read = flops.decode_bytes(flops.count(model), steps, whole.cached - quarter.cached, DTYPES[cfg.hardware.precision].itemsize)
+    read = flops.decode_bytes(flops.matrix_sizes(model), steps, whole.cached - quarter.cached, DTYPES[cfg.hardware.precision].itemsize)
     row = {"benchmark": "decode", "family": family, "batch": batch, "ms_per_token": 1e3 * spent / steps}
     row |= {"rollout_ms_per_token": 1e3 * elapsed / length, "prefill_s": whole.prefill_seconds, "tokens_per_s": batch * steps / spent}
     if cfg.hardware.bandwidth_gb_s:

@@ -20,7 +20,7 @@ from runner import flops
 from runner.config.schema import Config
 from runner.engine import DTYPES
 from runner.rollout import graph
-from runner.rollout.collect import Models, Reader, sample, score
+from runner.rollout.collect import Models, RolloutSettings, sample, score
 from runner.rollout.families import network_of
 from runner.rollout.record import CPU, Rollout
 from runner.rollout.sampling import uniforms
@@ -54,8 +54,8 @@ def measure(size: int, slots: int, length: int, engine: str, args) -> None:
     device = start()
     with inputs(cfg, device) as step:
         models = ppo.build(cfg, step, Tokenizer(), device)
-    reader = Reader(Tokenizer.pad_token_id, NEVER, most, slots, min(size, 64), device, engine, cfg.rollout.max_mismatch)
-    work = {name: flops.count(getattr(m, "module", m).hf) for name, m in vars(models).items() if m is not None}
+    settings = RolloutSettings(Tokenizer.pad_token_id, NEVER, most, slots, min(size, 64), device, engine, cfg.rollout.max_mismatch)
+    sizes = {name: flops.matrix_sizes(getattr(m, "module", m).hf) for name, m in vars(models).items() if m is not None}
     prompts = tokens([length] * size, 0, cfg.model.actor.shape["vocab_size"])
     for kind, limits in (("fixed", [most] * size), ("varied", varied(size, most))):
         if kind == "varied" and (engine == "hf" or args.model):
@@ -65,8 +65,8 @@ def measure(size: int, slots: int, length: int, engine: str, args) -> None:
         clock, stats = Clock(), Stats()
         for number in range(args.rounds + 1):
             clock.rounds.append({})
-            rollout, stats = iterate(cfg, models, reader, prompts, limits, number, clock)
-        emit(row | figures(clock, stats, rollout, work, cfg), args.out)
+            rollout, stats = iterate(cfg, models, settings, prompts, limits, number, clock)
+        emit(row | figures(clock, stats, rollout, sizes, cfg), args.out)
     del models, rollout
     free()
 
@@ -78,12 +78,12 @@ def varied(size: int, most: int) -> list[int]:
     return np.clip(drawn, least, most).astype(int).tolist()
 
 
-def iterate(cfg: Config, models: Models, reader: Reader, prompts, limits, number: int, clock: Clock) -> tuple[Rollout, Stats]:
+def iterate(cfg: Config, models: Models, settings: RolloutSettings, prompts, limits, number: int, clock: Clock) -> tuple[Rollout, Stats]:
     """One iteration as runner/stages/ppo.py does it."""
     with clock.phase("rollout"), torch.no_grad():
-        rollout, stats = respond(models, reader, prompts, limits, number)
+        rollout, stats = respond(models, settings, prompts, limits, number)
     with clock.phase("scoring"), torch.no_grad():
-        score(models, reader, rollout, with_values=True)
+        score(models, settings, rollout, with_values=True)
     with clock.phase("other"):
         ppo.fill_rewards(cfg, rollout, ppo.State(kl_coef=cfg.ppo.kl_coef))
     with clock.phase("update"):
@@ -91,46 +91,46 @@ def iterate(cfg: Config, models: Models, reader: Reader, prompts, limits, number
     return rollout, stats
 
 
-def respond(models: Models, reader: Reader, prompts, limits: list[int], number: int) -> tuple[Rollout, Stats]:
+def respond(models: Models, settings: RolloutSettings, prompts, limits: list[int], number: int) -> tuple[Rollout, Stats]:
     """`sample`, with a length for each response."""
     episodes = [number * len(prompts) + n for n in range(len(prompts))]
-    if reader.engine == "hf" or min(limits) == reader.max_response:
-        return sample(models, reader, prompts, 0, episodes).to(CPU), reader.stats
+    if settings.engine == "hf" or min(limits) == settings.max_response:
+        return sample(models, settings, prompts, 0, episodes).to(CPU), settings.stats
     models.actor.eval()
-    actor, uniform = models.actor.module, uniforms(0, episodes, reader.max_response)
+    actor, uniform = models.actor.module, uniforms(0, episodes, settings.max_response)
     make = partial(graph.Decoder, graph.folded(network_of(actor.hf)), actor.sampling, prompts, uniform)
-    decoder = make(slots=reader.rollout_micro, pad=reader.pad, eos=reader.eos, limits=limits, vocabulary=actor.vocabulary)
+    decoder = make(slots=settings.rollout_micro, pad=settings.pad, eos=settings.eos, limits=limits, vocabulary=actor.vocabulary)
     return decoder.run().to(CPU), decoder.stats
 
 
-def figures(clock: Clock, stats: Stats, rollout: Rollout, work: dict, cfg: Config) -> dict[str, float]:
+def figures(clock: Clock, stats: Stats, rollout: Rollout, sizes: dict, cfg: Config) -> dict[str, float]:
     """Phases and utilisation of the median round, beside the floor."""
     phases = clock.median()
-    seconds, least = sum(phases.values()), floor(rollout, work, DTYPES[cfg.hardware.precision].itemsize, cfg.hardware.micro_batch.rollout)
+    seconds, least = sum(phases.values()), floor(rollout, sizes, DTYPES[cfg.hardware.precision].itemsize, cfg.hardware.micro_batch.rollout)
     steps, count = stats.steps or int(rollout.lengths.max()), len(rollout)
     decode = stats.decode_seconds if stats.steps else phases["rollout"]
     found = {"seconds": seconds, "seq_per_s": count / seconds, **phases, "decode_ms_per_token": 1e3 * decode / steps}
     found |= {"floor": sum(least.values()), "times_floor": seconds / sum(least.values()), **{f"floor_{k}": v for k, v in least.items()}}
-    found["mfu_update"] = flops.mfu(ppo.pass_flops(work, rollout, True), phases["update"], cfg.hardware.tflops)
+    found["mfu_update"] = flops.mfu(ppo.pass_flops(sizes, rollout, True), phases["update"], cfg.hardware.tflops)
     if cfg.hardware.bandwidth_gb_s and stats.steps:
-        read = flops.decode_bytes(work["actor"], stats.steps, stats.cached, DTYPES[cfg.hardware.precision].itemsize)
+        read = flops.decode_bytes(sizes["actor"], stats.steps, stats.cached, DTYPES[cfg.hardware.precision].itemsize)
         found["mbu"] = flops.mbu(read, stats.decode_seconds, cfg.hardware.bandwidth_gb_s)
     return found | {"peak_gb": peak_gb(), "copy_tb_s": rates()["copy"] / 1e12, "matmul_tflops": rates()["matmul"] / 1e12}
 
 
-def floor(rollout: Rollout, work: dict[str, flops.Work], itemsize: int, slots: int) -> dict[str, float]:
+def floor(rollout: Rollout, sizes: dict[str, flops.MatrixSizes], itemsize: int, slots: int) -> dict[str, float]:
     """The least seconds of each phase for the tokens of this rollout."""
     prompts, responses = rollout.prompt_lengths.numpy(), rollout.lengths.numpy()
     whole, rate = prompts + responses, rates()
     steps = max(float(responses.max()), responses.sum() / slots)
     cached = float((responses * prompts + responses * (responses - 1) / 2).sum())
-    ref = work.get("ref", work["actor"])  # under adapters the actor without them
-    reading = flops.forward(ref, whole, float(responses.sum())) + sum(flops.forward(work[n], whole) for n in ("critic", "reward"))
+    ref = sizes.get("ref", sizes["actor"])  # under adapters the actor without them
+    reading = flops.forward(ref, whole, float(responses.sum())) + sum(flops.forward(sizes[n], whole) for n in ("critic", "reward"))
     return {
-        "decode": flops.decode_bytes(work["actor"], steps, cached, itemsize) / rate["copy"],
-        "prefill": flops.forward(work["actor"], prompts) / rate["matmul"],
+        "decode": flops.decode_bytes(sizes["actor"], steps, cached, itemsize) / rate["copy"],
+        "prefill": flops.forward(sizes["actor"], prompts) / rate["matmul"],
         "scoring": reading / rate["matmul"],
-        "update": ppo.pass_flops(work, rollout, True) / rate["matmul"],
+        "update": ppo.pass_flops(sizes, rollout, True) / rate["matmul"],
     }
 
 

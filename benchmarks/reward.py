@@ -38,7 +38,7 @@ def measure(part: str, args) -> None:
     model.train()
     made = tokens(np.random.default_rng(0).integers(longest // 8, longest, 2 * pairs), 0, cfg.model.actor.shape["vocab_size"])
     rows = [{"chosen_ids": a, "rejected_ids": b} for a, b in zip(made[::2], made[1::2], strict=True)]
-    work, clock = flops.count(wrapper.hf), Clock()
+    sizes, clock = flops.matrix_sizes(wrapper.hf), Clock()
     for _ in range(args.rounds + 2):
         clock.rounds.append({})
         with clock.phase("data"):
@@ -46,14 +46,14 @@ def measure(part: str, args) -> None:
         with clock.phase("train"):
             engine.backward(model, pairwise_loss(*last_scores(model, batch), 0.0), pairs, last=True)
             engine.step(model)
-    phases, facts = clock.median(skip=2), counted([batch], wrapper.packed, work)
+    phases, facts = clock.median(skip=2), counted([batch], wrapper.packed, sizes)
     row = {"benchmark": "reward", "shape": "1.3B" if part == "actor" else "350M", "tokens": int(facts["tokens"]), "pairs": pairs, **phases}
     row |= {
         "tokens_per_s": facts["tokens"] / sum(phases.values()),
-        "mfu": flops.mfu(facts["work"], sum(phases.values()), cfg.hardware.tflops),
+        "mfu": flops.mfu(facts["flops"], sum(phases.values()), cfg.hardware.tflops),
     }
     row |= {
-        "of_matmul": facts["work"] / phases["train"] / rates()["matmul"],
+        "of_matmul": facts["flops"] / phases["train"] / rates()["matmul"],
         "peak_gb": peak_gb(),
         "matmul_tflops": rates()["matmul"] / 1e12,
     }

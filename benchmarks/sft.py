@@ -49,11 +49,11 @@ def measure(kind: str, lengths: list[int], total: int, args) -> None:
         for ids in tokens(lengths, 0, cfg.model.actor.shape["vocab_size"])
     ]
     weight = float(loss_weights(np.array(lengths), np.array(lengths) // 3, 0.0).sum())
-    work, clock = flops.count(wrapper.hf), Clock()
+    sizes, clock = flops.matrix_sizes(wrapper.hf), Clock()
     for _ in range(args.rounds + 2):
         clock.rounds.append({})
         train(actor, made, weight, clock)
-    phases, done = clock.median(skip=2), flops.training(work, lengths, weight)
+    phases, done = clock.median(skip=2), flops.training(sizes, lengths, weight)
     row = {"benchmark": "sft", "rows": kind, "tokens": total, "sequences": micro, **phases}
     row |= {"tokens_per_s": total / sum(phases.values()), "mfu": flops.mfu(done, sum(phases.values()), cfg.hardware.tflops)}
     row |= {"of_matmul": done / phases["train"] / rates()["matmul"], "peak_gb": peak_gb(), "matmul_tflops": rates()["matmul"] / 1e12}

@@ -17,13 +17,13 @@ TOP_LEVEL_KEYS = frozenset(
 )
 
 # Keys that would change what is learned, which is no matter of hardware: a finished step would be reused as if they were not there
-TEACHES = frozenset(
+CHANGES_LEARNING = frozenset(
     """amp compression_training curriculum_learning data_efficiency eigenvalue elasticity progressive_layer_drop quantize_training
     sparse_attention torch_autocast weight_quantization""".split()
 )
 
 # Keys that the runner decides: set by hand they would contradict the plan. -> what to set instead
-OURS = {
+SET_BY_RUNNER = {
     "train_batch_size": "sft.global_batch, reward.global_batch, dpo.global_batch, ppo.rollout_batch",
     "train_micro_batch_size_per_gpu": "hardware.micro_batch",
     "gradient_accumulation_steps": "hardware.micro_batch (it is derived)",
@@ -34,28 +34,31 @@ OURS = {
 }
 
 # The same inside a block
-OURS_INSIDE = {
+SET_INSIDE_BLOCKS = {
     ("zero_optimization", "stage"): "hardware.zero",
     ("fp16", "enabled"): "hardware.precision",
     ("bf16", "enabled"): "hardware.precision",
     ("bfloat16", "enabled"): "hardware.precision",
+    ("fp16", "fp16_master_weights_and_grads"): "hardware.precision (the optimizer's weights are fp32)",
+    ("bf16", "bf16_master_weights_and_grads"): "hardware.precision (the optimizer's weights are fp32)",
+    ("bf16", "bf16_optimizer_states"): "hardware.precision (the optimizer's moments are fp32)",
 }
-BLOCKS = frozenset(block for block, _ in OURS_INSIDE)
+BLOCKS = frozenset(block for block, _ in SET_INSIDE_BLOCKS)
 
 
 def check_raw(raw: dict) -> None:
     """Refuse keys of hardware.deepspeed that DeepSpeed would ignore, or that the runner decides."""
     for key in raw:
-        if key in OURS:
-            raise UserError(f"hardware.deepspeed.{key} is decided by the runner: set {OURS[key]} instead")
-        if key in TEACHES:
+        if key in SET_BY_RUNNER:
+            raise UserError(f"hardware.deepspeed.{key} is decided by the runner: set {SET_BY_RUNNER[key]} instead")
+        if key in CHANGES_LEARNING:
             raise UserError(f"hardware.deepspeed.{key} changes what is learned, but hardware does not count as such: leave it out")
         if key not in TOP_LEVEL_KEYS:
             near = difflib.get_close_matches(key, TOP_LEVEL_KEYS, n=1)
             raise UserError(f"hardware.deepspeed.{key} is not a DeepSpeed setting" + (f" (did you mean {near[0]}?)" if near else ""))
         if key in BLOCKS and not isinstance(raw[key], dict):
             raise UserError(f"hardware.deepspeed.{key}={raw[key]} is a block of settings: type hardware.deepspeed.{key}.NAME=VALUE")
-    for (block, key), ours in OURS_INSIDE.items():
+    for (block, key), ours in SET_INSIDE_BLOCKS.items():
         if key in raw.get(block, {}):
             raise UserError(f"hardware.deepspeed.{block}.{key} is decided by the runner: set {ours} instead")
 

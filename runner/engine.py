@@ -80,8 +80,16 @@ def trainable(wrapper: nn.Module, ds_config: dict, *, lr: float, lora_lr: float,
     with settings_in_words(ds_config):
         engine, *_ = deepspeed.initialize(model=wrapper, optimizer=optimizer, config=ds_config)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        _undo_first_step(engine.optimizer)
         engine.optimizer.step = partial(_step_at_once, engine.optimizer)
     return engine
+
+
+def _undo_first_step(optimizer: FP16_UnfusedOptimizer) -> None:
+    """DeepSpeed makes AdamW's moments by a step without gradients. It moves no moment, but counts, and decays the fp32 weights."""
+    for moments in optimizer.optimizer.state.values():
+        moments["step"].zero_()
+    optimizer.refresh_fp32_params()
 
 
 def parameter_groups(model: nn.Module, lr: float, lora_lr: float, weight_decay: float) -> list[dict]:
@@ -194,7 +202,8 @@ def step(engine) -> float:
 def _check_scale(engine) -> None:
     """Raise as ZeRO does when the loss scale cannot fall any further: stage 0 would skip every step from here on."""
     scale = getattr(engine.optimizer, "loss_scale_config", None)
-    if engine.fp16_enabled() and scale and engine.optimizer.overflow and scale.cur_scale <= scale.min_loss_scale:
+    dynamic = scale and scale.dynamic_loss_scale  # one that the user has fixed has no minimum
+    if engine.fp16_enabled() and dynamic and engine.optimizer.overflow and scale.cur_scale <= scale.min_loss_scale:
         raise RuntimeError("Current loss scale already at minimum - cannot decrease scale anymore")
 
 

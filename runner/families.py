@@ -15,6 +15,7 @@ class Family:
     dropouts: tuple[str, ...]  # config fields that hold a dropout probability
     kept: tuple[float, float]  # activations a layer keeps per token for its backward pass: vectors of the hidden size, and of the MLP's
     pads: tuple[str, ...]  # padding tokens of its checkpoints, used where PAD is missing or is EOS
+    tied: bool  # the head is the embedding table, unless config.json says otherwise
 
 
 FAMILIES = {
@@ -25,6 +26,7 @@ FAMILIES = {
         ("dropout", "attention_dropout", "activation_dropout"),
         (8, 1),
         ("<pad>",),
+        True,
     ),
     "bloom": Family(
         ("packed", "eager"),
@@ -33,6 +35,7 @@ FAMILIES = {
         ("hidden_dropout", "attention_dropout"),
         (8, 2),
         ("<pad>",),
+        True,
     ),
     "llama": Family(
         ("packed", "sdpa", "eager", "flash_attention_2"),
@@ -41,6 +44,7 @@ FAMILIES = {
         ("attention_dropout",),
         (12, 4),
         ("<pad>", "<|finetune_right_pad_id|>"),
+        False,
     ),
     "gpt_neox": Family(
         ("packed", "sdpa", "eager", "flash_attention_2"),
@@ -49,6 +53,7 @@ FAMILIES = {
         ("attention_dropout", "hidden_dropout"),
         (10, 2),
         ("<|padding|>",),
+        False,
     ),
 }
 

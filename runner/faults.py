@@ -1,6 +1,6 @@
 """Why the workers ended, in one paragraph: what happened, the probable cause, what to type, the failing rank's last lines.
 
-The launcher calls `examine`. It reads what the ranks left in logs/ (error_rankN.json, rank_N.alive, rank_N.log) and takes the first
+The launcher calls `explain`. It reads what the ranks left in logs/ (error_rankN.json, rank_N.alive, rank_N.log) and takes the first
 fault of the table FAULTS that fits. Imports no torch.
 """
 
@@ -33,7 +33,7 @@ class Fault:
 
 
 @dataclass
-class End:
+class Crash:
     """How the workers of a step ended."""
 
     cfg: Config
@@ -125,17 +125,17 @@ def place(facts: dict) -> str:
     return (f"in phase {facts['phase']} " if facts["phase"] else "") + f"after step {facts['step']}"
 
 
-def examine(end: End) -> Fault:
+def explain(crash: Crash) -> Fault:
     """Explain the fault. debug=true shows the whole traceback, otherwise only its last lines."""
-    note = end.culprit[2]
-    if note and note["user"] and not end.cfg.debug:
-        return Fault("", f"{end.step.stage}: {note['message']}", repeats=True)
-    rule = next(rule for rule in FAULTS if rule.fits(end))
-    what, advice = rule.explain(end)
+    note = crash.culprit[2]
+    if note and note["user"] and not crash.cfg.debug:
+        return Fault("", f"{crash.step.stage}: {note['message']}", repeats=True)
+    rule = next(rule for rule in FAULTS if rule.fits(crash))
+    what, advice = rule.explain(crash)
     count = 3 if note else 8
-    lines = end.last_lines(10**6 if note and end.cfg.debug else count)
+    lines = crash.last_lines(10**6 if note and crash.cfg.debug else count)
     last = "\n".join(f"  {line.removeprefix('~')}" for line in lines) or "  (none)"
-    text = f"{end.step.stage}: {what}. {advice} {kept(end.step)}\nIts last lines:\n{last}\nFull logs: {end.step.folder / 'logs'}"
+    text = f"{crash.step.stage}: {what}. {advice} {kept(crash.step)}\nIts last lines:\n{last}\nFull logs: {crash.step.folder / 'logs'}"
     return Fault(what, text, rule.repeats or bool(note and note["user"]))
 
 
@@ -150,15 +150,15 @@ def kept(step: Step) -> str:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def _gpu_full(end: End) -> tuple[str, str]:
-    note = end.culprit[2] or {}
-    asked_for = re.search(r"Tried to allocate ([\d.]+ \w+)", end.said)
-    what = f"{end.who} ran out of GPU memory"
+def _gpu_full(crash: Crash) -> tuple[str, str]:
+    note = crash.culprit[2] or {}
+    asked_for = re.search(r"Tried to allocate ([\d.]+ \w+)", crash.said)
+    what = f"{crash.who} ran out of GPU memory"
     if asked_for:
         what += f" when it asked for {asked_for[1]}"
     if memory := note.get("memory"):
         what += " ({allocated:.1f} GB allocated by us, {free:.1f} GB free of {total:.1f} GB)".format(**memory)
-    return what, f"Type {less_memory(end.cfg, end.step.stage, note.get('phase', ''), note.get('traceback', ''))}."
+    return what, f"Type {less_memory(crash.cfg, crash.step.stage, note.get('phase', ''), note.get('traceback', ''))}."
 
 
 def less_memory(cfg: Config, stage: str, phase: str, traceback: str) -> str:
@@ -182,16 +182,16 @@ def _knob(stage: str, phase: str, traceback: str) -> str | None:
     return {"train": stage, "reference": stage, "eval": stage, "update": "ppo"}.get(phase)
 
 
-def _memory_refused(end: End) -> tuple[str, str]:
+def _memory_refused(crash: Crash) -> tuple[str, str]:
     return (
-        f"{end.who} was refused CPU memory (the machine allows {gb(memory_limit())})",
+        f"{crash.who} was refused CPU memory (the machine allows {gb(memory_limit())})",
         f"A limit of the shell or the batch system may be lower (`ulimit -v`, SLURM's --mem). {LESS_CPU_MEMORY}",
     )
 
 
-def _host_full(end: End) -> tuple[str, str]:
-    kills = f"{end.oom_kills} such kill{'s' * (end.oom_kills > 1)} meanwhile"
-    what = f"{end.who} was killed (-9) by the kernel because CPU memory ran out ({kills}, limit {gb(memory_limit())})"
+def _host_full(crash: Crash) -> tuple[str, str]:
+    kills = f"{crash.oom_kills} such kill{'s' * (crash.oom_kills > 1)} meanwhile"
+    what = f"{crash.who} was killed (-9) by the kernel because CPU memory ran out ({kills}, limit {gb(memory_limit())})"
     return what, LESS_CPU_MEMORY
 
 
@@ -201,19 +201,19 @@ LESS_CPU_MEMORY = (
 )
 
 
-def _killed(end: End) -> tuple[str, str]:
-    if end.oom_kills is None:
-        return f"{end.who} was killed (-9)", f"Most likely by the kernel because CPU memory ran out. {LESS_CPU_MEMORY}"
-    return f"{end.who} was killed (-9)", "Somebody sent the signal: the kernel did not report running out of memory."
+def _killed(crash: Crash) -> tuple[str, str]:
+    if crash.oom_kills is None:
+        return f"{crash.who} was killed (-9)", f"Most likely by the kernel because CPU memory ran out. {LESS_CPU_MEMORY}"
+    return f"{crash.who} was killed (-9)", "Somebody sent the signal: the kernel did not report running out of memory."
 
 
-def _bus_error(end: End) -> tuple[str, str]:
+def _bus_error(crash: Crash) -> tuple[str, str]:
     try:
         size = shutil.disk_usage("/dev/shm")
         shm = f"/dev/shm has {gb(size.total)}, {gb(size.free)} of them free"
     except OSError:
         shm = "there is no /dev/shm"
-    return f"{end.who} died of a bus error (-7); {shm}", "Shared memory is too small for the ranks' exchange: docker run --shm-size=8g."
+    return f"{crash.who} died of a bus error (-7); {shm}", "Shared memory is too small for the ranks' exchange: docker run --shm-size=8g."
 
 
 # --- other ranks, the machine, the network ----------------------------------------------------------------------------
@@ -223,35 +223,35 @@ def _bus_error(end: End) -> tuple[str, str]:
 SILENT = 5.0
 
 
-def _least_waiting(beat: dict, end: End) -> tuple[bool, bool, bool, int]:
+def _least_waiting(beat: dict, crash: Crash) -> tuple[bool, bool, bool, int]:
     """A key that sorts heartbeats: the rank that most probably kept the others waiting comes first."""
-    said = next((note["message"] for note in end.notes if note["rank"] == beat["rank"]), "")
+    said = next((note["message"] for note in crash.notes if note["rank"] == beat["rank"]), "")
     # It has waited, whatever its last heartbeat says: that was made while it failed. NCCL's watchdog ends a rank without a note
-    waited = bool(re.search(TIMEOUT, said)) or beat["rank"] == end.culprit[0]
+    waited = bool(re.search(TIMEOUT, said)) or beat["rank"] == crash.culprit[0]
     return (
         waited,
-        _silence(beat, end) < SILENT,  # a silent rank is dead, or was stopped
+        _silence(beat, crash) < SILENT,  # a silent rank is dead, or was stopped
         beat["where"] == heartbeat.WAITING,  # a rank at work has not come to the collective yet
         beat["step"],  # of ranks that all wait, the one farthest behind
     )
 
 
-def _silence(beat: dict, end: End) -> float:
+def _silence(beat: dict, crash: Crash) -> float:
     """Seconds for which a rank's heart had stopped when the last one did; 0 of a rank whose note says why."""
-    if beat["rank"] in {note["rank"] for note in end.notes}:
+    if beat["rank"] in {note["rank"] for note in crash.notes}:
         return 0.0
-    return max(other["time"] for other in end.beats) - beat["time"]
+    return max(other["time"] for other in crash.beats) - beat["time"]
 
 
-def _late(end: End) -> tuple[str, str]:
+def _late(crash: Crash) -> tuple[str, str]:
     """Name the rank that kept the others waiting."""
-    minutes = f"{end.cfg.hardware.timeout_minutes:g}"
+    minutes = f"{crash.cfg.hardware.timeout_minutes:g}"
     what = f"the ranks waited for each other longer than hardware.timeout_minutes={minutes}"
-    if end.beats:
-        late = min(end.beats, key=lambda beat: _least_waiting(beat, end))
+    if crash.beats:
+        late = min(crash.beats, key=lambda beat: _least_waiting(beat, crash))
         at = late["where"] if late["where"] == heartbeat.WAITING else f"at {late['where'] or 'unknown code'}"
         what += f"; rank {late['rank']} is late, {place(late)}, {at}"
-        if (silence := _silence(late, end)) >= SILENT:
+        if (silence := _silence(late, crash)) >= SILENT:
             what += f", its last sign of life {silence:.0f} s before the others'"
     return what, (
         "If that rank was only slow, raise hardware.timeout_minutes. If it hangs, look at its machine (nvidia-smi, dmesg); "
@@ -259,92 +259,92 @@ def _late(end: End) -> tuple[str, str]:
     )
 
 
-def _missing_module(end: End) -> tuple[str, str]:
-    found = re.search(r"No module named '?([\w.]+)", end.said)
-    name = found[1] if found else end.said
+def _missing_module(crash: Crash) -> tuple[str, str]:
+    found = re.search(r"No module named '?([\w.]+)", crash.said)
+    name = found[1] if found else crash.said
     install = f"{sys.executable} -m pip install -c constraints.txt -e ."
-    return f"{end.who} lacks the Python module {name}", f"Type {install}, or `make run`, which installs what pyproject.toml names."
+    return f"{crash.who} lacks the Python module {name}", f"Type {install}, or `make run`, which installs what pyproject.toml names."
 
 
-def _no_kernels(end: End) -> tuple[str, str]:
+def _no_kernels(crash: Crash) -> tuple[str, str]:
     return (
-        f"{end.who} could not compile Triton's kernels",
+        f"{crash.who} could not compile Triton's kernels",
         "The log has the C compiler's error; most often Python's headers are missing: apt-get install python3-dev.",
     )
 
 
-def _disk_full(end: End) -> tuple[str, str]:
-    return f"{end.who} could not write: {disk_full(end.step.folder)}", MORE_SPACE
+def _disk_full(crash: Crash) -> tuple[str, str]:
+    return f"{crash.who} could not write: {disk_full(crash.step.folder)}", MORE_SPACE
 
 
-def _is_disk_full(end: End) -> bool:
-    if end.says(r"No space left on device|Disk quota exceeded"):
+def _is_disk_full(crash: Crash) -> bool:
+    if crash.says(r"No space left on device|Disk quota exceeded"):
         return True
     # torch.save does not say why
-    writing = "inline_container" in end.said or "file write failed" in end.said
-    return writing and shutil.disk_usage(end.step.folder).free < 100e6
+    writing = "inline_container" in crash.said or "file write failed" in crash.said
+    return writing and shutil.disk_usage(crash.step.folder).free < 100e6
 
 
-def _hub(end: End) -> tuple[str, str]:
+def _hub(crash: Crash) -> tuple[str, str]:
     return (
-        f"{end.who} could not reach the Hugging Face hub",
+        f"{crash.who} could not reach the Hugging Face hub",
         "Behind a proxy set HTTPS_PROXY; for a mirror, HF_ENDPOINT; with everything in the local cache, HF_HUB_OFFLINE=1. Without network "
         "download first: hf download MODEL --local-dir FOLDER, then model.actor.path=FOLDER (or model.reward.path).",
     )
 
 
-def _loss_scale(end: End) -> tuple[str, str]:
+def _loss_scale(crash: Crash) -> tuple[str, str]:
     return (
-        f"{end.who} found infinite gradients at every loss scale of fp16, down to the smallest",
+        f"{crash.who} found infinite gradients at every loss scale of fp16, down to the smallest",
         "Training has diverged, or overflows in fp16. Try hardware.precision=bf16 where the GPU supports it, a lower learning rate "
-        f"({lower_rate(end.cfg, end.step.stage)}), or a longer warmup.",
+        f"({lower_rate(crash.cfg, crash.step.stage)}), or a longer warmup.",
     )
 
 
-def _died_of_a_signal(end: End) -> bool:
-    return end.culprit[1] < 0
+def _died_of_a_signal(crash: Crash) -> bool:
+    return crash.culprit[1] < 0
 
 
-def _signal(end: End) -> tuple[str, str]:
+def _signal(crash: Crash) -> tuple[str, str]:
     names = {4: "an illegal instruction", 6: "an abort", 8: "an arithmetic error", 11: "a segmentation fault", 15: "SIGTERM"}
-    number = -end.culprit[1]
-    return f"{end.who} died of {names.get(number, 'signal')} (-{number})", "A fault of a library, a driver or the machine."
+    number = -crash.culprit[1]
+    return f"{crash.who} died of {names.get(number, 'signal')} (-{number})", "A fault of a library, a driver or the machine."
 
 
-def _could_not_be_started(end: End) -> bool:
+def _could_not_be_started(crash: Crash) -> bool:
     """By the exit codes of the shell that runs the launch command."""
-    return end.code in (126, 127)
+    return crash.code in (126, 127)
 
 
-def _no_command(end: End) -> tuple[str, str]:
-    what = "is not there" if end.code == 127 else "cannot be run"
-    program = end.cfg.hardware.launch.split()[0]
+def _no_command(crash: Crash) -> tuple[str, str]:
+    what = "is not there" if crash.code == 127 else "cannot be run"
+    program = crash.cfg.hardware.launch.split()[0]
     return f"the launch command {what}: it begins with {program}", "Install what is missing, or type another hardware.launch=..."
 
 
-def _left_a_note(end: End) -> bool:
-    return end.culprit[2] is not None
+def _left_a_note(crash: Crash) -> bool:
+    return crash.culprit[2] is not None
 
 
-def _exception(end: End) -> tuple[str, str]:
-    note = end.culprit[2]
+def _exception(crash: Crash) -> tuple[str, str]:
+    note = crash.culprit[2]
     return (
-        f"{end.who} failed: {note['kind']}: {(note['message'].strip() or '(no message)').splitlines()[0]}",
+        f"{crash.who} failed: {note['kind']}: {(note['message'].strip() or '(no message)').splitlines()[0]}",
         "debug=true shows the whole traceback.",
     )
 
 
-def _unknown(end: End) -> tuple[str, str]:
-    ended = f"ended with exit code {end.code}" if end.code else "ended without finishing"
-    return f"{end.who} {ended}", "The launch command or its log may say why."
+def _unknown(crash: Crash) -> tuple[str, str]:
+    ended = f"ended with exit code {crash.code}" if crash.code else "ended without finishing"
+    return f"{crash.who} {ended}", "The launch command or its log may say why."
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
 class Rule(NamedTuple):
-    fits: Callable[[End], bool]
-    explain: Callable[[End], tuple[str, str]]  # what happened, half a sentence; then probable cause and what to type
+    fits: Callable[[Crash], bool]
+    explain: Callable[[Crash], tuple[str, str]]  # what happened, half a sentence; then probable cause and what to type
     repeats: bool  # would happen again
 
 
@@ -353,19 +353,19 @@ NO_HUB = r"LocalEntryNotFoundError|OfflineModeIsEnabled|Max retries exceeded|cou
 TIMEOUT = r"(?i)timed out (waiting|after)|wait timeout|collective operation timeout|heartbeat monitor timed out"
 # The first rule that fits counts
 FAULTS = (
-    Rule(lambda end: end.died_of(9) and bool(end.oom_kills), _host_full, repeats=True),
-    Rule(lambda end: end.died_of(9), _killed, repeats=False),
-    Rule(lambda end: end.died_of(7), _bus_error, repeats=True),
-    Rule(lambda end: end.says(GPU_FULL), _gpu_full, repeats=True),
-    Rule(lambda end: end.says(r"ModuleNotFoundError|No module named "), _missing_module, repeats=True),
-    Rule(lambda end: end.says(r"CalledProcessError.*(cuda_utils|launcher)\.c"), _no_kernels, repeats=True),
+    Rule(lambda crash: crash.died_of(9) and bool(crash.oom_kills), _host_full, repeats=True),
+    Rule(lambda crash: crash.died_of(9), _killed, repeats=False),
+    Rule(lambda crash: crash.died_of(7), _bus_error, repeats=True),
+    Rule(lambda crash: crash.says(GPU_FULL), _gpu_full, repeats=True),
+    Rule(lambda crash: crash.says(r"ModuleNotFoundError|No module named "), _missing_module, repeats=True),
+    Rule(lambda crash: crash.says(r"CalledProcessError.*(cuda_utils|launcher)\.c"), _no_kernels, repeats=True),
     Rule(_is_disk_full, _disk_full, repeats=True),
-    Rule(lambda end: end.says(r"loss scale already at minimum"), _loss_scale, repeats=True),
-    Rule(lambda end: end.says(NO_HUB), _hub, repeats=False),
-    Rule(lambda end: end.says(TIMEOUT), _late, repeats=False),
-    Rule(lambda end: end.says(r"MemoryError|can't allocate memory|Cannot allocate memory|bad_alloc"), _memory_refused, repeats=True),
+    Rule(lambda crash: crash.says(r"loss scale already at minimum"), _loss_scale, repeats=True),
+    Rule(lambda crash: crash.says(NO_HUB), _hub, repeats=False),
+    Rule(lambda crash: crash.says(TIMEOUT), _late, repeats=False),
+    Rule(lambda crash: crash.says(r"MemoryError|can't allocate memory|Cannot allocate memory|bad_alloc"), _memory_refused, repeats=True),
     Rule(_died_of_a_signal, _signal, repeats=False),
     Rule(_left_a_note, _exception, repeats=False),
     Rule(_could_not_be_started, _no_command, repeats=True),
-    Rule(lambda end: True, _unknown, repeats=False),
+    Rule(lambda crash: True, _unknown, repeats=False),
 )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Work:
+class MatrixSizes:
     """Sizes of a model, in numbers (not bytes)."""
 
     body: int  # weights of the body's matrices
@@ -28,7 +28,7 @@ class Work:
     cache: int  # keys and values of one token, in all layers
 
 
-def count(hf) -> Work:
+def matrix_sizes(hf) -> MatrixSizes:
     """The work of a Hugging Face model, adapters included; also if it is partitioned by ZeRO-3 or on the meta device."""
     from torch import nn  # the forecast imports this module without torch
 
@@ -39,22 +39,22 @@ def count(hf) -> Work:
     body = [m.weight for m in hf.base_model.modules() if isinstance(m, nn.Linear)]
     head = [] if hasattr(hf, "score") else [hf.get_output_embeddings().weight]
     sizes = (_numbers(body), _numbers(body, trained=True), _numbers(head), _numbers(head, trained=True))
-    return Work(*sizes, attention=layers * heads * width, cache=2 * layers * groups * width)
+    return MatrixSizes(*sizes, attention=layers * heads * width, cache=2 * layers * groups * width)
 
 
 def _numbers(weights: list, trained: bool = False) -> int:
     return sum(getattr(w, "ds_numel", w.numel()) for w in weights if w.requires_grad or not trained)
 
 
-def forward(work: Work, lengths, logits: float = 0) -> float:
+def forward(sizes: MatrixSizes, lengths, logits: float = 0) -> float:
     """FLOPs of a forward pass. lengths: tokens of each sequence; logits: tokens, over all of them, that get logits."""
-    return 2.0 * work.body * _tokens(lengths) + 4.0 * work.attention * _pairs(lengths) + 2.0 * work.head * logits
+    return 2.0 * sizes.body * _tokens(lengths) + 4.0 * sizes.attention * _pairs(lengths) + 2.0 * sizes.head * logits
 
 
-def training(work: Work, lengths, logits: float = 0) -> float:
+def training(sizes: MatrixSizes, lengths, logits: float = 0) -> float:
     """FLOPs of forward and backward together."""
-    weights = 2.0 * work.body_trained * _tokens(lengths) + 2.0 * work.head_trained * logits
-    return 2 * forward(work, lengths, logits) + weights + 4.0 * work.attention * _pairs(lengths)
+    weights = 2.0 * sizes.body_trained * _tokens(lengths) + 2.0 * sizes.head_trained * logits
+    return 2 * forward(sizes, lengths, logits) + weights + 4.0 * sizes.attention * _pairs(lengths)
 
 
 def _tokens(lengths) -> float:
@@ -70,9 +70,9 @@ def _listed(lengths) -> list:
     return lengths.tolist() if hasattr(lengths, "tolist") else lengths
 
 
-def decode_bytes(work: Work, steps: float, cached: float, itemsize: int) -> float:
+def decode_bytes(sizes: MatrixSizes, steps: float, cached: float, itemsize: int) -> float:
     """Bytes that decoding must read. steps: of the whole batch; cached: tokens read from the cache, summed over rows and steps."""
-    return itemsize * ((work.body + work.head) * float(steps) + work.cache * float(cached))
+    return itemsize * ((sizes.body + sizes.head) * float(steps) + sizes.cache * float(cached))
 
 
 def mfu(flops: float, seconds: float, tflops: float, devices: int = 1) -> float:

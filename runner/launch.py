@@ -66,7 +66,7 @@ def launch(cfg: Config, step: Step, inputs: dict | None, run_dir: Path) -> bool:
                 return True
             _raise_if_stopped(step)
             kills = None if killed is None else machine.oom_kills() - killed
-            fault = faults.examine(faults.End(cfg, step, code, lines, kills))
+            fault = faults.explain(faults.Crash(cfg, step, code, lines, kills))
             if fault.repeats or restart > cfg.max_restarts or stop.heard():
                 raise UserError(fault.text)
             print(f"{step.stage}: {fault.what}. Restart {restart} of {cfg.max_restarts}, from the newest checkpoint", file=sys.stderr)

@@ -101,11 +101,11 @@ class RunLog:
         self.step_phases[name] += time.monotonic() - start
 
     def log(
-        self, step: int, metrics: dict[str, float], headline: str = "", tokens: float = 0, work: float = 0, during: str | None = None
+        self, step: int, metrics: dict[str, float], headline: str = "", tokens: float = 0, model_flops: float = 0, during: str | None = None
     ) -> None:
         """Record the metrics of a finished step (counted from 1).
 
-        Args: tokens: without padding, over all ranks. work: FLOPs as runner/flops.py counts them, over all ranks. during: the phase that
+        Args: tokens: without padding, over all ranks. model_flops: as runner/flops.py counts them, over all ranks. during: the phase that
         spent them; None for the whole step.
         """
         now = time.monotonic()
@@ -118,8 +118,8 @@ class RunLog:
         row |= {f"time/{name}": value for name, value in self.step_phases.items()} | {"time/step": seconds}
         if tokens:
             row["perf/tokens_per_sec"] = tokens / seconds
-        if work and self.cfg.hardware.tflops:
-            row["perf/mfu"] = flops.mfu(work, busy, self.cfg.hardware.tflops, ranks.world())
+        if model_flops and self.cfg.hardware.tflops:
+            row["perf/mfu"] = flops.mfu(model_flops, busy, self.cfg.hardware.tflops, ranks.world())
         if self.device.type == "cuda":
             row["perf/gpu_mem_peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
             torch.cuda.reset_peak_memory_stats(self.device)

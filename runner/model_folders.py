@@ -31,10 +31,21 @@ def checked_files(model: Model, key: str, path: str) -> list[list]:
     if not model.trust_remote_code:  # then its tokenizer may be of any kind
         refuse_code(path, None)
         check_vocabulary(folder)
-    if message := too_long(model, path, settings.get("max_position_embeddings")):
+    if message := too_long(model, path, positions_of(settings)):
         raise UserError(message)
     check_weights(folder)
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.iterdir()) if p.is_file()]
+
+
+def positions_of(settings: dict) -> int | None:
+    """Tokens that a model reads at most, from its config.json; None without a limit.
+
+    LongRoPE takes other frequencies from a length on, for all rows of a batch in which one is as long: a row's log-probabilities would
+    depend on the others. Up to that length it is as any other.
+    """
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    first = rope.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
+    return first if "longrope" in (rope.get("rope_type"), rope.get("type")) and first else settings.get("max_position_embeddings")
 
 
 def _check_kind(key: str, path: str, settings: dict) -> None:

@@ -27,11 +27,11 @@ def show(cfg: Config, steps: list[Step]) -> None:
         algebra = f"{step_batch(cfg, step.stage)} = {micro} x {h.world_size} x {gas}"
         rows.append((step.stage, step.state(), "" if step.done else algebra, short(Path(step.pinned or step.folder))))
     print_columns(rows)
-    for note in unread(cfg, [step.stage for step in steps if not step.done]):
+    for note in without_effect(cfg, [step.stage for step in steps if not step.done]):
         print(f"note: {note}")
 
 
-def unread(cfg: Config, stages: list[str]) -> Iterator[str]:
+def without_effect(cfg: Config, stages: list[str]) -> Iterator[str]:
     """Settings that other settings switch off. Noted and not refused: a sweep over those others may well include them."""
     for engine, name in PARTS.items():
         lora = getattr(cfg.model, name).lora

@@ -24,6 +24,7 @@ from runner.durable.lock import lock
 from runner.errors import UserError, did_you_mean
 from runner.families import check_family, check_same_family
 from runner.files import hash_of, whole_folder
+from runner.model_folders import positions_of
 from runner.plan import Step
 from runner.preflight import preflight
 
@@ -289,7 +290,7 @@ def _sizing(key: str) -> Iterator[None]:
 
 
 def _check_context(cfg: Config, of: str, config) -> None:
-    if message := too_long(cfg.model, of, getattr(config, "max_position_embeddings", None)):
+    if message := too_long(cfg.model, of, positions_of(config.to_dict())):
         raise UserError(message)
 
 

@@ -36,7 +36,7 @@ def test_a_step_of_ppo_is_measured_by_phases_with_both_engines(alone, tmp_path, 
     monkeypatch.setattr(ppo_step, "iterate", kept)
     rows = rows_of("ppo_step", tmp_path, monkeypatch, "--rounds", "1")
     for rollout, _ in rollouts:  # all tokens can be sampled, and the trainer agrees
-        assert rollout.responses.max() > 1000 and rollout.mismatch.max() < 0.01 and not rollout.reread.all()
+        assert rollout.responses.max() > 1000 and rollout.mismatch.max() < 0.01 and not rollout.recomputed.all()
     both = [("graph", "fixed"), ("graph", "varied")]
     assert [(r["engine"], r["lengths"]) for r in rows] == [*both, *both, ("hf", "fixed")]
     assert [(r["prompts"], r["slots"]) for r in rows] == [(4, 4)] * 2 + [(6, 4)] * 2 + [(4, 4)]

@@ -152,7 +152,7 @@ def engines(plan: str) -> dict[str, dict]:
 def test_what_other_settings_switch_off_is_noted(tmp_path, capsys):
     """And not refused: a sweep over them may well have it. Not of steps that are done, as `make run` leaves them in runs/store."""
     from runner.plan import plan
-    from runner.plan_view import show, unread
+    from runner.plan_view import show, without_effect
 
     words = ["model.actor.lora.train_rest=true", "dataset.pretrain=[x/y]", "checkpoint.keep_best=1", "reward.eval_every=0"]
     cfg = configured(*words, f"store={tmp_path}")
@@ -161,16 +161,16 @@ def test_what_other_settings_switch_off_is_noted(tmp_path, capsys):
     for note, key in zip(notes, ("model.actor.lora.train_rest=true", "dataset.pretrain", "checkpoint.keep_best=1"), strict=True):
         assert note.startswith(f"note: {key} ")
     assert "has no effect on reward: reward.eval_every=0" in notes[2]
-    assert not list(unread(cfg, []))
+    assert not list(without_effect(cfg, []))
     cfg = configured("model.actor.lora.train_rest=true", "model.actor.lora.dim=8", "dataset.pretrain=[x/y]", "ppo.ptx_coef=1")
-    assert not list(unread(cfg, ["sft", "reward", "ppo"]))
-    (note,) = unread(configured("model.reward.lora.dim=8", "reward.lr=1e-4"), ["sft", "reward", "ppo"])
+    assert not list(without_effect(cfg, ["sft", "reward", "ppo"]))
+    (note,) = without_effect(configured("model.reward.lora.dim=8", "reward.lr=1e-4"), ["sft", "reward", "ppo"])
     assert note == "reward.lr and ppo.critic_lr move only the head: the adapters train at model.reward.lora.lr=0.0002"
     dpo = configured("stage=dpo", "dataset.split.ppo=3")
-    (note,) = unread(dpo, ["sft", "dpo"])
+    (note,) = without_effect(dpo, ["sft", "dpo"])
     assert "PPO's share of the prompts (dataset.split.ppo=3) unused" in note
-    assert not list(unread(configured("stage=dpo", "dataset.split.ppo=0"), ["sft", "dpo"]))
-    (note,) = unread(configured("model.actor.lora.dim=8"), ["sft", "reward", "ppo"])
+    assert not list(without_effect(configured("stage=dpo", "dataset.split.ppo=0"), ["sft", "dpo"]))
+    (note,) = without_effect(configured("model.actor.lora.dim=8"), ["sft", "reward", "ppo"])
     assert note == "sft.lr and ppo.actor_lr have no effect: only adapters train, at model.actor.lora.lr=0.0002"
 
 
@@ -318,6 +318,10 @@ WRONG = {
     "no checkpoint": ("sft.use=/nowhere", "sft.use=/nowhere: this folder does not exist (looked from "),
     "mistyped DeepSpeed key": ("hardware.deepspeed={zero_optimisation:{}}", "did you mean zero_optimization?"),
     "DeepSpeed key that teaches": ("hardware.deepspeed.progressive_layer_drop.enabled=true", "changes what is learned"),
+    "DeepSpeed's precision": (
+        "hardware.deepspeed.bf16.bf16_master_weights_and_grads=true",
+        "is decided by the runner: set hardware.precision",
+    ),
     "our DeepSpeed key": ("hardware.deepspeed.optimizer.type=Adam", "is decided by the runner: set the stage's lr"),
     "random weights by another name": (
         "model.actor.init=random",
@@ -435,6 +439,10 @@ def test_near_checkpoints_are_named(refused, here):
     (here / "odd" / "config.json").write_text('{"model_type": "opt", "max_position_embeddings": 99}')
     (here / "odd" / "tokenizer.json").write_text("{}")
     assert "longer than the 99 positions of ./odd" in refused("model.actor.path=./odd", "stage=sft", "dry_run=true")
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 98}  # from there on a row depends on the others of its batch
+    settings = {"model_type": "opt", "max_position_embeddings": 9999, "rope_parameters": rope}
+    (here / "odd" / "config.json").write_text(json.dumps(settings))
+    assert "longer than the 98 positions of ./odd" in refused("model.actor.path=./odd", "stage=sft", "dry_run=true")
     (here / "llama").mkdir()
     (here / "llama" / "config.json").write_text('{"model_type": "llama"}')
     message = refused("model.reward.path=./llama", "stage=reward", "dry_run=true")

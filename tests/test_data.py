@@ -298,7 +298,7 @@ def test_pair_batch():
     batch = pair_batch(rows, 9)
     assert batch["ids"].tolist() == [[1, 2, 3], [9, 9, 9], [1, 4, 9], [9, 9, 9]]
     assert batch["mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]]
-    assert batch["real"].tolist() == [0]
+    assert batch["pair_rows"].tolist() == [0]
 
 
 def test_preference_batch_predicts_the_responses_with_their_ends_and_not_the_prompts():
@@ -307,7 +307,7 @@ def test_preference_batch_predicts_the_responses_with_their_ends_and_not_the_pro
     batch = preference_batch(rows, 9)
     assert batch["targets"].tolist() == [3, 4, 5, 6]
     assert batch["index"].tolist() == [1, 2, 3, 11]
-    assert batch["meant"].sum(1).tolist() == [3, 0, 1, 0]
+    assert batch["target_mask"].sum(1).tolist() == [3, 0, 1, 0]
     assert preference_batch([None], 9)["targets"].shape == (0,)
 
 
@@ -390,6 +390,15 @@ def test_spare_pad_tokens_are_used_before_a_new_one(tmp_path):
     made.save_pretrained(tmp_path)
     again = load_tokenizer(str(tmp_path))
     assert again.pad_token == "<pad>" and len(again) == size
+
+
+def test_a_new_token_never_shares_its_number(tmp_path):
+    """In a vocabulary with a hole, tokenizers gives a new token the number of one that is there."""
+    words = {"a": 0, "b": 1, "</s>": 2, "[UNK]": 3, "c": 4, "d": 6}
+    core = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="[UNK]").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"would share its number 6 with 'd'"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_bos_stands_in_the_template_where_the_tokenizer_adds_one(loaded, request, cfg):

@@ -208,7 +208,7 @@ def test_it_learns_the_toy_task(alone, tmp_path):
         model = load_causal(path, tokenizer, dtype=torch.float32, attention="auto", dropout=0.0)
         with torch.no_grad():
             uniform = uniforms(1, list(range(len(prompts))), 32)
-            options = {"slots": len(prompts), "least": 0, "pad": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id}
+            options = {"slots": len(prompts), "min_tokens": 0, "pad": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id}
             found = graph.Decoder(network_of(model), (1.0, 0, 1.0), prompts, uniform, **options).run()
         texts = [decode_response(tokenizer, row[:n]) for row, n in zip(found.responses.tolist(), found.lengths.tolist(), strict=True)]
         return sum(map(toy.judge, texts)) / len(texts)

@@ -13,7 +13,7 @@ from workers import update
 from runner import flops, metrics
 from runner.config.schema import Lora
 from runner.errors import UserError
-from runner.flops import Work
+from runner.flops import MatrixSizes
 from runner.metrics import RunLog
 from runner.rollout.stats import Stats
 from runner.schedules import lr_share
@@ -65,9 +65,9 @@ def test_the_utilisation_of_sft_counts_real_tokens_and_the_logits_that_are_made(
     rows, _ = run("sft", folder, tmp_path, alone)
     first, second = (sorted(update.LENGTHS, reverse=True)[:8], sorted(update.LENGTHS, reverse=True)[8:])
     body, head, attention = 2 * (4 * 32 * 32 + 2 * 32 * 64), 32 * rows_of_the_table(folder), 2 * 32
-    work = Work(body, body, head, head, attention, 0)
+    sizes = MatrixSizes(body, body, head, head, attention, 0)
     found = sorted(row["perf/mfu"] * row["time/step"] * 0.1e12 for row in rows)
-    assert found == pytest.approx(sorted(flops.training(work, lengths, sum(lengths) - len(lengths)) for lengths in (first, second)))
+    assert found == pytest.approx(sorted(flops.training(sizes, lengths, sum(lengths) - len(lengths)) for lengths in (first, second)))
 
 
 def rows_of_the_table(folder: Path) -> int:
@@ -78,22 +78,22 @@ def rows_of_the_table(folder: Path) -> int:
 
 
 def test_the_flops_of_a_pass_are_those_of_actor_and_critic():
-    work = {"actor": Work(100, 100, 10, 10, 7, 0), "critic": Work(50, 50, 0, 0, 3, 0)}
+    sizes = {"actor": MatrixSizes(100, 100, 10, 10, 7, 0), "critic": MatrixSizes(50, 50, 0, 0, 3, 0)}
     rollout = SimpleNamespace(prompt_lengths=torch.tensor([2, 1]), lengths=torch.tensor([1, 3]))
-    critic = flops.training(work["critic"], [3, 4])
-    assert ppo.pass_flops(work, rollout, actor_trains=True) == flops.training(work["actor"], [3, 4], 4) + critic
-    assert ppo.pass_flops(work, rollout, actor_trains=False) == critic
+    critic = flops.training(sizes["critic"], [3, 4])
+    assert ppo.pass_flops(sizes, rollout, actor_trains=True) == flops.training(sizes["actor"], [3, 4], 4) + critic
+    assert ppo.pass_flops(sizes, rollout, actor_trains=False) == critic
 
 
 def test_decoding_is_reported_where_the_engine_counted_and_the_bandwidth_is_known():
-    work = Work(body=900, body_trained=0, head=100, head_trained=0, attention=0, cache=10)
+    sizes = MatrixSizes(body=900, body_trained=0, head=100, head_trained=0, attention=0, cache=10)
     models = SimpleNamespace(actor=SimpleNamespace(module=torch.nn.Linear(1, 1)))
     stats = Stats(decode_seconds=2.0, steps=4, rows=8, cached=100)
     cfg = configured("hardware=h200", "model=opt1.3b")
-    found = ppo.decoding(cfg, models, work, stats)
+    found = ppo.decoding(cfg, models, sizes, stats)
     assert found == {"rollout/decode_ms_per_token": 500.0, "perf/mbu": 4 * (4 * 1000 + 10 * 100) / 2.0 / 4.8e12}
-    assert "perf/mbu" not in ppo.decoding(configured(), models, work, stats)
-    assert ppo.decoding(cfg, models, work, Stats()) == {}
+    assert "perf/mbu" not in ppo.decoding(configured(), models, sizes, stats)
+    assert ppo.decoding(cfg, models, sizes, Stats()) == {}
 
 
 def test_the_advice_of_a_run_is_said_and_kept(alone, tmp_path, capsys, monkeypatch):

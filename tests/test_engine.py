@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from functools import cache as cached
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import numpy as np
@@ -23,6 +24,7 @@ from runner.config.schema import SHARES, Lora
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, loss_weights, pad, pair_batch, pick, sft_batch
 from runner.deepspeed_config import engine_configs
+from runner.durable.shards import shards, steps_taken
 from runner.engine import parameter_groups
 from runner.errors import UserError
 from runner.losses import pairwise_loss, policy_loss, sft_loss, value_loss
@@ -32,7 +34,7 @@ from runner.models.lora import add_lora
 from runner.models.saving import full_state_dict
 from runner.models.tokenizer import load_tokenizer
 from runner.models.wrappers import Actor, Scalar
-from runner.rollout.collect import Reader, collect, response_logprobs, response_values, sample
+from runner.rollout.collect import RolloutSettings, collect, response_logprobs, response_values, sample
 from runner.stages import ppo, ppo_update
 from runner.stages.invariants import first_ratio
 from runner.stages.reward import last_scores
@@ -62,6 +64,36 @@ def test_a_loss_scale_that_grows_changes_no_step(clip, alone):
         moves.append(float((before - master.detach())[0]))
     assert scales[-1] > scales[0]
     assert moves == pytest.approx([0.0075 if clip else 0.01] * 5, rel=1e-3)
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_half_precision_begins_with_the_first_step(zero, alone):
+    """And with the weights that were loaded. AdamW's first step is the sign of the gradient times the rate; weight decay comes on top."""
+    made, rate = rows([7, 9]), 1e-2
+    ids, mask = pad(made, PAD)
+    trained = trainable(actor("opt").bfloat16(), zero, "bf16", lr=rate, weight_decay=0.5)
+    assert steps_taken(trained) == 0
+    (weight,) = [s.tensors["weight"] for s in shards(trained) if s.name.endswith("layers.0.fc1.weight")]
+    loaded = dict(actor("opt").bfloat16().named_parameters())["model.model.decoder.layers.0.fc1.weight"].float()
+    assert torch.equal(weight.view_as(loaded), loaded)
+    engine.set_learning_rate(trained, 1.0)
+    logprobs, _ = trained(ids, mask, *predictions(made, ids.size(1), False))
+    engine.backward(trained, sft_loss(logprobs, torch.ones_like(logprobs)), 5, last=True)
+    engine.step(trained)
+    (after,) = [s.tensors["weight"] for s in shards(trained) if s.name.endswith("layers.0.fc1.weight")]
+    moved = (after.view_as(loaded) - loaded * (1 - 0.5 * rate)).abs()
+    assert moved.median().item() == pytest.approx(rate, rel=1e-3)
+
+
+def test_a_fixed_loss_scale_skips_a_step_that_overflows(alone):
+    deepspeed.init_distributed("gloo")
+    half = torch.nn.Parameter(torch.ones(4, dtype=torch.float16))
+    inner = torch.optim.SGD([half], lr=1.0)
+    optimizer = FP16_UnfusedOptimizer(inner, deepspeed=None, static_loss_scale=128.0, dynamic_loss_scale=False)
+    half.grad = torch.full_like(half, torch.inf)
+    assert engine._step_at_once(optimizer)
+    engine._check_scale(SimpleNamespace(fp16_enabled=lambda: True, optimizer=optimizer))  # does not raise
+    assert torch.equal(half, torch.ones_like(half))
 
 
 # --- one update, whatever the machine ---------------------------------------------------------------------------------
@@ -213,10 +245,10 @@ def test_dpo_is_plain_gradient_descent_on_whole_batches(folder, on_one_rank):
     model, ref, dpo = plain_model(folder, "dpo"), plain_model(folder, "dpo").requires_grad_(False), update.configuration(1, 0).dpo
     before, values = update.flat(full_state_dict(model, torch.float32)), []
 
-    def logprob(reader, ids: list[int], prompt: int) -> torch.Tensor:
+    def logprob(model, ids: list[int], prompt: int) -> torch.Tensor:
         row = torch.tensor([ids])
         index, targets = predictions([ids], len(ids), False)
-        return reader(row, torch.ones_like(row), index, targets)[0][prompt - 1 :].sum()
+        return model(row, torch.ones_like(row), index, targets)[0][prompt - 1 :].sum()
 
     def log_ratio(row: dict, name: str) -> torch.Tensor:
         return logprob(model, row[name], row["prompt_length"]) - logprob(ref, row[name], row["prompt_length"])
@@ -279,8 +311,8 @@ def test_sampling_gathers_layer_by_layer_where_zero3_weights_do_not_fit(alone, m
     prompts = rows([4, 9, 1], seed=2)
 
     def sampled() -> tuple[list, int]:
-        reader = Reader(PAD, EOS, 8, 2, 2, alone)
-        return sample(models, reader, prompts, 5, [0, 1, 2]).responses.tolist(), reader.stats.rows
+        settings = RolloutSettings(PAD, EOS, 8, 2, 2, alone)
+        return sample(models, settings, prompts, 5, [0, 1, 2]).responses.tolist(), settings.stats.rows
 
     whole, counted = sampled()
     monkeypatch.setattr(engine, "_fits_whole", lambda engine: False)
@@ -292,7 +324,7 @@ def test_sampling_gathers_layer_by_layer_where_zero3_weights_do_not_fit(alone, m
 
 def answered(cfg, models, device: torch.device):
     """A scored rollout of 16 responses, with rewards."""
-    found = collect(models, Reader(PAD, EOS, 10, 4, 4, device), rows(list(range(2, 18)), seed=4), seed=3, episodes=list(range(16)))
+    found = collect(models, RolloutSettings(PAD, EOS, 10, 4, 4, device), rows(list(range(2, 18)), seed=4), seed=3, episodes=list(range(16)))
     ppo.fill_rewards(cfg, found, ppo.State(kl_coef=0.1))
     return found
 

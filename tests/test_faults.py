@@ -41,7 +41,7 @@ def made(store: Path, stage: str = "sft", *overrides: str):
 
 
 def ended(cfg, step, code=1, lines=(), oom_kills=0) -> faults.Fault:
-    return faults.examine(faults.End(cfg, step, code, list(lines), oom_kills))
+    return faults.explain(faults.Crash(cfg, step, code, list(lines), oom_kills))
 
 
 def note(step, message: str, kind="RuntimeError", rank=0, at=1.0, traceback="", **facts) -> None:

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from runner import flops
 from runner.config.schema import Lora
-from runner.flops import Work
+from runner.flops import MatrixSizes
 
 H = 2048
 SHAPES = {
@@ -60,11 +60,11 @@ def model(name: str, auto=AutoModelForCausalLM, **more):
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_work_of_every_family_is_that_of_its_shape(name):
     body, head, attention, cache = BY_HAND[name]
-    assert flops.count(model(name)) == Work(body, body, head, head, attention, cache)
+    assert flops.matrix_sizes(model(name)) == MatrixSizes(body, body, head, head, attention, cache)
 
 
 def test_a_reward_model_has_no_matrix_for_logits():
-    found = flops.count(model("opt350m", AutoModelForSequenceClassification, num_labels=1, pad_token_id=1))
+    found = flops.matrix_sizes(model("opt350m", AutoModelForSequenceClassification, num_labels=1, pad_token_id=1))
     assert (found.body, found.head, found.head_trained) == (BY_HAND["opt350m"][0], 0, 0)
 
 
@@ -72,7 +72,7 @@ def test_below_adapters_nothing_trains():
     from runner.models.lora import add_lora
 
     lora = Lora(dim=8, alpha=16, dropout=0.0, lr=1e-4, targets=[], train_rest=False)
-    found = flops.count(add_lora(model("gpt_neox"), lora).get_base_model())
+    found = flops.matrix_sizes(add_lora(model("gpt_neox"), lora).get_base_model())
     adapters = 24 * 8 * ((H + 3 * H) + (H + H) + 2 * (H + 4 * H))
     assert (found.body_trained, found.body) == (adapters, BY_HAND["gpt_neox"][0] + adapters)
     assert (found.head_trained, found.head) == (0, BY_HAND["gpt_neox"][1])
@@ -80,27 +80,27 @@ def test_below_adapters_nothing_trains():
 
 def test_flops_are_counted_as_the_definition_says():
     """3 and 2 tokens have 6 and 3 pairs of query and key; 4 tokens have logits."""
-    work = Work(body=100, body_trained=100, head=10, head_trained=10, attention=7, cache=0)
+    sizes = MatrixSizes(body=100, body_trained=100, head=10, head_trained=10, attention=7, cache=0)
     once = 2 * 100 * 5 + 4 * 7 * 9 + 2 * 10 * 4
-    assert flops.forward(work, [3, 2], 4) == once
-    assert flops.training(work, [3, 2], 4) == 3 * once
+    assert flops.forward(sizes, [3, 2], 4) == once
+    assert flops.training(sizes, [3, 2], 4) == 3 * once
 
 
 def test_weights_that_do_not_train_save_a_third_but_attention_does_not():
-    work = Work(body=100, body_trained=1, head=10, head_trained=0, attention=7, cache=0)
-    assert flops.training(work, [3, 2], 4) == 2 * (2 * 100 * 5 + 2 * 10 * 4) + 2 * 1 * 5 + 3 * 4 * 7 * 9
+    sizes = MatrixSizes(body=100, body_trained=1, head=10, head_trained=0, attention=7, cache=0)
+    assert flops.training(sizes, [3, 2], 4) == 2 * (2 * 100 * 5 + 2 * 10 * 4) + 2 * 1 * 5 + 3 * 4 * 7 * 9
 
 
 def test_opt_1_3b_reads_a_sequence_of_512_with_1_29_tflop():
     """The issue's sequence: 256 prompt and 256 response tokens. 6N per token, the usual estimate, would say 3.9 in training."""
-    work = flops.count(model("opt"))
-    assert flops.forward(work, [512], 256) == 1_236_950_581_248 + 25_820_135_424 + 52_714_012_672
-    assert flops.training(work, [512], 256) == 3 * flops.forward(work, [512], 256)
+    sizes = flops.matrix_sizes(model("opt"))
+    assert flops.forward(sizes, [512], 256) == 1_236_950_581_248 + 25_820_135_424 + 52_714_012_672
+    assert flops.training(sizes, [512], 256) == 3 * flops.forward(sizes, [512], 256)
 
 
 def test_decoding_reads_the_matrices_once_a_step_and_the_cache_once_a_row():
     """At the issue's 64 x (256 + 256), per step, bf16: 2.62 GB of weights and 64 x 384 tokens of 197 kB."""
-    read = flops.decode_bytes(flops.count(model("opt")), steps=1, cached=64 * 384, itemsize=2)
+    read = flops.decode_bytes(flops.matrix_sizes(model("opt")), steps=1, cached=64 * 384, itemsize=2)
     assert read == 2 * (24 * 12 * H**2 + 50272 * H) + 2 * 98304 * 64 * 384
     assert flops.mbu(read, seconds=0.0031, gb_s=4800) == pytest.approx(0.50, abs=0.01)
 

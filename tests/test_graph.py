@@ -150,11 +150,11 @@ def test_samples_follow_the_softmax(sampling):
 
 @pytest.mark.parametrize("sampling", [{}, {"top_k": 20}], ids=["plain", "top_k"])
 def test_eos_is_impossible_before_the_least_length(sampling):
-    """In both engines alike, and the trainer reads the same log-probabilities; without `least` some responses are shorter."""
+    """In both engines alike, and the trainer reads the same log-probabilities; without `min_tokens` some responses are shorter."""
     prompts = PROMPTS * 6
-    free, model = actor("llama", **sampling).eval(), actor("llama", least=10, **sampling).eval()
+    free, model = actor("llama", **sampling).eval(), actor("llama", min_tokens=10, **sampling).eval()
     assert decoder(free, prompts, slots=16).run().lengths.min() < 10
-    found = decoder(model, prompts, slots=16, least=10).run()
+    found = decoder(model, prompts, slots=16, min_tokens=10).run()
     assert_same(found, generate(model, prompts, list(range(len(prompts))), length=20))
     assert found.lengths.min() >= 10 and found.ended.any()
     with torch.no_grad():

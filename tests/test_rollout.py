@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from workers import gather
 
 from runner.data.batches import pad
-from runner.rollout.collect import Models, Reader, final_scores, join, response_logprobs, response_values, sample, score
+from runner.rollout.collect import Models, RolloutSettings, final_scores, join, response_logprobs, response_values, sample, score
 from runner.rollout.record import Rollout
 from runner.rollout.sampling import invert, uniforms
 from runner.rollout.stops import Stops
@@ -213,7 +213,7 @@ for answer in ANSWERS[:3]:
 def scored(name: str) -> tuple[Rollout, Models]:
     rollout = record(PROMPTS, ANSWERS)
     models = Models(actor(name), scalar(name), actor(name, seed=1), scalar(name, seed=2))
-    score(models, Reader(PAD, EOS, LENGTH, 2, 2, torch.device("cpu")), rollout, with_values=True)
+    score(models, RolloutSettings(PAD, EOS, LENGTH, 2, 2, torch.device("cpu")), rollout, with_values=True)
     return rollout, models
 
 
@@ -279,7 +279,7 @@ def test_rewards_of_a_rollout(cfg):
     rollout.ref_logprobs = torch.tensor([[-1.5, -1.0], [-1.0, -1.2], [-2.0, 0.0]])
     rollout.values = torch.tensor([[0.5, 1.0], [0.0, 0.5], [2.0, 0.0]])
     rollout.mismatch = torch.tensor([[0.5, 0.5], [0.5, 1.5], [0.0, 0.0]])
-    rollout.reread = torch.tensor([True, True, False])
+    rollout.recomputed = torch.tensor([True, True, False])
     ppo = replace(cfg.ppo, score_clip=5.0, missing_eos_penalty=1.0, kl_estimator="k1", gamma=1.0, lam=0.5, whiten_advantages=False)
     found = fill_rewards(replace(cfg, ppo=ppo), rollout, State(kl_coef=0.1, score_mean=1.0, score_std=2.0))
     # Scores (3 - 1) / 2 = 1; (2 - 1) / 2 - 1 = -0.5 as it does not end; 49.5 clipped to 5
@@ -299,7 +299,7 @@ def test_rewards_of_a_rollout(cfg):
         "rollout/score_mean": 35.0,
         "rollout/logprob_mismatch": (0.5 + 0.5 + 0.5 + 1.5) / 4,
         "rollout/logprob_mismatch_max": 1.5,
-        "rollout/reread": 2 / 3,
+        "rollout/recomputed": 2 / 3,
         "val/num_eos_tokens": 2,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
@@ -337,7 +337,7 @@ def test_sample_does_not_depend_on_the_micro_batch(alone):
             self.module, self.zero_optimization_stage = module, lambda: 0
 
     models = Models(Engine(actor("opt")), None, None, None)
-    found = [sample(models, Reader(PAD, EOS, LENGTH, micro, 2, alone), PROMPTS, 7, list(range(6))) for micro in (6, 4, 1)]
+    found = [sample(models, RolloutSettings(PAD, EOS, LENGTH, micro, 2, alone), PROMPTS, 7, list(range(6))) for micro in (6, 4, 1)]
     for other in found[1:]:
         assert all(torch.equal(getattr(found[0], n), getattr(other, n)) for n in ("prompts", "responses", "lengths", "ended"))
         torch.testing.assert_close(found[0].sampled_logprobs, other.sampled_logprobs, rtol=1e-5, atol=1e-5)
@@ -351,10 +351,10 @@ def test_both_engines_sample_the_same(alone, engine_name):
             self.module, self.zero_optimization_stage = module, lambda: 0
 
     models = Models(Engine(actor("llama")), None, None, None)
-    reader = Reader(PAD, EOS, LENGTH, 2, 2, alone, engine=engine_name)
-    found = sample(models, reader, PROMPTS, 7, list(range(6)))
+    settings = RolloutSettings(PAD, EOS, LENGTH, 2, 2, alone, engine=engine_name)
+    found = sample(models, settings, PROMPTS, 7, list(range(6)))
     assert responses(found) == responses(generate(models.actor.module, PROMPTS, list(range(6))))
-    assert (reader.stats.rows > 0) == (engine_name == "graph")
+    assert (settings.stats.rows > 0) == (engine_name == "graph")
 
 
 @pytest.mark.parametrize("offset, read", [(0.0, 1), (0.01, 1), (0.03, 6)])
@@ -366,10 +366,10 @@ def test_old_log_probabilities_are_the_samplers_where_the_trainer_agrees(offset,
     rollout.sampled_logprobs += offset * rollout.mask
     models = Models(model, scalar("opt"), actor("opt", seed=1), scalar("opt", seed=2))
     with torch.no_grad():
-        score(models, Reader(PAD, EOS, LENGTH, 2, 2, torch.device("cpu"), max_mismatch=0.02), rollout, with_values=False)
-    assert int(rollout.reread.sum()) == read
+        score(models, RolloutSettings(PAD, EOS, LENGTH, 2, 2, torch.device("cpu"), max_mismatch=0.02), rollout, with_values=False)
+    assert int(rollout.recomputed.sum()) == read
     torch.testing.assert_close(rollout.logprobs, exact if read == 6 else rollout.sampled_logprobs, rtol=1e-5, atol=1e-5)
-    seen = rollout.mismatch[rollout.reread][rollout.mask[rollout.reread].bool()]
+    seen = rollout.mismatch[rollout.recomputed][rollout.mask[rollout.recomputed].bool()]
     torch.testing.assert_close(seen, torch.full_like(seen, offset), rtol=1e-3, atol=1e-5)
 
 
@@ -381,8 +381,8 @@ def test_the_trainer_looks_at_rows_from_all_over_the_rollout():
     rollout.sampled_logprobs[6:] += rollout.mask[6:]
     models = Models(model, scalar("opt"), actor("opt", seed=1), scalar("opt", seed=2))
     with torch.no_grad():
-        score(models, Reader(PAD, EOS, LENGTH, 2, 2, torch.device("cpu"), max_mismatch=0.02), rollout, with_values=False)
-    assert rollout.reread.all()
+        score(models, RolloutSettings(PAD, EOS, LENGTH, 2, 2, torch.device("cpu"), max_mismatch=0.02), rollout, with_values=False)
+    assert rollout.recomputed.all()
     torch.testing.assert_close(rollout.logprobs, exact, rtol=1e-5, atol=1e-5)
 
 

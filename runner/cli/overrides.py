@@ -243,7 +243,7 @@ def _consumed(stage: str, folders: list[Path]) -> set[str]:
     return {stage}.union(*(_consumed(d, folders) for d in defaults if d != "_self_"))
 
 
-def in_words(error: Exception) -> str:
+def hydra_error_message(error: Exception) -> str:
     """An error of Hydra or OmegaConf as one message, without the hint to add a `+`: that would add a key that nothing reads."""
     if isinstance(error, yaml.YAMLError):
         return broken_yaml(error)

@@ -124,16 +124,16 @@ def sft_batch(rows: list[dict | None], fill: int, prompt_loss: float) -> dict[st
     prompts, ends = ([row[name] if row else 0 for row in rows] for name in ("prompt_length", "length"))
     found = next_tokens(ids, starts, ends)
     weights = torch.where(torch.arange(ids.size(1)) < torch.tensor(prompts).unsqueeze(1), prompt_loss, 1.0)
-    return {"ids": ids, "mask": mask, **found, "weights": weights.float()[found["meant"]]}
+    return {"ids": ids, "mask": mask, **found, "weights": weights.float()[found["target_mask"]]}
 
 
 def next_tokens(ids: Tensor, starts: list[int], ends: list[int]) -> dict[str, Tensor]:
-    """Predictions of the tokens of each row of ids (B, T) from its start up to its end: meant (B, T) bool, where those tokens are;
+    """Predictions of the tokens of each row of ids (B, T) from its start up to its end: target_mask (B, T) bool, where those tokens are;
     targets (N,), the tokens, row after row; index (N,), the positions before them in the flattened (B * T)."""
     columns = torch.arange(ids.size(1))
-    meant = (columns >= torch.tensor(starts).unsqueeze(1)) & (columns < torch.tensor(ends).unsqueeze(1))
-    where = meant.flatten().nonzero().squeeze(1)
-    return {"meant": meant, "targets": ids.flatten()[where], "index": where - 1}
+    target_mask = (columns >= torch.tensor(starts).unsqueeze(1)) & (columns < torch.tensor(ends).unsqueeze(1))
+    where = target_mask.flatten().nonzero().squeeze(1)
+    return {"target_mask": target_mask, "targets": ids.flatten()[where], "index": where - 1}
 
 
 def loss_weights(lengths: np.ndarray, prompts: np.ndarray, prompt_loss: float) -> np.ndarray:
@@ -145,7 +145,7 @@ def loss_weights(lengths: np.ndarray, prompts: np.ndarray, prompt_loss: float) -
 def pair_batch(rows: list[dict | None], fill: int) -> dict[str, Tensor]:
     """Reward rows -> ids, mask (2B, T), the chosen first, then the rejected; real: numbers of the pairs that are not empty slots."""
     ids, mask = pad(_both(rows), fill)
-    return {"ids": ids, "mask": mask, "real": torch.tensor([i for i, row in enumerate(rows) if row], dtype=torch.long)}
+    return {"ids": ids, "mask": mask, "pair_rows": torch.tensor([i for i, row in enumerate(rows) if row], dtype=torch.long)}
 
 
 def preference_batch(rows: list[dict | None], fill: int) -> dict[str, Tensor]:

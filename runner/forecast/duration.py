@@ -48,7 +48,7 @@ def step_seconds(cfg: Config, stage: str, prompt: float, response: float) -> flo
         return _training(cfg, stage, "critic", 2 * batch, length, response)
     if stage == "dpo":  # the reference reads the pairs too
         (net, lora), pairs = trained(cfg, "actor"), [length] * 2 * batch
-        read = flops.forward(net.work(lora), pairs, len(pairs) * response)
+        read = flops.forward(net.matrix_sizes(lora), pairs, len(pairs) * response)
         return _training(cfg, stage, "actor", len(pairs), length, response) + read / _rate(cfg)
     ppo, actor_batch = cfg.ppo, batch * (2 if cfg.ppo.ptx_coef else 1)
     update = _training(cfg, stage, "actor", actor_batch, length, response) + _training(cfg, stage, "critic", batch, length, response)
@@ -58,11 +58,11 @@ def step_seconds(cfg: Config, stage: str, prompt: float, response: float) -> flo
 def _training(cfg: Config, stage: str, engine: str, rows: int, length: float, response: float) -> float:
     """An optimizer step of one model: arithmetic, or kernel launches if they take longer; an optimizer on the CPU; communication."""
     h, (net, lora) = cfg.hardware, trained(cfg, engine)
-    work, lengths = net.work(lora), [length] * rows
+    sizes, lengths = net.matrix_sizes(lora), [length] * rows
     at_once = micro_positions(cfg, stage) * h.world_size * (2 if stage in ("reward", "dpo") else 1)
     micros = math.ceil(sum(lengths) / at_once)
-    again = flops.forward(work, lengths) if getattr(h.gradient_checkpointing, engine) else 0.0
-    busy = (flops.training(work, lengths, 0.0 if net.scalar else rows * response) + again) / _rate(cfg)
+    again = flops.forward(sizes, lengths) if getattr(h.gradient_checkpointing, engine) else 0.0
+    busy = (flops.training(sizes, lengths, 0.0 if net.scalar else rows * response) + again) / _rate(cfg)
     on_the_cpu = CPU_STEP * net.trained(lora) / h.world_size if h.offload.optimizer else 0.0
     return max(busy, micros * net.layers * TRAIN_LAUNCHES) + on_the_cpu + _sending(cfg, _exchanged(cfg, engine, micros))
 
@@ -84,20 +84,20 @@ def _sampling(cfg: Config, prompt: float, response: float) -> float:
     """
     h, rows, at_once, whole = cfg.hardware, cfg.ppo.rollout_batch, slots(cfg), samples_whole(cfg)
     net, lora = trained(cfg, "actor")
-    work, steps = net.work(lora), response * math.ceil(rows / h.world_size / at_once)
-    read = flops.decode_bytes(work, 1, at_once * (prompt + response / 2), itemsize(cfg))
+    sizes, steps = net.matrix_sizes(lora), response * math.ceil(rows / h.world_size / at_once)
+    read = flops.decode_bytes(sizes, 1, at_once * (prompt + response / 2), itemsize(cfg))
     launches = DECODE_LAUNCHES if whole and cfg.rollout.engine != "hf" else GENERATE_LAUNCHES
     step = max(launches * net.layers, read / (BANDWIDTH * h.bandwidth_gb_s * 1e9) if h.bandwidth_gb_s else 0.0)
     gathered = net.weights * itemsize(cfg) * (1 if whole else steps) if h.zero.actor == 3 else 0.0
-    return flops.forward(work, [prompt] * rows) / _rate(cfg) + steps * step + _sending(cfg, gathered)
+    return flops.forward(sizes, [prompt] * rows) / _rate(cfg) + steps * step + _sending(cfg, gathered)
 
 
 def _scoring(cfg: Config, length: float, response: float) -> float:
     """Scoring a rollout with reference, critic and reward model, and a share of it with the actor."""
     (actor, actor_lora), (reward, reward_lora), rows = trained(cfg, "actor"), trained(cfg, "critic"), cfg.ppo.rollout_batch
     lengths, probed = [length] * rows, 1 / PROBE if cfg.rollout.max_mismatch else 1
-    reading = (1 + probed) * flops.forward(actor.work(actor_lora), lengths, rows * response)
-    return (reading + 2 * flops.forward(reward.work(reward_lora), lengths)) / _rate(cfg)
+    reading = (1 + probed) * flops.forward(actor.matrix_sizes(actor_lora), lengths, rows * response)
+    return (reading + 2 * flops.forward(reward.matrix_sizes(reward_lora), lengths)) / _rate(cfg)
 
 
 def _rate(cfg: Config) -> float:

@@ -31,9 +31,10 @@ class Sizes:
     @property
     def matrices(self) -> list[tuple[int, int]]:
         """(in, out) of the matrices of one layer, in the order of the family's lora_targets."""
-        up = [(self.hidden, self.inner)] * (2 if self.family == "llama" else 1)
+        names = FAMILIES[self.family].lora_targets
+        up = [(self.hidden, self.inner)] * (2 if "gate_proj" in names else 1)
         reads = [(self.hidden, self.query_width), (self.hidden, self.key_width), (self.hidden, self.key_width)]
-        if "query_key_value" in FAMILIES[self.family].lora_targets:
+        if "query_key_value" in names:
             reads = [(self.hidden, self.query_width + 2 * self.key_width)]
         return [*reads, (self.query_width, self.hidden), *up, (self.inner, self.hidden)]
 
@@ -71,10 +72,12 @@ class Sizes:
             return self.weights
         return self.adapters(lora) + (self.weights - self.body if lora.train_rest else 0)
 
-    def work(self, lora: Lora) -> flops.Work:
+    def matrix_sizes(self, lora: Lora) -> flops.MatrixSizes:
         extra, full = self.adapters(lora), not lora.dim
         trained = self.head if full or lora.train_rest else 0
-        return flops.Work(self.body + extra, self.body if full else extra, self.head, trained, self.layers * self.query_width, self.cache)
+        return flops.MatrixSizes(
+            self.body + extra, self.body if full else extra, self.head, trained, self.layers * self.query_width, self.cache
+        )
 
 
 def sizes_of(family: str, shape: dict, scalar: bool) -> Sizes | None:
@@ -87,7 +90,7 @@ def sizes_of(family: str, shape: dict, scalar: bool) -> Sizes | None:
     key_heads = shape.get("num_key_value_heads") or heads
     inner = shape.get("ffn_dim") or shape.get("intermediate_size") or 4 * hidden
     embedding = shape.get("word_embed_proj_dim") or hidden
-    tied = shape.get("tie_word_embeddings", family in ("opt", "bloom"))
+    tied = shape.get("tie_word_embeddings", FAMILIES[family].tied)
     return Sizes(family, layers, hidden, inner, heads * width, key_heads * width, vocabulary, embedding, tied, scalar)
 
 

@@ -53,10 +53,23 @@ def load_tokenizer(
             (t for family in FAMILIES.values() for t in family.pads if t in vocabulary and t != tokenizer.eos_token), NEW_PAD_TOKEN
         )
         tokenizer.add_special_tokens({"pad_token": spare})
+    _check_own_ids(tokenizer, path)
     if chat_template is not None:
         set_template(tokenizer, chat_template)
     tokenizer.padding_side = tokenizer.truncation_side = "left"
     return tokenizer
+
+
+def _check_own_ids(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Refuse an EOS or PAD that shares its number with another token: a new one gets the size of the vocabulary, which may have holes."""
+    vocabulary = tokenizer.get_vocab()
+    for token in (tokenizer.eos_token, tokenizer.pad_token):
+        twins = [other for other, number in vocabulary.items() if number == vocabulary[token] and other != token]
+        if twins:
+            raise UserError(
+                f"{path}: {token} would share its number {vocabulary[token]} with {twins[0]!r}, as the vocabulary has holes: give a "
+                "tokenizer that has a padding token of its own, and an end token"
+            )
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:

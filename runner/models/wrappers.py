@@ -60,7 +60,7 @@ class Actor(Wrapper):
     """A causal language model that returns log-probabilities of chosen tokens, never the logits of a whole batch.
 
     What responses are sampled from, and their log-probabilities belong to: temperature, top_k, top_p;
-    least: tokens of a response before which EOS is impossible;
+    min_tokens: tokens of a response before which EOS is impossible;
     vocabulary: tokens of the tokenizer, where the embeddings may have more rows; None if every row is a token.
     chunk: tokens whose logits exist at a time; 0 for all at once, which ZeRO-3 needs: every rank must gather the head the same
     number of times.
@@ -74,11 +74,11 @@ class Actor(Wrapper):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        least: int = 0,
+        min_tokens: int = 0,
         vocabulary: int | None = None,
     ):
         super().__init__(model, family)
-        self.chunk, self.least = chunk, least
+        self.chunk, self.min_tokens = chunk, min_tokens
         self.sampling, self.vocabulary = (temperature, top_k, top_p), vocabulary
 
     def forward(
@@ -97,8 +97,8 @@ class Actor(Wrapper):
         index, targets = send(packing.among_real(mask, index), hidden.device), send(targets, hidden.device)
         hidden = hidden.index_select(0, index)
         given = [hidden, targets]
-        if self.least > 1 and steps is not None:
-            given.append(send(steps + 1 < self.least, hidden.device))
+        if self.min_tokens > 1 and steps is not None:
+            given.append(send(steps + 1 < self.min_tokens, hidden.device))
         score = partial(self._score, with_entropy, steps is not None)
         if not self.chunk or len(index) <= self.chunk:
             return score(*given)

@@ -39,7 +39,7 @@ class Models:
 
 
 @dataclass
-class Reader:
+class RolloutSettings:
     """Sizes, special tokens and settings that sampling and scoring need."""
 
     pad: int
@@ -49,7 +49,7 @@ class Reader:
     score_micro: int  # responses scored at a time
     device: torch.device
     engine: str = "auto"
-    max_mismatch: float = 0.0  # nats per token; see `read_actor`
+    max_mismatch: float = 0.0  # nats per token; see `fill_logprobs`
     stops: Stops | None = None
     stats: Stats = field(default_factory=Stats)  # of the newest rollout, on this rank
 
@@ -57,7 +57,7 @@ class Reader:
 @torch.no_grad()
 def collect(
     models: Models,
-    reader: Reader,
+    settings: RolloutSettings,
     prompts: list[list[int]],
     seed: int,
     episodes: list[int],
@@ -76,40 +76,42 @@ def collect(
     """
     mine = slice(ranks.rank(), None, ranks.world())
     with phase("rollout"):
-        rollout = sample(models, reader, prompts[mine], seed, episodes[mine], stoppable).to(CPU)
-        if reader.stops:
-            reader.stops.cut(rollout, reader.pad)
+        rollout = sample(models, settings, prompts[mine], seed, episodes[mine], stoppable).to(CPU)
+        if settings.stops:
+            settings.stops.cut(rollout, settings.pad)
     with phase("scoring"):
-        score(models, reader, rollout, with_values)
-    return rollout.gather(reader.pad, reader.device)
+        score(models, settings, rollout, with_values)
+    return rollout.gather(settings.pad, settings.device)
 
 
-def sample(models: Models, reader: Reader, prompts: list[list[int]], seed: int, episodes: list[int], stoppable: bool = False) -> Rollout:
+def sample(
+    models: Models, settings: RolloutSettings, prompts: list[list[int]], seed: int, episodes: list[int], stoppable: bool = False
+) -> Rollout:
     """Sample responses to this rank's prompts."""
     models.actor.eval()
-    parts, reader.stats = [], Stats()
+    parts, settings.stats = [], Stats()
     with engine.whole_weights(models.actor) as (actor, whole):
-        network = network_of(actor.hf) if whole and reader.engine != "hf" else None
+        network = network_of(actor.hf) if whole and settings.engine != "hf" else None
         if network is not None:
             network = graph.folded(network)
-        together = reader.rollout_micro * (WAVE if network else 1)
+        together = settings.rollout_micro * (WAVE if network else 1)
         for start in range(0, len(prompts), together):
             if stoppable and (reason := stop.asked()):
                 raise stop.Stopped(reason)
             rows = prompts[start : start + together]
-            uniform = uniforms(seed, episodes[start : start + together], reader.max_response)
+            uniform = uniforms(seed, episodes[start : start + together], settings.max_response)
             if network is None:
-                ids, mask = (x.to(reader.device) for x in pad(rows, reader.pad, left=True))
-                parts.append(hf.generate(actor, ids, mask.sum(dim=1), uniform, pad=reader.pad, eos=reader.eos, together=not whole))
+                ids, mask = (x.to(settings.device) for x in pad(rows, settings.pad, left=True))
+                parts.append(hf.generate(actor, ids, mask.sum(dim=1), uniform, pad=settings.pad, eos=settings.eos, together=not whole))
                 continue
-            options = {"least": actor.least, "vocabulary": actor.vocabulary, "stops": reader.stops}
+            options = {"min_tokens": actor.min_tokens, "vocabulary": actor.vocabulary, "stops": settings.stops}
             decoder = graph.Decoder(
-                network, actor.sampling, rows, uniform, slots=reader.rollout_micro, pad=reader.pad, eos=reader.eos, **options
+                network, actor.sampling, rows, uniform, slots=settings.rollout_micro, pad=settings.pad, eos=settings.eos, **options
             )
             parts.append(decoder.run())
-            reader.stats.add(decoder.stats)
+            settings.stats.add(decoder.stats)
             del decoder  # frees its cache before the next one allocates as much
-    return join(parts, reader.pad)
+    return join(parts, settings.pad)
 
 
 def join(parts: list[Rollout], fill: int) -> Rollout:
@@ -126,48 +128,48 @@ def join(parts: list[Rollout], fill: int) -> Rollout:
     )
 
 
-def score(models: Models, reader: Reader, rollout: Rollout, with_values: bool) -> None:
+def score(models: Models, settings: RolloutSettings, rollout: Rollout, with_values: bool) -> None:
     """Fill in logprobs, ref_logprobs, values and scores of this rank's rows."""
     models.critic.eval()
-    read_actor(models, reader, rollout)
-    tables, scores = torch.zeros(2, *rollout.responses.shape, device=reader.device), torch.zeros(len(rollout), device=reader.device)
+    fill_logprobs(models, settings, rollout)
+    tables, scores = torch.zeros(2, *rollout.responses.shape, device=settings.device), torch.zeros(len(rollout), device=settings.device)
     ref_logprobs, values = tables
-    for rows, part in micro_batches(rollout, torch.arange(len(rollout)), reader.score_micro):
-        rows, width = send(rows, reader.device), part.responses.size(1)
+    for rows, part in micro_batches(rollout, torch.arange(len(rollout)), settings.score_micro):
+        rows, width = send(rows, settings.device), part.responses.size(1)
         ref, context = models.reference()
         with context:
             ref_logprobs[rows, :width] = response_logprobs(ref, part)[0]
         if with_values:
             values[rows, :width] = response_values(models.critic, part)
-        scores[rows] = final_scores(models.reward, part.as_judged(reader.eos, reader.max_response))
+        scores[rows] = final_scores(models.reward, part.as_judged(settings.eos, settings.max_response))
     rollout.ref_logprobs, rollout.values = tables.to(CPU)
     rollout.scores = scores.to(CPU)
 
 
-def read_actor(models: Models, reader: Reader, rollout: Rollout) -> None:
+def fill_logprobs(models: Models, settings: RolloutSettings, rollout: Rollout) -> None:
     """Fill in logprobs: the sampler's own if the trainer, on a share of the rollout, agrees within `max_mismatch`; else the trainer's.
 
     The sampler's save a forward pass and are the right ones: PPO's ratio is relative to the distribution that was sampled from. But a
     sampler far from the trainer (another model, lost precision) must not teach. All ranks decide alike. Collective.
     """
-    read = torch.zeros(rollout.responses.shape, device=reader.device)
-    rollout.reread = torch.zeros(len(rollout), dtype=torch.bool)
+    read = torch.zeros(rollout.responses.shape, device=settings.device)
+    rollout.recomputed = torch.zeros(len(rollout), dtype=torch.bool)
 
     def look(numbers: Tensor) -> Tensor:
-        for rows, part in micro_batches(rollout, numbers, reader.score_micro):
-            read[send(rows, reader.device), : part.responses.size(1)] = response_logprobs(models.actor, part)[0]
-        rollout.reread[numbers] = True
-        rollout.mismatch = (rollout.sampled_logprobs - read.to(CPU)).abs() * rollout.mask * rollout.reread.unsqueeze(1)
+        for rows, part in micro_batches(rollout, numbers, settings.score_micro):
+            read[send(rows, settings.device), : part.responses.size(1)] = response_logprobs(models.actor, part)[0]
+        rollout.recomputed[numbers] = True
+        rollout.mismatch = (rollout.sampled_logprobs - read.to(CPU)).abs() * rollout.mask * rollout.recomputed.unsqueeze(1)
         return rollout.mismatch.sum()
 
     # Probe all over the rollout: rows that took over a finished row's place may be wrong where the first ones are not
-    probe = torch.arange(0, len(rollout), PROBE if reader.max_mismatch else 1)
-    seen = {"mismatch": look(probe), "tokens": masked_sum(rollout.mask, rollout.reread.float().unsqueeze(1))}
-    seen = ranks.all_reduce_sum(seen, reader.device)
-    if seen["mismatch"] <= reader.max_mismatch * seen["tokens"]:
+    probe = torch.arange(0, len(rollout), PROBE if settings.max_mismatch else 1)
+    seen = {"mismatch": look(probe), "tokens": masked_sum(rollout.mask, rollout.recomputed.float().unsqueeze(1))}
+    seen = ranks.all_reduce_sum(seen, settings.device)
+    if seen["mismatch"] <= settings.max_mismatch * seen["tokens"]:
         rollout.logprobs = rollout.sampled_logprobs.clone()
     else:
-        look((~rollout.reread).nonzero().squeeze(1))
+        look((~rollout.recomputed).nonzero().squeeze(1))
         rollout.logprobs = read.to(CPU)
 
 

@@ -68,7 +68,7 @@ class Decoder:
         slots: int,
         pad: int,
         eos: int,
-        least: int = 0,
+        min_tokens: int = 0,
         vocabulary: int | None = None,
         limits: list[int] | None = None,
         stops: Stops | None = None,
@@ -78,13 +78,13 @@ class Decoder:
             sampling: temperature, top_k, top_p.
             uniform (N, R): a random number for each response and token (see sampling.py); R tokens at most, EOS included.
             slots: responses sampled at a time.
-            least: tokens before which EOS is impossible.
+            min_tokens: tokens before which EOS is impossible.
             vocabulary: as of the Actor.
             limits: tokens of each response at most, where that is fewer than R.
             stops: a response that reaches one is sampled no further, once a look has told. Cutting it there is left to the caller.
         """
         self.network, self.sampling, self.prompts = network, sampling, prompts
-        self.pad, self.eos, self.least, self.vocabulary, self.stops = pad, eos, least, vocabulary, stops
+        self.pad, self.eos, self.min_tokens, self.vocabulary, self.stops = pad, eos, min_tokens, vocabulary, stops
         self.device, self.stats, self.graphs = network.device, Stats(), {}
         self.watch = Stopwatch(self.device)
         (count, most), self.size = uniform.shape, min(slots, len(prompts))
@@ -235,8 +235,8 @@ class Decoder:
 
         logits = self.network.head(self.network.hidden(lanes.tokens, lanes.positions.clamp(min=0), attend))
         bar_unused(logits, self.vocabulary)
-        if self.least > 1:
-            logits = without_token(logits, self.eos, lanes.steps + 1 < self.least)
+        if self.min_tokens > 1:
+            logits = without_token(logits, self.eos, lanes.steps + 1 < self.min_tokens)
         if self.sampling != (1.0, 0, 1.0):
             logits = warp_logits(logits.float(), *self.sampling)
         token, logprob = kernels.sample(logits, self.uniform[lanes.rows, lanes.steps])

@@ -22,7 +22,7 @@ class InverseSampling(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step, logits = input_ids.size(1) - self.prompt_width, bar_unused(scores.float(), self.actor.vocabulary)
-        if step + 1 < self.actor.least:
+        if step + 1 < self.actor.min_tokens:
             logits = without_token(logits, self.eos, torch.ones(len(logits), dtype=torch.bool, device=logits.device))
         logits = warp_logits(logits, *self.actor.sampling)
         token = invert(logits, self.uniform[:, step])

@@ -27,9 +27,9 @@ class Rollout:
     ended: Tensor  # (B,) bool: the response ends with EOS
     stopped: Tensor | None = None  # (B,) bool: cut at a stop string instead (stops.py); None without stop strings
     sampled_logprobs: Tensor | None = None  # (B, R) as computed by the sampler
-    logprobs: Tensor | None = None  # (B, R) PPO's old log-probabilities: the sampler's, or the trainer's (collect.read_actor)
+    logprobs: Tensor | None = None  # (B, R) PPO's old log-probabilities: the sampler's, or the trainer's (collect.fill_logprobs)
     mismatch: Tensor | None = None  # (B, R) |sampler - trainer| in nats; 0 on rows that the trainer did not read
-    reread: Tensor | None = None  # (B,) bool: the trainer read this row too
+    recomputed: Tensor | None = None  # (B,) bool: the trainer read this row too
     ref_logprobs: Tensor | None = None  # (B, R) of the SFT model
     values: Tensor | None = None  # (B, R) of the critic, before each token
     scores: Tensor | None = None  # (B,) of the reward model, raw

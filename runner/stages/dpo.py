@@ -49,8 +49,8 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     options = {"weight_decay": dpo.weight_decay, "betas": dpo.betas, "eps": dpo.eps}
     actor = engine.trainable(wrapper, configs["actor"], lr=dpo.lr, lora_lr=part.lora.lr, **options)
     ref = load_reference(cfg, inputs.parents["sft"], tokenizer, configs.get("ref", {}), device)
-    work = flops.count(wrapper.hf)
-    ref_work = flops.count(ref.hf) if ref else replace(work, body=work.body - work.body_trained)  # without its adapters
+    sizes = flops.matrix_sizes(wrapper.hf)
+    ref_sizes = flops.matrix_sizes(ref.hf) if ref else replace(sizes, body=sizes.body - sizes.body_trained)  # without its adapters
 
     # 3. Resume from the newest checkpoint, if there is one
     checkpoints = Checkpoints(inputs.folder, inputs.key, cfg, {"actor": actor}, log)
@@ -72,7 +72,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
         pairs = int((here != EMPTY).sum())
         with log.phase("data"):
             micros = [preference_batch(pick(rows, n), tokenizer.pad_token_id) for n in batches.micro_batches(s)]
-            sums = counted(micros, wrapper.packed, work, ref_work) | {"apart": 0.0}
+            sums = counted(micros, wrapper.packed, sizes, ref_sizes) | {"margin_error": 0.0}
         with log.phase("reference"):
             actor.eval()
             known = [reference_logprobs(actor, ref, batch) for batch in micros]
@@ -81,21 +81,21 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
             for batch, ref_logprobs in zip(micros, known, strict=True):
                 chosen, rejected = implicit_rewards(actor, batch, ref_logprobs, dpo.beta)
                 # A micro batch of empty slots still takes part in the collective backward
-                real = send(batch["real"], device)
+                real = send(batch["pair_rows"], device)
                 loss = dpo_loss(chosen[real], rejected[real], dpo.label_smoothing)
                 engine.backward(actor, loss, pairs, last=batch is micros[-1])
                 tally(sums, loss, chosen[real], rejected[real])
-                sums["apart"] += (chosen.detach().abs() + rejected.detach().abs()).sum() / dpo.beta
+                sums["margin_error"] += (chosen.detach().abs() + rejected.detach().abs()).sum() / dpo.beta
             norm = engine.step(actor)
         done = s + 1
         whole = ranks.all_reduce_sum(sums, device)
         if s == 0:
-            findings = {"first_margin": invariants.first_margin(whole["apart"] / whole["logits"], cfg.hardware.precision)}
+            findings = {"first_margin": invariants.first_margin(whole["margin_error"] / whole["logits"], cfg.hardware.precision)}
             invariants.check(log, "step 1", findings)
         metrics = averages(whole, pairs) | {"lr": engine.learning_rate(actor), "grad_norm": norm}
         check_finite(cfg, inputs.folder, inputs.stage, done, metrics["train/loss"], norm, numbered(rows, here), tokenizer)
         headline = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.2f}  margin {metrics['train/margin']:.2f}"
-        log.log(done, metrics, headline, whole["tokens"], whole["work"])
+        log.log(done, metrics, headline, whole["tokens"], whole["flops"])
         watch(done)
 
         # 5. Evaluate if due; save if due, and stop if someone asked for it
@@ -117,7 +117,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
 def response_logprobs(actor, batch: dict[str, Tensor]) -> Tensor:
     """Log-probability of every response, EOS included: the chosen, then the rejected. (2B,), 0 for empty slots."""
     logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
-    return spread(logprobs, batch["meant"]).sum(dim=1)
+    return spread(logprobs, batch["target_mask"]).sum(dim=1)
 
 
 @torch.no_grad()

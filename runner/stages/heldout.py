@@ -9,7 +9,7 @@ from runner.config.schema import Config
 from runner.data import toy
 from runner.metrics import RunLog
 from runner.models.tokenizer import decode_response
-from runner.rollout.collect import Models, Reader, collect
+from runner.rollout.collect import Models, RolloutSettings, collect
 from runner.rollout.record import Rollout
 from runner.stages import invariants
 
@@ -23,8 +23,8 @@ class HeldOut:
     The prompts have one fixed order: a smaller evaluation is the start of a larger one, for any number of ranks.
     """
 
-    def __init__(self, cfg: Config, held, tokenizer, models: Models, reader: Reader, log: RunLog):
-        self.cfg, self.held, self.tokenizer, self.models, self.reader, self.log = cfg, held, tokenizer, models, reader, log
+    def __init__(self, cfg: Config, held, tokenizer, models: Models, settings: RolloutSettings, log: RunLog):
+        self.cfg, self.held, self.tokenizer, self.models, self.settings, self.log = cfg, held, tokenizer, models, settings, log
         self.order = np.random.default_rng(0).permutation(len(held))
         self.judged = any(source.adapter == "toy" for source in cfg.dataset.sources.values())
 
@@ -35,9 +35,9 @@ class HeldOut:
         asked = np.resize(rows, -(-len(rows) // ranks.world()) * ranks.world())
         prompts, episodes = self.held.select(asked)["input_ids"], [EVAL_EPISODE + int(row) for row in asked]
         with self.log.phase("eval"):
-            rollout = collect(self.models, self.reader, list(prompts), self.cfg.seed, episodes, with_values=with_values)
+            rollout = collect(self.models, self.settings, list(prompts), self.cfg.seed, episodes, with_values=with_values)
         rollout = rollout.first(len(rows))
-        invariants.check(self.log, f"the evaluation after {done} iterations", invariants.of_rollout(self.cfg, self.reader, rollout))
+        invariants.check(self.log, f"the evaluation after {done} iterations", invariants.of_rollout(self.cfg, self.settings, rollout))
         return rollout
 
     def evaluate(self, done: int, state, rollout: Rollout) -> tuple[dict, list[dict]]:

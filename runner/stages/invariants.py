@@ -18,7 +18,7 @@ from runner.durable.shards import shards, steps_taken
 from runner.errors import UserError
 from runner.losses import masked_mean
 from runner.metrics import RunLog
-from runner.rollout.collect import Reader
+from runner.rollout.collect import RolloutSettings
 from runner.rollout.record import Rollout
 
 Findings = dict[str, str | None]  # name of the invariant -> what is broken, or None
@@ -65,13 +65,13 @@ def check(log: RunLog, where: str, findings: Findings) -> None:
         log.broken[name] += 1
 
 
-def of_rollout(cfg: Config, reader: Reader, rollout: Rollout) -> Findings:
+def of_rollout(cfg: Config, settings: RolloutSettings, rollout: Rollout) -> Findings:
     """All invariants of a gathered and scored rollout, and of its advantages if it has them. Causes come before consequences."""
     precision, mask = cfg.hardware.precision, rollout.mask
     findings = {
-        "eos_and_pad": eos_and_pad(rollout, reader.pad, reader.eos, reader.max_response),
+        "eos_and_pad": eos_and_pad(rollout, settings.pad, settings.eos, settings.max_response),
         "finite_rollout": finite_rollout(rollout),
-        "rollout_weights": rollout_weights(rollout.mismatch, mask * rollout.reread.unsqueeze(1), precision),
+        "rollout_weights": rollout_weights(rollout.mismatch, mask * rollout.recomputed.unsqueeze(1), precision),
         "kl_not_negative": kl_not_negative(rollout.sampled_logprobs, rollout.ref_logprobs, mask, precision, cfg.ppo.top_p),
         "scores_not_constant": scores_not_constant(rollout.scores, rollout.responses),
     }

@@ -18,17 +18,17 @@ Score = Callable[[list[dict | None]], tuple[Tensor, Tensor]]
 # --- an optimizer step ------------------------------------------------------------------------------------------------
 
 
-def counted(micros: list[dict], packed: bool, work: flops.Work, reference: flops.Work | None = None) -> dict[str, float]:
+def counted(micros: list[dict], packed: bool, sizes: flops.MatrixSizes, reference: flops.MatrixSizes | None = None) -> dict[str, float]:
     """Sums over this rank's micro batches: real tokens, tokens whose logits are made, positions computed, and the FLOPs of training.
 
     packed: no padding is computed. reference: the work of a frozen model that reads the batch too, if there is one.
     """
-    lengths = torch.cat([batch["mask"].sum(dim=1).view(2, -1)[:, batch["real"]].flatten() for batch in micros])
+    lengths = torch.cat([batch["mask"].sum(dim=1).view(2, -1)[:, batch["pair_rows"]].flatten() for batch in micros])
     logits = float(sum(len(batch.get("targets", ())) for batch in micros))
-    spent = flops.training(work, lengths, logits) + (flops.forward(reference, lengths, logits) if reference else 0.0)
+    spent = flops.training(sizes, lengths, logits) + (flops.forward(reference, lengths, logits) if reference else 0.0)
     tokens = float(lengths.sum())
     slots = tokens if packed else float(sum(batch["ids"].numel() for batch in micros))
-    return {"tokens": tokens, "logits": logits, "slots": slots, "work": spent}
+    return {"tokens": tokens, "logits": logits, "slots": slots, "flops": spent}
 
 
 def tally(sums: dict[str, Tensor], loss: Tensor, chosen: Tensor, rejected: Tensor) -> None:

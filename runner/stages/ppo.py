@@ -23,7 +23,7 @@ from runner.metrics import RunLog
 from runner.models.ema import Ema
 from runner.models.saving import save_model
 from runner.rollout import graph
-from runner.rollout.collect import Models, Reader, collect
+from runner.rollout.collect import Models, RolloutSettings, collect
 from runner.rollout.families import side_by_side
 from runner.rollout.record import Rollout
 from runner.rollout.stops import Stops
@@ -92,10 +92,10 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
 
     # 2. Four models: the actor and its frozen reference, the critic and the reward model that it starts from
     models = build(cfg, inputs, tokenizer, device)
-    work = {name: flops.count(e.module.hf) for name, e in (("actor", models.actor), ("critic", models.critic))}
+    sizes = {name: flops.matrix_sizes(e.module.hf) for name, e in (("actor", models.actor), ("critic", models.critic))}
     ema = Ema(models.actor.module, ppo.ema_decay) if ppo.ema_decay else None
-    reader = build_reader(cfg, models, tokenizer, log)
-    held_out = HeldOut(cfg, held, tokenizer, models, reader, log)
+    settings = rollout_settings(cfg, models, tokenizer, log)
+    held_out = HeldOut(cfg, held, tokenizer, models, settings, log)
 
     # 3. Resume from the newest checkpoint, if there is one; otherwise evaluate the SFT actor and calibrate
     checkpoints = Checkpoints(inputs.folder, inputs.key, cfg, {"actor": models.actor, "critic": models.critic}, log, average=ema)
@@ -127,7 +127,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
             prompts = rows.select(batches.rows(i))["input_ids"]
             episodes = list(range(i * ppo.rollout_batch, (i + 1) * ppo.rollout_batch))
             try:
-                rollout = collect(models, reader, prompts, cfg.seed, episodes, stoppable=True, phase=log.phase)
+                rollout = collect(models, settings, prompts, cfg.seed, episodes, stoppable=True, phase=log.phase)
             except Stopped as stopped:  # nothing is lost: sampling again gives the same rollout
                 checkpoints.leave(str(stopped), f"step_{i}", i, state.facts())
             state.tokens += rollout.tokens()
@@ -135,7 +135,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
 
         # 5. Rewards, advantages and returns, over the whole batch
         metrics = fill_rewards(cfg, rollout, state)
-        invariants.check(log, f"iteration {i + 1}", invariants.of_rollout(cfg, reader, rollout))
+        invariants.check(log, f"iteration {i + 1}", invariants.of_rollout(cfg, settings, rollout))
 
         # 6. Update: several passes of several minibatches
         begun = state.progress.position
@@ -157,12 +157,12 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
         # 8. Log; evaluate and save if due, and stop if someone asked for it
         rates = {f"lr/{name}": engine.learning_rate(e) for name, e in (("actor", models.actor), ("critic", models.critic))}
         metrics |= {"episode": done * ppo.rollout_batch} | rates
-        metrics |= decoding(cfg, models, work["actor"], reader.stats)
+        metrics |= decoding(cfg, models, sizes["actor"], settings.stats)
         watch(done)
         headline = f"score {metrics['objective/scores']:+z.2f}  kl {kl:z.2f}  length {metrics['rollout/response_length_mean']:.0f}"
         done_here = (state.progress.position - begun) / ppo.minibatches
         tokens = 0 if begun else rollout.tokens()  # 0 if an earlier run sampled them: the time of this one gives no rate
-        log.log(done, metrics, headline, tokens, done_here * pass_flops(work, rollout, i >= ppo.critic_warmup), during="update")
+        log.log(done, metrics, headline, tokens, done_here * pass_flops(sizes, rollout, i >= ppo.critic_warmup), during="update")
         log.histogram(done, "rollout/scores", rollout.scores.tolist())
         score = None
         if ppo.eval_every and done % ppo.eval_every == 0 and done < total:
@@ -187,7 +187,7 @@ def build(cfg: Config, inputs: Inputs, tokenizer, device: torch.device) -> Model
     """The four models of PPO. Dropout is off everywhere: the ratio of the first minibatch must be 1."""
     ppo, configs = cfg.ppo, engine_configs(cfg, "ppo")
     actor_part, reward_part = cfg.model.actor, cfg.model.reward
-    sampling = {"temperature": ppo.temperature, "top_k": ppo.top_k, "top_p": ppo.top_p, "least": ppo.min_response_tokens}
+    sampling = {"temperature": ppo.temperature, "top_k": ppo.top_k, "top_p": ppo.top_p, "min_tokens": ppo.min_response_tokens}
     sampling["vocabulary"] = max(tokenizer.get_vocab().values()) + 1
     checkpointing = cfg.hardware.gradient_checkpointing
     options = {"betas": ppo.betas, "eps": ppo.eps}
@@ -210,19 +210,19 @@ def build(cfg: Config, inputs: Inputs, tokenizer, device: torch.device) -> Model
     return Models(actor, critic, ref, engine.frozen(reward, ds_config, device))
 
 
-def build_reader(cfg: Config, models: Models, tokenizer, log: RunLog) -> Reader:
+def rollout_settings(cfg: Config, models: Models, tokenizer, log: RunLog) -> RolloutSettings:
     """How rollouts are sampled and scored."""
     ppo, rollout, micro = cfg.ppo, cfg.rollout, cfg.hardware.micro_batch
     sizes = (cfg.model.max_response_tokens, micro.rollout, micro.score)
-    reader = Reader(tokenizer.pad_token_id, tokenizer.eos_token_id, *sizes, log.device, rollout.engine, rollout.max_mismatch)
+    settings = RolloutSettings(tokenizer.pad_token_id, tokenizer.eos_token_id, *sizes, log.device, rollout.engine, rollout.max_mismatch)
     if ppo.stop:
-        reader.stops = Stops(tokenizer, ppo.stop)
+        settings.stops = Stops(tokenizer, ppo.stop)
     if rollout.engine != "hf" and (reason := graph.why_not(models.actor.module.hf, log.device)):
         if rollout.engine == "graph":
             raise UserError(f"rollout.engine=graph cannot sample here ({reason}): type rollout.engine=auto")
         log.say(f"the decode engine cannot sample here ({reason}): transformers' generate does instead, slowly")
-        reader.engine = "hf"
-    return reader
+        settings.engine = "hf"
+    return settings
 
 
 # --- one iteration ----------------------------------------------------------------------------------------------------
@@ -257,9 +257,9 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
         "rollout/truncated_rate": 1 - rollout.finished.float().mean(),
         "rollout/score_mean": rollout.scores.mean(),
         "rollout/score_std": rollout.scores.std(),
-        "rollout/logprob_mismatch": masked_mean(rollout.mismatch, mask * rollout.reread.unsqueeze(1)),
+        "rollout/logprob_mismatch": masked_mean(rollout.mismatch, mask * rollout.recomputed.unsqueeze(1)),
         "rollout/logprob_mismatch_max": rollout.mismatch.max(),
-        "rollout/reread": rollout.reread.float().mean(),
+        "rollout/recomputed": rollout.recomputed.float().mean(),
         "val/num_eos_tokens": rollout.ended.sum(),
         "val/explained_var": explained_variance(rollout.values, rollout.returns, mask),
     }
@@ -269,14 +269,14 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
 # --- efficiency -------------------------------------------------------------------------------------------------------
 
 
-def pass_flops(work: dict[str, flops.Work], rollout: Rollout, actor_trains: bool) -> float:
+def pass_flops(sizes: dict[str, flops.MatrixSizes], rollout: Rollout, actor_trains: bool) -> float:
     """FLOPs of one pass of updates over a rollout, without the ptx mixture."""
     lengths = rollout.prompt_lengths + rollout.lengths
-    actor = flops.training(work["actor"], lengths, float(rollout.lengths.sum())) if actor_trains else 0.0
-    return actor + flops.training(work["critic"], lengths)
+    actor = flops.training(sizes["actor"], lengths, float(rollout.lengths.sum())) if actor_trains else 0.0
+    return actor + flops.training(sizes["critic"], lengths)
 
 
-def decoding(cfg: Config, models: Models, actor: flops.Work, stats) -> dict[str, float]:
+def decoding(cfg: Config, models: Models, actor: flops.MatrixSizes, stats) -> dict[str, float]:
     """Metrics of this rank's decoding; {} if the engine did not count. stats: see runner/rollout/stats.py."""
     if not stats.steps:
         return {}

@@ -20,6 +20,9 @@ from runner.rollout.collect import Models, response_logprobs, response_values
 from runner.rollout.record import Rollout
 from runner.watch import stop
 
+# What every minibatch sums over its response tokens, and over the tokens of the mixture
+SUMS = ("policy_loss", "value_loss", "ptx_loss", "ratio", "ratio_error", "clipfrac", "approxkl", "value_clipfrac", "entropy")
+
 
 class Mixture:
     """The ptx mixture: pretraining text or demonstrations, as many rows per optimizer step as PPO has responses."""
@@ -120,24 +123,23 @@ def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray,
     micros = deal(ordered, widths, micro_positions(cfg, "ppo"), world=ranks.world(), rank=ranks.rank())
     tokens = float(rollout.lengths[torch.as_tensor(chosen)].sum())
     texts, text_tokens = text or ([], 0.0)
-    names = ("policy_loss", "value_loss", "ptx_loss", "ratio", "ratio_error", "clipfrac", "approxkl", "value_clipfrac", "entropy")
-    sums = dict.fromkeys(names, torch.zeros((), device=models.actor.device))
+    sums = {name: torch.zeros((), device=models.actor.device) for name in SUMS}
     # Tokens of the whole step, which every rank knows: each gives its part of the sum over ranks
     sums |= {"tokens": tokens / ranks.world(), "ptx_tokens": text_tokens / ranks.world(), "real": 0, "slots": 0}
 
-    def add(facts: dict) -> None:
+    def add(facts: dict[str, Tensor]) -> None:
         for name, value in facts.items():
-            sums[name] = sums[name] + value.detach()  # not in place: at first all are one tensor
+            sums[name] += value.detach()
 
     for numbers in micros:
         part, last = rollout.rows(torch.as_tensor(numbers)), numbers is micros[-1]
         sums["real"] += part.tokens()
         sums["slots"] += part.tokens() if packed else part.prompts.numel() + part.responses.numel()
-        add(teach_critic(cfg.ppo, models.critic, part, tokens, last))
+        add(critic_backward(cfg.ppo, models.critic, part, tokens, last))
         if train_actor:
-            add(teach_actor(cfg.ppo, models.actor, part, tokens, last and not texts))
+            add(actor_backward(cfg.ppo, models.actor, part, tokens, last and not texts))
     for batch in texts:
-        add(teach_text(cfg.ppo, models.actor, batch, text_tokens, batch is texts[-1]))
+        add(mixture_backward(cfg.ppo, models.actor, batch, text_tokens, batch is texts[-1]))
     if cfg.ppo.align_overflow and train_actor:
         engine.align_overflow(models.actor, models.critic)
     norms = {"grad_norm/critic": engine.step(models.critic)}
@@ -150,7 +152,7 @@ def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray,
 # tokens: of the whole optimizer step, over which the loss is averaged; last: whether it is the model's last micro batch in this step
 
 
-def teach_critic(ppo: Ppo, critic, part: Rollout, tokens: float, last: bool) -> dict[str, Tensor]:
+def critic_backward(ppo: Ppo, critic, part: Rollout, tokens: float, last: bool) -> dict[str, Tensor]:
     """Forward and backward of the critic. Returns sums over the response tokens."""
     old_values, returns, mask = (send(x, critic.device) for x in (part.values, part.returns, part.mask))
     values = response_values(critic, part)
@@ -159,7 +161,7 @@ def teach_critic(ppo: Ppo, critic, part: Rollout, tokens: float, last: bool) -> 
     return facts | {"value_loss": loss}
 
 
-def teach_actor(ppo: Ppo, actor, part: Rollout, tokens: float, last: bool) -> dict[str, Tensor]:
+def actor_backward(ppo: Ppo, actor, part: Rollout, tokens: float, last: bool) -> dict[str, Tensor]:
     """Forward and backward of the actor. Returns sums over the response tokens."""
     old_logprobs, advantages, mask = (send(x, actor.device) for x in (part.logprobs, part.advantages, part.mask))
     logprobs, entropies = response_logprobs(actor, part, with_entropy=True)
@@ -170,7 +172,7 @@ def teach_actor(ppo: Ppo, actor, part: Rollout, tokens: float, last: bool) -> di
     return facts | {"policy_loss": loss, "entropy": (entropies * mask).sum(), "ratio_error": error.sum()}
 
 
-def teach_text(ppo: Ppo, actor, batch: dict[str, Tensor], tokens: float, last: bool) -> dict[str, Tensor]:
+def mixture_backward(ppo: Ppo, actor, batch: dict[str, Tensor], tokens: float, last: bool) -> dict[str, Tensor]:
     """Forward and backward of the actor on a micro batch of the ptx mixture."""
     logprobs, _ = actor(batch["ids"], batch["mask"], batch["index"], batch["targets"])
     loss = sft_loss(logprobs, send(batch["weights"], actor.device))

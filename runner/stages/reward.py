@@ -46,7 +46,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     model = engine.trainable(wrapper, ds_config, lr=rm.lr, lora_lr=part.lora.lr, **options)
 
     # 3. Resume from the newest checkpoint, if there is one
-    work = flops.count(wrapper.hf)
+    sizes = flops.matrix_sizes(wrapper.hf)
     checkpoints = Checkpoints(inputs.folder, inputs.key, cfg, {"reward": model}, log)
     first, _, _ = checkpoints.restore()
     log.begin(first, total)
@@ -64,12 +64,12 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
         pairs = int((here != EMPTY).sum())
         with log.phase("data"):
             micros = [pair_batch(pick(rows, n), tokenizer.pad_token_id) for n in batches.micro_batches(s)]
-            sums = counted(micros, wrapper.packed, work)
+            sums = counted(micros, wrapper.packed, sizes)
         with log.phase("train"):
             model.train()
             for batch in micros:
                 chosen, rejected = last_scores(model, batch)
-                real = send(batch["real"], device)
+                real = send(batch["pair_rows"], device)
                 loss = pairwise_loss(chosen[real], rejected[real], rm.center_coef)
                 engine.backward(model, loss, pairs, last=batch is micros[-1])
                 tally(sums, loss, chosen[real], rejected[real])
@@ -79,7 +79,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
         metrics = averages(whole, pairs) | {"lr": engine.learning_rate(model), "grad_norm": norm}
         check_finite(cfg, inputs.folder, inputs.stage, done, metrics["train/loss"], norm, numbered(rows, here), tokenizer)
         headline = f"loss {metrics['train/loss']:.3f}  accuracy {metrics['train/accuracy']:.2f}"
-        log.log(done, metrics, headline, whole["tokens"], whole["work"])
+        log.log(done, metrics, headline, whole["tokens"], whole["flops"])
         watch(done)
 
         # 5. Evaluate if due; save if due, and stop if someone asked for it

@@ -45,7 +45,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     actor = engine.trainable(wrapper, ds_config, lr=sft.lr, lora_lr=part.lora.lr, **options)
 
     # 3. Resume from the newest checkpoint, if there is one
-    work = flops.count(wrapper.hf)
+    sizes = flops.matrix_sizes(wrapper.hf)
     checkpoints = Checkpoints(inputs.folder, inputs.key, cfg, {"actor": actor}, log)
     first, state, _ = checkpoints.restore()
     log.begin(first, total)
@@ -91,7 +91,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
             "perf/padding_fraction": 0.0 if wrapper.packed else 1 - tokens / sums["slots"],
         }
         check_finite(cfg, inputs.folder, inputs.stage, done, loss, norm, numbered(rows, here), tokenizer)
-        log.log(done, metrics, f"loss {loss:.3f}", tokens, flops.training(work, lengths[here], float(predictions[here].sum())))
+        log.log(done, metrics, f"loss {loss:.3f}", tokens, flops.training(sizes, lengths[here], float(predictions[here].sum())))
         watch(done)
 
         # 5. Evaluate if due; save if due, and stop if someone asked for it

@@ -26,7 +26,7 @@ from runner.config.schema import SHARES, Config, Dpo, ZeroStages
 from runner.metrics import RunLog
 from runner.models.ema import Ema
 from runner.models.saving import full_state_dict
-from runner.rollout.collect import Models, Reader, collect, response_logprobs
+from runner.rollout.collect import Models, RolloutSettings, collect, response_logprobs
 from runner.rollout.record import Rollout
 from runner.stages import dpo, ppo, ppo_update, reward, sft
 from runner.stages.build import Inputs
@@ -152,8 +152,8 @@ def ppo_results(cfg: Config, folder: Path, device: torch.device) -> dict:
     tokenizer = ppo.tokenizer_for(cfg, cfg.model.actor, step.tokenizer)
     models: Models = ppo.build(cfg, step, tokenizer, device)
     found = {"actor/before": weights(models.actor), "critic/before": weights(models.critic)}
-    reader = Reader(PAD, EOS, 10, 2, 2, device)
-    for name, value in vars(collect(models, reader, PROMPTS, seed=5, episodes=list(range(8)))).items():
+    settings = RolloutSettings(PAD, EOS, 10, 2, 2, device)
+    for name, value in vars(collect(models, settings, PROMPTS, seed=5, episodes=list(range(8)))).items():
         if value is not None:
             found[f"rollout/{name}"] = value
 
