@@ -23,7 +23,6 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from runner.cli.flags import sweeps
 from runner.cli.overrides import check_overrides, hydra_error_message
 from runner.config.loading import load
 from runner.config.schema import Config
@@ -41,13 +40,10 @@ CONF = Path(__file__).parent / "conf"
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0") or "debug=true" in sys.argv
 # Without it Hydra prints a shortened traceback of its own and exits; we want the exception itself
 os.environ["HYDRA_FULL_ERROR"] = "1"
-# Holds something once Hydra has called main
-called: list[bool] = []
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> None:
-    called.append(True)
     try:
         run(composed)
     except UserError as error:
@@ -151,9 +147,3 @@ if __name__ == "__main__":
         if WANTS_TRACEBACK:
             raise
         sys.exit(f"error: {hydra_error_message(error)}")
-    except OSError as error:
-        # Hydra makes the folder of this command before it calls main
-        if WANTS_TRACEBACK or called:
-            raise
-        folder = f"hydra.{'sweep' if sweeps(sys.argv) else 'run'}.dir=/a/folder/of/yours"
-        sys.exit(f"error: {error.filename} cannot be created here ({error.strerror}): call run.py from a folder of yours, or type {folder}")

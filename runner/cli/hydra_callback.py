@@ -1,11 +1,12 @@
 """A last look at the composed configuration before Hydra saves it: a preset may hold what overrides.py refuses on the command line.
 
-A Hydra callback, because Hydra makes the run folder and saves the configuration there before it calls run.py's main. Of a sweep all
-jobs are looked at here: what the last one would be refused for is not learnt after a night.
+A Hydra callback, because Hydra makes the run folder and saves the configuration there before it calls run.py's main. All jobs of a sweep
+are checked here, so that a mistake in the last one is reported now and not after a night.
 """
 
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -27,27 +28,43 @@ MANY = 30  # jobs, at three to the second, that are not checked without a word
 
 class CheckBeforeSaving(Callback):
     def on_run_start(self, config: DictConfig, **kwargs) -> None:
-        """Exit when a secret would be saved, the run's name leads out of runs/, or relative paths would start from another folder."""
-        try:
-            if config.hydra.job.chdir:
-                raise UserError("hydra.job.chdir=true: store and dataset.path are relative to the folder that you are in. Leave it out")
-            secrets.refuse_in_config(OmegaConf.to_container(config))
-            with suppress(OmegaConfBaseException):  # an unknown interpolation is reported where its value is needed
-                secrets.refuse_in_config({"name": config.name})
-                check_name(str(config.name))
-        except (UserError, ValueError) as error:
-            sys.exit(f"error: {error}")  # Hydra turns every other exception into a warning
+        refuse_to_save(config)
+        make_folder(config, "run")
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         """The same for a sweep and each of its jobs; and refuse resume=force, since no job could tell which checkpoint is its own."""
         if config.resume == "force":
             sys.exit("error: resume=force continues the last interrupted step, which in a sweep may be any job's: force one run at a time")
-        self.on_run_start(config)
+        refuse_to_save(config)
         # Another sweeper chooses its values as it goes
         if str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):
             _add_keys(config)
             with suppress(HydraException, OmegaConfBaseException):  # words that it cannot read are refused by the sweeper itself
                 refuse_jobs(config)
+        make_folder(config, "sweep")
+
+
+def refuse_to_save(config: DictConfig) -> None:
+    """Exit when a secret would be saved, the run's name leads out of runs/, or relative paths would start from another folder."""
+    try:
+        if config.hydra.job.chdir:
+            raise UserError("hydra.job.chdir=true: store and dataset.path are relative to the folder that you are in. Leave it out")
+        secrets.refuse_in_config(OmegaConf.to_container(config))
+        with suppress(OmegaConfBaseException):  # an unknown interpolation is reported where its value is needed
+            secrets.refuse_in_config({"name": config.name})
+            check_name(str(config.name))
+    except (UserError, ValueError) as error:
+        sys.exit(f"error: {error}")  # Hydra turns every other exception into a warning
+
+
+def make_folder(config: DictConfig, mode: str) -> None:
+    """Make the folder of this command, as Hydra is about to do, and exit where that is impossible. mode: run or sweep."""
+    try:
+        with suppress(OmegaConfBaseException):
+            Path(config.hydra[mode].dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        folder = f"hydra.{mode}.dir=/a/folder/of/yours"
+        sys.exit(f"error: {error.filename} cannot be created here ({error.strerror}): call run.py from a folder of yours, or type {folder}")
 
 
 def _add_keys(config: DictConfig) -> None:

@@ -4,6 +4,7 @@ import importlib.metadata
 import re
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -24,6 +25,20 @@ LAUNCHERS = {"joblib": "hydra-joblib-launcher"}
 LAUNCHERS |= dict.fromkeys(("submitit_local", "submitit_slurm"), "hydra-submitit-launcher")
 
 
+@dataclass(frozen=True)
+class Known:
+    """What may be typed."""
+
+    keys: list[str]  # of the schema, dotted
+    groups: dict[str, list[str]]  # group -> its presets
+    folders: list[Path]  # where presets lie
+    stages: list[str]  # the chosen one; in a sweep there may be several
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.keys, *self.groups]
+
+
 def check_overrides(argv: list[str], conf: Path) -> list[str]:
     """Raise UserError for an unknown key, group option, or a key of a stage that the chosen one does not consume.
 
@@ -37,16 +52,16 @@ def check_overrides(argv: list[str], conf: Path) -> list[str]:
     folders = [conf, *(Path(flag.partition("=")[2]) for flag in flags if flag.startswith(("-cd=", "--config-dir=")))]
     if missing := next((folder for folder in folders if not folder.is_dir()), None):
         raise UserError(f"--config-dir={missing}: this folder does not exist (looked from {Path.cwd()})")
-    groups, stages = groups_in(folders), _chosen_stages(words, folders)
+    known = Known(known_keys(), groups_in(folders), folders, _chosen_stages(words, folders))
     parser = OverridesParser.create()
     checked, given = [], {}
     for argument, after in zip(words, [*words[1:], ""], strict=False):
         if "=" not in argument[1:] and not argument.startswith("~"):
-            raise UserError(_no_override(argument, after, [*known_keys(), *groups]))
+            raise UserError(_no_override(argument, after, known.names))
         override = _parse(parser, argument)
         _check_sweep(override, sweeps(argv))
         _check_names(override)
-        checked.append(_check_key(argument, override, groups, stages, folders))
+        checked.append(_for_hydra(argument, override, known))
         given.setdefault(override.key_or_group, []).append(argument)
     _tell_repeated(given)
     return [*flags, *_paths_first(checked)]
@@ -122,55 +137,64 @@ def _check_name(value: str) -> None:
         raise UserError(str(error)) from error
 
 
-def _check_key(argument: str, override, groups: dict[str, list[str]], stages: list[str], folders: list[Path]) -> str:
-    """The argument as Hydra wants it. stages: the chosen one, or those of a sweep."""
-    key, value, chosen = override.key_or_group, argument.partition("=")[2], stages[0]
-    known = known_keys() + list(groups)
-    if key == "hydra/launcher":
-        _check_launcher(value)
+def _for_hydra(argument: str, override, known: Known) -> str:
+    """The argument as Hydra wants it. Raises UserError for what cannot be meant."""
+    key, value = override.key_or_group, argument.partition("=")[2]
     if key.startswith(("hydra.", "hydra/")):
+        if key == "hydra/launcher":
+            _check_launcher(value)
         return argument
     if override.is_delete():
-        _check_deletion(argument, key, known, chosen)
+        _check_deletion(argument, key, known)
         return argument
-    if key in groups:
-        if argument.startswith("+"):
-            raise UserError(f"{argument}: the defaults list has it already. Type {argument.lstrip('+')}")
-        _check_options(key, value, groups[key])
-        for option in _options(value):
-            check_preset(key, option, folders)
-        # What stands in the defaults list as null can only be overridden with a list: this one is empty
-        return argument if key not in ("experiment", "sweep") else re.sub(r"(?<=[=,])null(?=,|$)", "[]", argument)
-    _refuse_unknown(key, override.value(), known, chosen)
-    if value.startswith("[") and any(name.startswith(f"{key}.") for name in known):
+    if key in known.groups:
+        return _preset(argument, key, value, known)
+    _refuse_unknown(key, override.value(), known)
+    return _setting(argument, key, value, known)
+
+
+def _preset(argument: str, group: str, value: str, known: Known) -> str:
+    if argument.startswith("+"):
+        raise UserError(f"{argument}: the defaults list has it already. Type {argument.lstrip('+')}")
+    _check_options(group, value, known.groups[group])
+    for option in _options(value):
+        check_preset(group, option, known.folders)
+    # What stands in the defaults list as null can only be overridden with a list: this one is empty
+    return argument if group not in ("experiment", "sweep") else re.sub(r"(?<=[=,])null(?=,|$)", "[]", argument)
+
+
+def _setting(argument: str, key: str, value: str, known: Known) -> str:
+    """With ++ where Hydra would miss the key in what is composed."""
+    if value.startswith("[") and any(name.startswith(f"{key}.") for name in known.keys):
         raise UserError(f"{argument}: {key} is a mapping of names to values: type {key}='{{name: value}}'")
     block = key.split(".")[0]
-    of_block = [stage for stage in stages if block not in STAGES or block in _consumed(stage, folders)]
+    of_block = [stage for stage in known.stages if block not in STAGES or block in _consumed(stage, known.folders)]
     if "." in key and not of_block:
-        raise UserError(f"{key}: stage={','.join(stages)} does not use the {block} block. Leave it out, or type stage={block}")
+        raise UserError(f"{key}: stage={','.join(known.stages)} does not use the {block} block. Leave it out, or type stage={block}")
     # Every source has a path: without ++ a misspelt source is refused by Hydra, and by `load` if only other keys are given
     of_source = _fits(["dataset", "sources", "*", "*"], key.split(".")) and not key.endswith(".path")
-    whole_mapping = value.startswith("{") and (f"{key}.*" in known or key.startswith("dataset.sources."))
-    adds = of_source or whole_mapping or len(of_block) < len(stages) or _is_free(key, known)
+    whole_mapping = value.startswith("{") and (f"{key}.*" in known.keys or key.startswith("dataset.sources."))
+    adds = of_source or whole_mapping or len(of_block) < len(known.stages) or _is_free(key, known.keys)
     return f"++{argument}" if adds and argument.startswith(key) else argument
 
 
-def _check_deletion(argument: str, key: str, known: list[str], chosen: str) -> None:
+def _check_deletion(argument: str, key: str, known: Known) -> None:
     """Only a source, or what is in a free-form mapping, can be deleted. Everything else needs a value."""
-    if key != "hydra" and not _is_known(key, known):
-        raise UserError(f"{argument}: {unknown(key, chosen)}")
-    if not _is_free(key, known) and not _fits(["dataset", "sources", "*"], key.split(".")):
+    if key != "hydra" and not _is_known(key, known.names):
+        raise UserError(f"{argument}: {unknown(key, known.stages[0])}")
+    if not _is_free(key, known.keys) and not _fits(["dataset", "sources", "*"], key.split(".")):
         most = "Only a source (~dataset.sources.shp) or a name of your own in a mapping can be"
         raise UserError(f"{key} cannot be deleted: leave out {argument}. {most}")
 
 
-def _refuse_unknown(key: str, value: object, known: list[str], chosen: str) -> None:
+def _refuse_unknown(key: str, value: object, known: Known) -> None:
     """Raise UserError for a key that does not exist, also one inside a mapping that is given as one value."""
-    if not _is_known(key, known):
+    chosen = known.stages[0]
+    if not _is_known(key, known.names):
         raise UserError(f"{unknown(key, chosen)}. `python run.py stage={chosen} --cfg job` prints the keys of that stage")
     for name, inside in value.items() if isinstance(value, dict) else ():
-        if any(_fits(other.split(".")[:-1], key.split(".")) for other in known):
-            _refuse_unknown(f"{key}.{name}", inside, known, chosen)
+        if any(_fits(other.split(".")[:-1], key.split(".")) for other in known.keys):
+            _refuse_unknown(f"{key}.{name}", inside, known)
 
 
 def _check_launcher(name: str) -> None:
