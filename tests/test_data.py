@@ -999,7 +999,7 @@ def test_dialogues_that_the_chat_template_refuses_are_dropped_and_counted(data, 
 def test_the_same_prompt_is_answered_once_in_ppo(data, build):
     rows = pairs(30) + pairs(10)
     train, held, counts = build(data(rows, **only("ppo")), "ppo")
-    assert counts["dropped"] == {"same prompt again": 10} and len(train) + len(held) == 30
+    assert counts["dropped"] == {"duplicate prompt": 10} and len(train) + len(held) == 30
 
 
 def test_exact_copies_of_training_rows_are_counted_and_kept(data, build):

@@ -1,8 +1,8 @@
 """The limits of every key: which values a block of the configuration refuses, and the words that say what to type instead.
 
 One function per block, in the order of runner/config/schema.py, whose dataclasses call them when they are made. Each raises ValueError;
-`load` in runner/config/loading.py turns it into a UserError. Blocks have no types here: the module that makes them imports this one.
-No torch.
+`load` in runner/config/loading.py turns it into a UserError. Parameters have no types because schema.py imports
+this module. No torch.
 """
 
 import re

@@ -1,4 +1,5 @@
-"""The configuration: every key with its type. Values and their explanations live in conf/ and nowhere else.
+"""The configuration: every key with its type. Values and their explanations live in conf/, except those of Source, whose names are the
+user's.
 
 runner/config/limits.py says which values a block refuses; runner/config/loading.py turns composed YAML into these objects, for the launcher
 and for the workers.

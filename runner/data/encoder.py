@@ -93,7 +93,7 @@ class Encoder:
     def _ppo(self, batch: list[Example], prompts: list[list[int]]):
         for example, prompt in zip(batch, prompts, strict=True):
             if tuple(prompt) in self.seen:
-                self.counts.dropped["same prompt again"] += 1
+                self.counts.dropped["duplicate prompt"] += 1
                 yield None
             else:
                 self.seen.add(tuple(prompt))

@@ -136,7 +136,7 @@ def in_settings(cfg: Config, stage: str, earlier: Unfinished) -> list[str]:
     # dataset.sources repeats dataset.path and dataset.fields
     pairs = [pair for key, pair in found.items() if not key.startswith("dataset.sources.")]
     told = {key: pair for key, pair in found.items() if not key.startswith("dataset.sources.") or pair not in pairs}
-    # Of the data a step reads a part: rows for other stages alone may have changed without a trace in its facts
+    # A step reads only part of the data: changes to blocks that its facts do not mention are none of its own
     blocks = {fact.partition(".")[0] for fact in earlier.differences}
     told = {key: pair for key, pair in told.items() if blocks & {"parents", key.partition(".")[0]}}
     lines = [_line(key, *pair) for key, pair in told.items() if not UNTOLD & set(key.split("."))]

@@ -65,7 +65,7 @@ def show_summary(
 
 def sections(name: str, trained: Sequence[Trained], run_dir: Path, took: float) -> list[Section]:
     parts = [stages_section(name, trained, took), *time_sections(trained)]
-    # None of a model that was given, 0 where nothing is known: its folder was deleted
+    # None: the SFT model was given (sft.use). 0: its folder is gone
     steps = next((t.result["steps"] if t.result else None for t in trained if t.step.stage == "sft"), 0)
     describe = {"sft": sft_sections, "reward": reward_sections, "dpo": dpo_sections, "ppo": partial(ppo_sections, sft_steps=steps)}
     for t in trained:

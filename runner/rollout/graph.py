@@ -81,7 +81,7 @@ class Decoder:
             min_tokens: tokens before which EOS is impossible.
             vocabulary: as of the Actor.
             limits: tokens of each response at most, where that is fewer than R.
-            stops: a response that reaches one is sampled no further, once a look has told. Cutting it there is left to the caller.
+            stops: sampling goes on for a few tokens after one of these strings; the caller cuts the response there.
         """
         self.network, self.sampling, self.prompts = network, sampling, prompts
         self.pad, self.eos, self.min_tokens, self.vocabulary, self.stops = pad, eos, min_tokens, vocabulary, stops

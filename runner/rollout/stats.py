@@ -8,7 +8,7 @@ import torch
 
 @dataclass
 class Stats:
-    """steps: decode steps with a row awake (the idle rest of a stride counts as seconds). rows, cached: awake rows, and cached tokens
+    """steps: decode steps with a row awake; idle ones count in the seconds alone. rows, cached: awake rows, and cached tokens
     that they read, summed over the steps."""
 
     prefill_seconds: float = 0.0

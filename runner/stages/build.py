@@ -102,7 +102,7 @@ def _options(cfg: Config, part: ModelPart, path: str, dropout: float | None) -> 
 
 
 def _revision(part: ModelPart, path: str) -> str | None:
-    """Of a pinned model nothing is said."""
+    """The configured revision belongs to the configured path; a checkpoint that was given instead has none."""
     return part.revision if path == part.path else None
 
 
