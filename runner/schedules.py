@@ -23,3 +23,8 @@ def lr_share(step: int, total: int, schedule: str, warmup: float, end: float) ->
     progress = min(max((step - warm) / max(1, total - warm), 0.0), 1.0)
     fallen = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return end + (1 - end) * fallen
+
+
+def is_due(every: int, done: int, total: int) -> bool:
+    """Whether to evaluate after `done` of `total` steps: each `every` of them (0: never), but not after the last, when all stages do."""
+    return bool(every) and done % every == 0 and done < total

@@ -456,14 +456,14 @@ def test_weights_are_watched_through_the_engines(zero, adapters, alone, tmp_path
     trained = trainable(Actor(model, "llama", 0), zero, lr=0.1)
     reward = causal("opt")
     log = new_log(tmp_path, "stop", alone)
-    watch = invariants.watch_weights(log, {"actor": trained}, {"reward": reward}, not_before=2)
+    watch = invariants.WeightWatch(log, {"actor": trained}, {"reward": reward}, not_before=2)
     train(trained, 1)
     watch(1)  # too early
     train(trained, 1)
     watch(2)
     watch(3)  # once
 
-    watch = invariants.watch_weights(log, {"actor": trained}, {"reward": reward}, not_before=2)
+    watch = invariants.WeightWatch(log, {"actor": trained}, {"reward": reward}, not_before=2)
     train(trained, 2)
     reward.lm_head.weight.data[0, 0] += 1
     with pytest.raises(UserError, match=r"frozen_unchanged is broken in reward at step 2: 1 of .* \(model.decoder.embed_tokens.weight\)"):
@@ -488,7 +488,7 @@ def test_half_an_adapter_without_gradient_is_named_only_when_it_is_no_accident(a
     """As in fp16, where the gradient of A may be zero in the second step too; a run of two steps must not stop for it."""
     lora = Lora(dim=2, alpha=4, dropout=0.0, lr=1e-3, targets=[], train_rest=False)
     trained = trainable(Actor(add_lora(causal("llama"), lora), "llama", 0), 0, lr=1e-3, weight_decay=0.0)
-    watch = invariants.watch_weights(new_log(tmp_path, "stop", alone), {"actor": trained}, {}, not_before=0)
+    watch = invariants.WeightWatch(new_log(tmp_path, "stop", alone), {"actor": trained}, {}, not_before=0)
     dead = next(p for n, p in trained.module.named_parameters() if "layers.1.self_attn.k_proj.lora_A" in n)
     dead.register_hook(torch.zeros_like)
     for step in range(1, invariants.SURE):
@@ -502,7 +502,7 @@ def test_half_an_adapter_without_gradient_is_named_only_when_it_is_no_accident(a
 def test_an_adapter_without_any_gradient_is_named_at_once(alone, tmp_path):
     lora = Lora(dim=2, alpha=4, dropout=0.0, lr=1e-3, targets=[], train_rest=False)
     trained = trainable(Actor(add_lora(causal("llama"), lora), "llama", 0), 0, lr=1e-3, weight_decay=0.0)
-    watch = invariants.watch_weights(new_log(tmp_path, "stop", alone), {"actor": trained}, {}, not_before=0)
+    watch = invariants.WeightWatch(new_log(tmp_path, "stop", alone), {"actor": trained}, {}, not_before=0)
     for name, parameter in trained.module.named_parameters():
         if "layers.1.self_attn.k_proj.lora" in name:
             parameter.register_hook(torch.zeros_like)
@@ -513,7 +513,7 @@ def test_an_adapter_without_any_gradient_is_named_at_once(alone, tmp_path):
 
 def test_a_trainable_parameter_that_stands_still_is_named(alone, tmp_path):
     trained = trainable(actor("llama"), 0, lr=0.1, weight_decay=0.0)
-    watch = invariants.watch_weights(new_log(tmp_path, "stop", alone), {"actor": trained}, {}, not_before=0)
+    watch = invariants.WeightWatch(new_log(tmp_path, "stop", alone), {"actor": trained}, {}, not_before=0)
     dead = trained.module.hf.model.layers[0].mlp.up_proj.weight
     dead.register_hook(torch.zeros_like)
     train(trained, 2)
@@ -523,6 +523,6 @@ def test_a_trainable_parameter_that_stands_still_is_named(alone, tmp_path):
 
 def test_what_has_no_learning_rate_is_not_watched(alone, tmp_path):
     trained = trainable(actor("llama"), 0, lr=0.0)
-    watch = invariants.watch_weights(new_log(tmp_path, "stop", alone), {"actor": trained}, {}, not_before=0)
+    watch = invariants.WeightWatch(new_log(tmp_path, "stop", alone), {"actor": trained}, {}, not_before=0)
     train(trained, 2)
     watch(2)

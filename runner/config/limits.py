@@ -6,6 +6,7 @@ this module. No torch.
 """
 
 import re
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -308,23 +309,19 @@ def check_name(name: str) -> None:
     check(bool(plain), f"name={name!r} names a folder under runs/: type letters, digits, '-', '_' and '.', at most 100, and no slash")
 
 
-DURATION = re.compile(r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+))?(?::(?P<s>\d+))?|(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+))")
-
-
 def seconds_of(text: str) -> float:
     """Seconds of a duration: minutes ("90", "0.5"), or in SLURM's notation "MM:SS", "HH:MM:SS", "D-HH", "D-HH:MM", "D-HH:MM:SS"."""
-    try:
+    with suppress(ValueError):
         return 60 * float(text)
-    except ValueError:
-        found = DURATION.fullmatch(text)
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) if part.isascii() and part.isdigit() else -1 for part in rest.split(":")]
     check(
-        found is not None,
+        min(parts) >= 0 and len(parts) <= 3 and (dash == "" or (days.isascii() and days.isdigit())) and bool(dash or len(parts) > 1),
         f"time_limit={text} is not a duration: type minutes (90), MM:SS (90:00), HH:MM:SS (01:30:00) or D-HH:MM:SS (1-12:00:00)",
     )
-    part = {name: int(value or 0) for name, value in found.groupdict().items()}
-    least = [("seconds", part["s"] + part["seconds"], 60), ("hours", part["h"], 24)]
-    least += [("minutes", part["m"] + part["minutes"], 60)] if found["hours"] or found["days"] else []
-    for name, value, whole in least:
+    hours, minutes, seconds = [*parts, 0, 0][:3] if dash else [0, *parts][-3:]
+    # The first part may be as large as it likes
+    wholes = [("seconds", seconds, 60)] + [("minutes", minutes, 60)] * bool(dash or len(parts) == 3) + [("hours", hours, 24)] * bool(dash)
+    for name, value, whole in wholes:
         check(value < whole, f"time_limit={text} has {value} {name}, which is {whole} or more: write it out, or type plain minutes")
-    hours = 24 * part["days"] + part["h"] + part["hours"]
-    return 3600 * hours + 60 * (part["m"] + part["minutes"]) + part["s"] + part["seconds"]
+    return 86400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds

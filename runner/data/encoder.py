@@ -26,16 +26,15 @@ class Encoder:
 
     def __call__(self, batch: list[tuple[str, Example, int]]) -> list[tuple[dict, int]]:
         """(row, prompt hash) for every example that is kept."""
-        batch = [item for item in batch if not self._is_useless(item[1])]
-        rendered = [self._rendered(example) for _, example, _ in batch]
-        batch = [item for item, text in zip(batch, rendered, strict=True) if text is not None]
-        if not batch:
+        useful = [item for item in batch if not self._is_useless(item[1])]
+        kept = [(*item, text) for item in useful if (text := self._rendered(item[1])) is not None]
+        if not kept:
             return []
-        texts = [text for text in rendered if text is not None]
-        prompts = [self._cut(ids) for ids in encode(self.tokenizer, texts)]
+        names, used, numbers, texts = zip(*kept, strict=True)
+        prompts = [self._cut(ids) for ids in encode(self.tokenizer, list(texts))]
         rows_of = {"sft": self._sft, "reward": self._reward, "ppo": self._ppo}[self.stage]
-        made = rows_of([e for _, e, _ in batch], prompts)
-        return [(row | {"source": name}, number) for row, (name, _, number) in zip(made, batch, strict=True) if row is not None]
+        made = zip(rows_of(used, prompts), names, numbers, strict=True)
+        return [(row | {"source": name}, number) for row, name, number in made if row is not None]
 
     def _is_useless(self, example: Example) -> bool:
         """Drop and count what says nothing, or twice the same, without the special tokens that are taken out of every text."""

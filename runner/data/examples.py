@@ -36,25 +36,30 @@ def examples(dataset: Dataset, stage: str, counts: Counts) -> Iterator[tuple[str
     owners = cache(partial(_owners, dataset))  # reads all sources: only if a row asks for it
     # A demonstration may have one of PPO's own prompts, whatever its hash. Without such, only a hash of another stage needs a look
     hides = stage == "sft" and any(source.only == "ppo" or source.adapter == "prompts" for source in sources.values())
+
+    def owned_elsewhere(number: int) -> bool:
+        return (hides or phase_of(number, dataset.split) != stage) and owners().get(number, stage) != stage
+
     for name, source in sources.items():
         if source.only not in (None, "eval", stage):
             continue
         for example in adapted(dataset, source, counts):
             number, only = prompt_hash(example.prompt), only_use(source, example)
-            hashed = phase_of(number, dataset.split)
             if only == "eval":
                 if can_use(stage, example):
                     yield name, example, number
                 continue
-            if only == stage and (hides or hashed != stage) and owners().get(number, stage) != stage:
+            if only == stage and owned_elsewhere(number):
                 counts.dropped["prompt belongs to another stage"] += 1
                 continue
-            owner = only or hashed
+            owner = only or phase_of(number, dataset.split)
             counts.owned[owner] += 1
-            if owner == stage and number in evaluated:
+            if owner != stage:
+                continue
+            if number in evaluated:
                 counts.dropped["prompt is held out"] += 1
-            elif owner == stage:
-                yield name, example, number
+                continue
+            yield name, example, number
 
 
 def each_answer(dialogues: Iterator[tuple[str, Example, int]]) -> Iterator[tuple[str, Example, int]]:

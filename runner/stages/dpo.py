@@ -23,7 +23,7 @@ from runner.durable.checkpoint import Checkpoints
 from runner.losses import dpo_loss
 from runner.metrics import RunLog
 from runner.models.packing import spread
-from runner.schedules import lr_share, warmup_steps
+from runner.schedules import is_due, lr_share, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reference, tokenizer_for
 from runner.stages.export import export
@@ -56,7 +56,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     checkpoints = Checkpoints(inputs.folder, inputs.key, cfg, {"actor": actor}, log)
     first, state, _ = checkpoints.restore()
     log.begin(first, total)
-    watch = invariants.watch_weights(log, {"actor": actor}, {"ref": ref} if ref else {}, warmup_steps(dpo.warmup, total) + 2)
+    watch = invariants.WeightWatch(log, {"actor": actor}, {"ref": ref} if ref else {}, warmup_steps(dpo.warmup, total) + 2)
 
     def score_batch(pairs: list[dict | None]) -> tuple[Tensor, Tensor]:
         batch = preference_batch(pairs, tokenizer.pad_token_id)
@@ -100,7 +100,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
 
         # 5. Evaluate if due; save if due, and stop if someone asked for it
         score = None
-        if dpo.eval_every and done % dpo.eval_every == 0 and done < total:
+        if is_due(dpo.eval_every, done, total):
             score = evaluate(done)["accuracy"]
         checkpoints.after(done, total, {"before": before}, score)
     checkpoints.finish()

@@ -227,41 +227,53 @@ def first_margin(error: float, precision: str) -> str | None:
 # --- the weights ------------------------------------------------------------------------------------------------------
 
 
-def watch_weights(log: RunLog, engines: dict, frozen: dict[str, nn.Module], not_before: int) -> Callable[[int], None]:
-    """Remember the current weights. Returns a function to call with the number of every finished step; it compares, at most twice.
+class WeightWatch:
+    """Compares the weights with those at the start, at most twice: what trains must have moved, what is frozen must not.
 
-    After two steps of AdamW some parameter of every module must have moved. That catches a part without gradient and spares healthy runs:
+    After two steps of AdamW some parameter of every layer must have moved. That catches a part without gradient and spares healthy runs:
     one of two steps may have a zero gradient (fp16 underflow, or B of an adapter, which starts at 0), and steps skipped for an overflow
     do not count. If single parameters have not moved by then, all are compared once more after `SURE` steps.
 
-    Args: frozen: modules that must not change. not_before: the step at which the warm-up is over.
     A run that resumes later does not compare: near its end the learning rate may be too small to move an fp32 digit.
     """
-    if log.first > not_before:
-        return lambda done: None
-    # With a learning rate of 0 nothing is meant to move
-    engines = {name: e for name, e in engines.items() if all(group["peak_lr"] > 0 for group in e.optimizer.param_groups)}
-    begun = {name: (steps_taken(e), fingerprint(engine_pieces(e))) for name, e in engines.items()}
-    still = {name: fingerprint(local_pieces(module)) for name, module in frozen.items()}
-    looks = [(2, module_of), (SURE, str)]
 
-    def after(done: int) -> None:
-        if not looks or done < not_before or any(steps_taken(e) < begun[name][0] + looks[0][0] for name, e in engines.items()):
+    def __init__(self, log: RunLog, engines: dict, frozen: dict[str, nn.Module], not_before: int):
+        """frozen: modules that must not change. not_before: the step at which the warm-up is over."""
+        late = log.first > not_before
+        # With a learning rate of 0 nothing is meant to move
+        moving = {} if late else {n: e for n, e in engines.items() if all(group["peak_lr"] > 0 for group in e.optimizer.param_groups)}
+        self.log, self.engines, self.not_before = log, moving, not_before
+        self.frozen = {} if late else frozen
+        self.begun = {name: (steps_taken(e), fingerprint(engine_pieces(e))) for name, e in self.engines.items()}
+        self.still = {name: fingerprint(local_pieces(module)) for name, module in self.frozen.items()}
+        # Steps after which to compare, and what must have moved as a whole by then: a layer, a single parameter
+        self.comparisons = [(2, module_of), (SURE, str)] if self.engines or self.frozen else []
+
+    def __call__(self, done: int) -> None:
+        """Compare if it is time. done: steps finished."""
+        if not self.comparisons or done < self.not_before:
             return
-        _, group = looks.pop(0)
-        for name, e in list(engines.items()):
-            trainable = {n for n, p in e.module.named_parameters() if p.requires_grad}
-            moved = changes(begun[name][1], fingerprint(engine_pieces(e)))
-            check(log, f"{name} at step {done}", of_weights(moved, trainable, group))
-            if parameters_moved(moved, trainable) is None:
-                del engines[name]
-        for name, module in frozen.items():
-            check(log, f"{name} at step {done}", of_weights(changes(still.pop(name), fingerprint(local_pieces(module))), set()))
-        frozen.clear()
-        if not engines:
-            looks.clear()
+        steps, whole = self.comparisons[0]
+        if any(steps_taken(e) < self.begun[name][0] + steps for name, e in self.engines.items()):
+            return
+        self._compare_trained(done, whole)
+        self._compare_frozen(done)
+        self.comparisons = self.comparisons[1:] if self.engines else []
 
-    return after
+    def _compare_trained(self, done: int, whole: Callable[[str], str]) -> None:
+        """Those of which every single parameter has moved need no second look."""
+        for name, engine in list(self.engines.items()):
+            trainable = {n for n, p in engine.module.named_parameters() if p.requires_grad}
+            moved = changes(self.begun[name][1], fingerprint(engine_pieces(engine)))
+            check(self.log, f"{name} at step {done}", of_weights(moved, trainable, whole))
+            if parameters_moved(moved, trainable) is None:
+                del self.engines[name]
+
+    def _compare_frozen(self, done: int) -> None:
+        for name, module in self.frozen.items():
+            changed = changes(self.still[name], fingerprint(local_pieces(module)))
+            check(self.log, f"{name} at step {done}", of_weights(changed, set()))
+        self.frozen = {}
 
 
 def module_of(parameter: str) -> str:

@@ -27,7 +27,7 @@ from runner.rollout.collect import Models, RolloutSettings, collect
 from runner.rollout.families import side_by_side
 from runner.rollout.record import Rollout
 from runner.rollout.stops import Stops
-from runner.schedules import lr_share, warmup_steps
+from runner.schedules import is_due, lr_share, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reference, load_reward, tokenizer_for
 from runner.stages.export import export, export_options
@@ -112,7 +112,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     models.critic.module.normalise(state.value_mean, state.value_std)
     frozen = {"reward": models.reward} | ({"ref": models.ref} if models.ref else {})
     warm = ppo.critic_warmup + warmup_steps(ppo.warmup, max(1, total - ppo.critic_warmup))
-    watch = invariants.watch_weights(log, {"actor": models.actor, "critic": models.critic}, frozen, warm + 2)
+    watch = invariants.WeightWatch(log, {"actor": models.actor, "critic": models.critic}, frozen, warm + 2)
     guard = partial(check_finite, cfg, inputs.folder, inputs.stage, tokenizer=tokenizer)
 
     for i in range(first, total):
@@ -165,7 +165,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
         log.log(done, metrics, headline, tokens, done_here * pass_flops(sizes, rollout, i >= ppo.critic_warmup), during="update")
         log.histogram(done, "rollout/scores", rollout.scores.tolist())
         score = None
-        if ppo.eval_every and done % ppo.eval_every == 0 and done < total:
+        if is_due(ppo.eval_every, done, total):
             score = held_out.ask_again(done, state)[0]["score"]
         checkpoints.after(done, total, state.facts(), score)
     checkpoints.finish()

@@ -16,7 +16,7 @@ from runner.device import send
 from runner.durable.checkpoint import Checkpoints
 from runner.losses import pairwise_loss
 from runner.metrics import RunLog
-from runner.schedules import lr_share, warmup_steps
+from runner.schedules import is_due, lr_share, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_reward, tokenizer_for
 from runner.stages.export import export
@@ -50,7 +50,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     checkpoints = Checkpoints(inputs.folder, inputs.key, cfg, {"reward": model}, log)
     first, _, _ = checkpoints.restore()
     log.begin(first, total)
-    watch = invariants.watch_weights(log, {"reward": model}, {}, warmup_steps(rm.warmup, total) + 2)
+    watch = invariants.WeightWatch(log, {"reward": model}, {}, warmup_steps(rm.warmup, total) + 2)
 
     def score_batch(pairs: list[dict | None]) -> tuple[torch.Tensor, torch.Tensor]:
         return last_scores(model, pair_batch(pairs, tokenizer.pad_token_id))
@@ -84,7 +84,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
 
         # 5. Evaluate if due; save if due, and stop if someone asked for it
         score = None
-        if rm.eval_every and done % rm.eval_every == 0 and done < total:
+        if is_due(rm.eval_every, done, total):
             score = evaluate(done)["accuracy"]
         checkpoints.after(done, total, {}, score)
     checkpoints.finish()

@@ -16,7 +16,7 @@ from runner.device import send
 from runner.durable.checkpoint import Checkpoints
 from runner.losses import sft_loss
 from runner.metrics import RunLog
-from runner.schedules import lr_share, warmup_steps
+from runner.schedules import is_due, lr_share, warmup_steps
 from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, tokenizer_for
 from runner.stages.export import export
@@ -49,7 +49,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     checkpoints = Checkpoints(inputs.folder, inputs.key, cfg, {"actor": actor}, log)
     first, state, _ = checkpoints.restore()
     log.begin(first, total)
-    watch = invariants.watch_weights(log, {"actor": actor}, {}, warmup_steps(sft.warmup, total) + 2)
+    watch = invariants.WeightWatch(log, {"actor": actor}, {}, warmup_steps(sft.warmup, total) + 2)
     tokens_seen = state.get("num_tokens", 0)
 
     def evaluate(done: int) -> dict[str, float]:
@@ -96,7 +96,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
 
         # 5. Evaluate if due; save if due, and stop if someone asked for it
         score = None
-        if sft.eval_every and done % sft.eval_every == 0 and done < total:
+        if is_due(sft.eval_every, done, total):
             score = -evaluate(done)["loss"]
         checkpoints.after(done, total, {"before": before, "num_tokens": tokens_seen}, score)
     checkpoints.finish()
