@@ -16,12 +16,11 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from runner.batch_sizes import micro_batch
-from runner.config.schema import Config
+from runner.config.schema import Config, lower_rate
 from runner.durable.manifest import steps_done
 from runner.forecast import fit
 from runner.plan import Step
 from runner.watch import heartbeat
-from runner.watch.finite import lower_rate
 from runner.watch.machine import MORE_SPACE, disk_full, gb, memory_limit
 
 

@@ -104,7 +104,7 @@ def _write_inputs(cfg: Config, step: Step, inputs: dict) -> None:
         old.unlink(missing_ok=True)
     if step.earlier and cfg.resume == "force" and steps_done(step.folder) is None:
         adopt(step.folder, step.key, step.earlier)
-    write_facts(step.folder, cfg.name, step.key, step.facts)
+    write_facts(step.folder, cfg.name, step.facts)
     facts = {"stage": step.stage, "key": step.key, "parents": step.parents, **inputs}
     write_text(step.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(cfg))))
     write_text(step.folder / "step.json", json.dumps(facts, indent=2))
@@ -191,8 +191,6 @@ def _relay(lines, log) -> list[str]:
             log.write(line)
             log.flush()
         progress = line.startswith("~[")
-        if not progress and not line.startswith("["):
-            continue
         text = line.removeprefix("~").rstrip("\n")
         if not text.startswith(tuple(f"[{stage}]" for stage in STAGES)):
             continue

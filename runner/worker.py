@@ -9,7 +9,9 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from runner.checks.secrets import redact
 from runner.durable.lock import share
+from runner.errors import UserError
 from runner.files import write_text
 from runner.watch import heartbeat, stop
 
@@ -83,8 +85,6 @@ def work(folder: Path) -> None:
 
 def check_ranks(hardware, started: int) -> None:
     """Refuse another number of ranks than was planned: fewer would train on smaller batches, under the same key."""
-    from runner.errors import UserError
-
     if started != hardware.world_size:
         raise UserError(
             f"hardware.launch started {started} rank{'s' * (started > 1)} instead of hardware.nodes={hardware.nodes} x "
@@ -96,8 +96,6 @@ def check_ranks(hardware, started: int) -> None:
 def check_precision(hardware) -> None:
     """Refuse bf16 on a GPU that lacks it: torch would emulate it, many times slower. In a worker, as only those may open the GPU."""
     import torch
-
-    from runner.errors import UserError
 
     wanted = hardware.accelerator == "cuda" and hardware.precision == "bf16"
     if wanted and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -116,9 +114,6 @@ def leave(folder: Path, name: str, text: str) -> None:
 
 def report(folder: Path, rank: int, error: BaseException) -> None:
     """Leave a note for the launcher: what went wrong on this rank, and where. runner/faults.py reads it."""
-    from runner.checks.secrets import redact
-    from runner.errors import UserError
-
     note = {
         "rank": rank,
         "time": time.time(),

@@ -182,7 +182,7 @@ def test_a_plan_says_that_the_run_would_be_refused(here, monkeypatch, capsys):
     checkpoint = step.folder / "checkpoints" / "step_5"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text('{"files": {}, "step": 5}')
-    write_facts(step.folder, "demo", step.key, step.facts)
+    write_facts(step.folder, "demo", step.facts)
     monkeypatch.setattr("sys.argv", [RUN, "dry_run=true", "stage=sft", f"store={here / 'store'}", "sft.warmup=7"])
     runpy.run_path(RUN, run_name="__main__")
     note = capsys.readouterr().out.partition("note: this is only a plan. Without dry_run it is refused: ")[2]

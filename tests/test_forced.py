@@ -67,7 +67,7 @@ def test_a_changed_setting_holds_from_there_on(settings, place, change, begun, a
     earlier, new = stopped(settings, place), settings | change
     cfg = configured(new)
     monkeypatch.setattr(stop, "asked", lambda: None)
-    adopt(tmp_path, "", Unfinished(earlier, "", 0, {}))
+    adopt(tmp_path, "", Unfinished(earlier, 0, {}))
     first = int(place.split("_")[1])
     assert [path.name for path in complete(tmp_path)] == [f"step_{first}"]
     run(cfg, "ppo", folder, tmp_path, alone)

@@ -31,7 +31,7 @@ def interrupt(step: Step, name: str = "demo", at: int = 12) -> None:
     """Leave a step as a run leaves it that was stopped."""
     folder = step.folder / "checkpoints" / f"step_{at}"
     folder.mkdir(parents=True)
-    write_facts(step.folder, name, step.key, step.facts)
+    write_facts(step.folder, name, step.facts)
     (folder / "actor.rank_0.safetensors").write_bytes(b"weights")
     files = {"actor.rank_0.safetensors": sealed(folder / "actor.rank_0.safetensors")}
     lines = '{"step": 12}\n'
@@ -162,7 +162,7 @@ def test_force_goes_on_from_there_and_says_so_in_the_key(tmp_path):
     assert read_manifest(checkpoint)["key"] == forced.key
     assert (forced.folder / "metrics.jsonl").read_text() == '{"step": 12}\n'
     # Interrupted again, the same command goes on in the same folder, though the clean configuration is still another step
-    write_facts(forced.folder, "demo", forced.key, forced.facts)
+    write_facts(forced.folder, "demo", forced.facts)
     again = planned(tmp_path, *changed, "resume=force")
     assert (again.folder, again.key, again.facts) == (forced.folder, forced.key, forced.facts)
     plain = planned(tmp_path, *changed)

@@ -6,6 +6,7 @@ and for the workers.
 """
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from runner.config import limits
@@ -384,3 +385,14 @@ class Config:
     @property
     def time_limit_seconds(self) -> float | None:
         return None if self.time_limit is None else limits.seconds_of(self.time_limit)
+
+
+def lower_rate(cfg: Config, stage: str) -> str:
+    """Overrides that halve the learning rate; the adapters' where only they train."""
+    keys = []
+    for engine in ENGINES[stage]:
+        if getattr(cfg.model, PARTS[engine]).lora.dim:
+            keys.append(f"model.{PARTS[engine]}.lora.lr")
+        if engine == "critic" or not cfg.model.actor.adapters_only:  # a scalar head always trains in full
+            keys.append(rate_key(stage, engine))
+    return " ".join(f"{key}={attrgetter(key)(cfg) / 2:g}" for key in keys)

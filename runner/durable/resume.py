@@ -45,7 +45,6 @@ class Unfinished:
     """A step that was started under the same name, with another configuration."""
 
     folder: Path
-    key: str
     steps: int
     differences: dict[str, tuple]  # dotted key -> (value there, value now)
 
@@ -53,8 +52,8 @@ class Unfinished:
         return [_line(key, *pair) for key, pair in self.differences.items() if key != ORIGIN]
 
 
-def write_facts(folder: Path, name: str, key: str, facts: dict) -> None:
-    write_text(folder / FACTS, json.dumps({"name": name, "key": key, "facts": facts}, indent=2))
+def write_facts(folder: Path, name: str, facts: dict) -> None:
+    write_text(folder / FACTS, json.dumps({"name": name, "facts": facts}, indent=2))
 
 
 def _steps_of(store: Path, stage: str, name: str) -> Iterator[tuple[Path, dict]]:
@@ -72,7 +71,7 @@ def unfinished(store: Path, stage: str, name: str, facts: dict) -> Unfinished | 
     if folder is None or (folder / "DONE").exists() or is_held(store / "locks" / folder.name):
         return None
     steps = steps_done(folder)
-    return None if steps is None else Unfinished(folder, found["key"], steps, differences(found["facts"], facts))
+    return None if steps is None else Unfinished(folder, steps, differences(found["facts"], facts))
 
 
 def forced(store: Path, stage: str, name: str, facts: dict) -> dict | None:

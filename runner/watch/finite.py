@@ -3,10 +3,10 @@
 import json
 import math
 from collections.abc import Iterable
-from operator import attrgetter
 from pathlib import Path
 
-from runner.config.schema import ENGINES, PARTS, Config, rate_key
+from runner import ranks
+from runner.config.schema import Config, lower_rate
 from runner.errors import UserError
 
 
@@ -33,8 +33,6 @@ def numbered(rows, numbers) -> Iterable[dict]:
 
 
 def _save_batch(path: Path, rows: Iterable[dict], tokenizer) -> None:
-    from runner import ranks  # not at the top: the launcher, which reads this file too, has no torch
-
     if ranks.rank() != 0:
         return
     with path.open("w") as file:
@@ -42,14 +40,3 @@ def _save_batch(path: Path, rows: Iterable[dict], tokenizer) -> None:
             plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
             texts = {name.removesuffix("ids") + "text": tokenizer.decode(ids) for name, ids in plain.items() if name.endswith("ids")}
             file.write(json.dumps(plain | texts, ensure_ascii=False) + "\n")
-
-
-def lower_rate(cfg: Config, stage: str) -> str:
-    """Overrides that halve the learning rate; the adapters' where only they train."""
-    keys = []
-    for engine in ENGINES[stage]:
-        if getattr(cfg.model, PARTS[engine]).lora.dim:
-            keys.append(f"model.{PARTS[engine]}.lora.lr")
-        if engine == "critic" or not cfg.model.actor.adapters_only:  # a scalar head always trains in full
-            keys.append(rate_key(stage, engine))
-    return " ".join(f"{key}={attrgetter(key)(cfg) / 2:g}" for key in keys)
