@@ -250,6 +250,7 @@ WRONG = {
     "labels of a coin": ("stage=dpo dpo.label_smoothing=0.5", "dpo.label_smoothing=0.5 must be 0 (off) or more, and below 0.5"),
     "impossible batch of pairs": ("stage=dpo hardware.micro_batch.dpo=5", "Type dpo.global_batch=35, or hardware.micro_batch.dpo=4"),
     "deleted block": ("~ppo", "leave out ~ppo"),
+    "values for the sweeper": ("+hydra.sweeper.params.x=1 -m", "name the values after -m themselves, as in -m sft.lr=1e-3,1e-4"),
     "deleted block of Hydra": ("~hydra.callbacks", "hydra.callbacks cannot be deleted: leave out ~hydra.callbacks"),
     "launcher of no package": (
         "-m hydra/launcher=jobli seed=1",

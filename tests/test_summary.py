@@ -254,6 +254,8 @@ def test_one_stage_alone(tmp_path, stage, epochs):
     assert ("runner.chat" in text) == (stage == "sft")
     assert row(text, "change something").endswith(f"python run.py -m stage={stage} model=opt1.3b {stage}.epochs={epochs}")
     assert row(text, "train the rest").endswith("python run.py model=opt1.3b stage=ppo")
+    capped = summary(steps, tmp_path / "run", overrides=[f"stage={stage}", f"{stage}.max_steps=30"])  # more epochs would change nothing
+    assert row(capped, "change something").endswith(f"python run.py -m stage={stage} {stage}.max_steps=30,60")
 
 
 @pytest.mark.parametrize(("owned", "offered"), [({"sft": 300}, False), ({"sft": 60, "reward": 120, "ppo": 120}, True)])

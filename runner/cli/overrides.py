@@ -140,6 +140,8 @@ def _check_name(value: str) -> None:
 def _for_hydra(argument: str, override, known: Known) -> str:
     """The argument as Hydra wants it. Raises UserError for what cannot be meant."""
     key, value = override.key_or_group, argument.partition("=")[2]
+    if key.startswith("hydra.sweeper.params"):
+        raise UserError(f"{argument}: name the values after -m themselves, as in -m sft.lr=1e-3,1e-4; params are for presets in conf/sweep")
     if key.startswith(("hydra.", "hydra/")):
         if key == "hydra/launcher":
             _check_launcher(value)

@@ -279,7 +279,8 @@ def next_section(trained: Sequence[Trained], overrides: Sequence[str], flags: Se
     talker = steps.get("ppo") or steps.get("dpo") or steps.get("sft")
     if talker:
         commands.append(("talk to it", f"python -m runner.chat {shlex.quote(short(talker.model))}"))
-    swept = [o for o in repeat(read_by(last, overrides), TRY_NEXT[last]) if override_key(o) != "resume"]  # a sweep refuses resume=force
+    kept = [o for o in read_by(last, overrides) if override_key(o) != "resume"]  # a sweep refuses resume=force
+    swept = repeat(kept, to_try(last, overrides))
     commands.append(("change something", command_line(*flags, "-m", *swept)))
     if last in ("sft", "reward") and feeds_the_rest(trained):
         if lacking:
@@ -290,6 +291,12 @@ def next_section(trained: Sequence[Trained], overrides: Sequence[str], flags: Se
         if not step.pinned and any(step.folder.glob("wandb/offline-run-*")):
             commands.append((f"{step.stage} to W&B", f"wandb sync {shlex.quote(short(step.folder))}/wandb/offline-run-*"))
     return Section("Next", notes=notes, literal=commands)
+
+
+def to_try(stage: str, overrides: Sequence[str]) -> str:
+    """What a sweep may vary next: not the epochs, where max_steps ends the training before them."""
+    most = next((o.partition("=")[2] for o in overrides if override_key(o) == f"{stage}.max_steps"), "")
+    return f"{stage}.max_steps={most},{2 * int(most)}" if most.isdigit() and ".epochs=" in TRY_NEXT[stage] else TRY_NEXT[stage]
 
 
 def read_by(stage: str, overrides: Sequence[str]) -> list[str]:
