@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from runner.cli.overrides import check_overrides
 from runner.config.loading import load
 from runner.config.schema import Dataset
-from runner.data.adapters import ADAPTERS, BadRow, Dropped, Example, Unmapped, adapt, check_adapter, parse_dialogue, published, user
+from runner.data.adapters import ADAPTERS, adapt, check_adapter, published_like
+from runner.data.dialogue import BadRow, Dropped, Example, Unmapped, parse_dialogue, user
 from runner.data.field_names import guessed_map, why_no_map
 from runner.errors import UserError
 
@@ -480,9 +481,9 @@ def test_rows_of_published_sets_that_fields_cannot_read_are_recognised(name, row
     try:
         adapt("fields", row, {})
     except Unmapped:
-        assert name in published(row)[:2]  # Chinese and Japanese rows look alike
+        assert name in published_like(row)[:2]  # Chinese and Japanese rows look alike
     for other in (NECTAR, ULTRAFEEDBACK, {"question": "a", "good": "b", "bad": "c"}, {"text": "a"}):
-        assert published(other) == []
+        assert published_like(other) == []
 
 
 def test_fields_map_with_an_unknown_name():

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from runner.config.schema import SHARES, Dataset, Model, Source
-from runner.data.adapters import BadRow, check_text
+from runner.data.dialogue import BadRow, check_text
 from runner.data.encoder import Encoder
 from runner.data.examples import Counts, adapted, can_use, each_answer, examples, only_use
 from runner.data.sources import VERSION, content_key, data_key, has_rows_for, rows, sources_of

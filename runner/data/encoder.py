@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from runner.config.schema import Dataset, Model
-from runner.data.adapters import Example
+from runner.data.dialogue import Example
 from runner.data.examples import Counts, examples
 from runner.data.sources import sources_of
 from runner.errors import UserError

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 
 from runner.config.schema import Dataset, Source
-from runner.data.adapters import BadRow, Dropped, Example, Unmapped, adapt, published
+from runner.data.adapters import adapt, published_like
+from runner.data.dialogue import BadRow, Dropped, Example, Unmapped
 from runner.data.field_names import guessed_map, why_no_map
-from runner.data.sources import BrokenRow, rows, sources_of
+from runner.data.file_formats import BrokenRow
+from runner.data.sources import rows, sources_of
 from runner.data.split import phase_of, prompt_hash
 from runner.errors import UserError
 
@@ -108,7 +110,7 @@ def _cure(dataset: Dataset, source: Source, error: Exception) -> str:
     if not isinstance(error, Unmapped):
         return skip
     prompts = source.adapter == "prompts"
-    if not prompts and (known := published(error.row)):
+    if not prompts and (known := published_like(error.row)):
         return f"It looks like a row of a published set: {_with_adapter(dataset, source, known[0])}"
     if not prompts and (why := why_no_map(error.row)):
         return why

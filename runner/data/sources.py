@@ -3,11 +3,8 @@
 No torch and no tokenizer in here: the plan needs the key of the data.
 """
 
-import csv
 import difflib
-import gzip
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
@@ -17,14 +14,14 @@ from runner.checks.paths import SEVERAL, SUFFIXES, is_local
 from runner.checks.secrets import redact
 from runner.config.schema import Dataset, Source
 from runner.data import toy
+from runner.data.file_formats import BrokenRow, file_rows
 from runner.errors import UserError
 
 # Increase it when an adapter, the encoder, the split or the order of the sources changes what becomes of a row
 VERSION = 9
 
-
-class BrokenRow(Exception):
-    """A line that is not a JSON object; the message says where and why."""
+# A folder that datasets' save_to_disk has written holds one of these
+SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
 
 
 def sources_of(dataset: Dataset) -> dict[str, Source]:
@@ -69,17 +66,7 @@ def rows(source: Source, toy_rows: int) -> Iterator[tuple[str, dict | BrokenRow]
     elif not is_local(source.path):
         yield from _hub_rows(source)
     else:
-        path = _existing(source)
-        if path.is_dir():
-            yield from _saved_rows(path, source.split)
-        elif path.suffix == ".parquet":
-            yield from _parquet_rows(path)
-        elif path.suffix in (".csv", ".tsv"):
-            yield from _table_rows(path)
-        elif ".jsonl" in path.suffixes:
-            yield from _line_rows(path)
-        else:
-            yield from _json_rows(path)
+        yield from file_rows(_existing(source), source.split)
 
 
 def content_key(source: Source, toy_rows: int) -> str:
@@ -143,140 +130,6 @@ def _existing(source: Source) -> Path:
 def _check_split(source: Source, has_splits: bool) -> None:
     if not has_splits and source.split != "train":  # which is what stands where nobody has typed a split
         raise UserError(f"split={source.split}: {source.path} has no splits. Leave split out to read it whole, or name that split's file")
-
-
-SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
-
-
-def _open(path: Path):
-    """Open as UTF-8, with or without a byte order mark. Other bytes become surrogates, which adapters.check_text finds."""
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", errors="surrogateescape")
-
-
-def _line_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
-    with _open(path) as lines:
-        for number, line in enumerate(_readable(lines, path), 1):
-            if line.strip():
-                yield f"{path}:{number}", _parse(line)
-
-
-UTF_16 = ("\udcff\udcfe", "\udcfe\udcff")  # its byte order marks, as `_open` reads them
-
-
-def _readable(lines, path: Path) -> Iterator[str]:
-    try:
-        for number, line in enumerate(lines):
-            if number == 0 and line.startswith(UTF_16):
-                raise UserError(f"{path} is in UTF-16, not UTF-8: convert its text with iconv -f UTF-16 -t UTF-8 OLD > NEW")
-            yield line
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Is it complete?") from error
-
-
-def _parse(text: str) -> dict | BrokenRow:
-    try:
-        value = json.loads(text.rstrip())  # or a cut row would be said to be wrong at column 1, of the next line
-    except json.JSONDecodeError as error:
-        return BrokenRow(_not_json(error) + LIST_HINT * (text.strip() == "[") + COMMA_HINT * text.rstrip().endswith(","))
-    except (ValueError, RecursionError) as error:
-        return BrokenRow(f"not valid JSON ({error})")
-    if isinstance(value, list):
-        return BrokenRow(f"a row must be a JSON object, this is a list{LIST_HINT}")
-    return value if isinstance(value, dict) else BrokenRow(f"a row must be a JSON object, this is a {type(value).__name__}")
-
-
-LIST_HINT = "; a file that holds one list of rows is called .json: rename it"
-
-
-COMMA_HINT = "; a row ends with its }, without a comma"
-
-
-def _not_json(error: json.JSONDecodeError) -> str:
-    return f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
-    with _open(path) as handle:
-        text = "".join(_readable(handle, path))
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object per line in a file called .json
-            yield from _line_rows(path)
-            return
-        comma = text[: error.pos].rstrip().endswith(",") and text[error.pos :].startswith("]")
-        hint = "; there is a comma behind the last row" if comma else ""
-        raise UserError(f"{path}:{error.lineno}: {_not_json(error)}{hint}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if isinstance(values, dict):
-        lists = [v for v in values.values() if isinstance(v, list)]
-        values = lists[0] if len(lists) == 1 else [values]
-    if not isinstance(values, list):
-        raise UserError(f"{path} is not a list of JSON objects but a single {type(values).__name__}")
-    for number, value in enumerate(values, 1):
-        ok = isinstance(value, dict)
-        yield f"{path} row {number}", value if ok else BrokenRow(f"a row must be a JSON object, this is a {type(value).__name__}")
-
-
-def _table_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:
-    csv.field_size_limit(2**31 - 1)  # 131,072 characters otherwise
-    with _open(path) as lines:
-        table = csv.DictReader(_readable(lines, path), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-        try:
-            if [";" in name for name in table.fieldnames or ()] == [True]:
-                raise UserError(f"{path}:1: the columns are separated by semicolons: save the table with commas, or with tabs as .tsv")
-            for row in table:
-                odd = None in row or None in row.values()  # as it names values without a name, and names without a value
-                broken = BrokenRow("the row has not as many values as the header has names")
-                yield f"{path}:{table.line_num}", broken if odd else _filled(row)
-        except csv.Error as error:
-            raise UserError(f"{path}:{table.reader.line_num}: {error}. A quote inside a value is written twice, within quotes") from error
-
-
-def _filled(row: dict[str, str]) -> dict[str, str | None]:
-    """A table has no null: an empty cell stands for it."""
-    return {name: value or None for name, value in row.items()}
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a Parquet file: {error}") from error
-    number, batches = 0, file.iter_batches()
-    while batch := _next_rows(batches, path):
-        for row in batch:
-            number += 1
-            yield f"{path} row {number}", row
-
-
-def _next_rows(batches: Iterator, path: Path) -> list[dict]:
-    """Rows of the next batch that has some; [] at the end."""
-    from pyarrow import ArrowException
-
-    try:
-        return next((rows for batch in batches if (rows := batch.to_pylist())), [])
-    except (ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}. Is it complete?") from error
-
-
-def _saved_rows(path: Path, split: str) -> Iterator[tuple[str, dict]]:
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except Exception as error:  # a file that is not what it should be makes it raise anything
-        hint = f"name a {', '.join(SUFFIXES)} file"
-        raise UserError(f"folder {path} was not written by datasets' save_to_disk ({error!r}); {hint}") from error
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise UserError(f"folder {path} has no split {split}; it has {', '.join(saved)}")
-        saved = saved[split]
-    yield from ((f"{path} row {i}", row) for i, row in enumerate(saved, 1))
 
 
 def _hub_rows(source: Source) -> Iterator[tuple[str, dict]]:

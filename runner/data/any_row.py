@@ -1,0 +1,148 @@
+"""Adapters for rows of any data set, by the names of their fields: `fields` for answers, `prompts` for prompts alone."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from runner.data.dialogue import OPENING, BadRow, Dropped, Example, Turn, Unmapped, chat, need, parse_dialogue, user
+from runner.data.field_names import CHATS, PAIR, PROMPTS, RESPONSES, is_message
+
+
+def any_fields(row: dict, fields: dict) -> Example:
+    """Any row: {prompt, chosen | response, rejected?, system?} under the names of the map `fields` (ours -> theirs) or the usual ones.
+
+    A prompt is a text, with or without roles, or a list of messages. An answer is a text, a list of messages, or, in rows
+    without a prompt, a whole dialogue. `messages` (`conversations`) is a chat that ends with the response.
+    """
+    named = under_our_names(row, fields)
+    answer = pick(named, tuple(n for n in RESPONSES if n in fields) or RESPONSES)
+    if answer is None:
+        raise null_field(named, RESPONSES) or no_field(row, "response", RESPONSES)
+    rejected = pick(named, ("rejected",))
+    if is_bad(row, single=rejected is None and fields.get(answer, answer) != "label"):
+        raise Dropped("marked as bad (label: false)")
+    if rejected and is_rated_no_higher(row):
+        raise Dropped("chosen is rated no higher")
+    return with_system(named, compare(named, prompt_turns(named), answer, rejected))
+
+
+def is_bad(row: dict, single: bool) -> bool:
+    """Whether a row is a KTO one that shows how not to answer. single: one answer, and not under this name; else 0 may be anything."""
+    label = row.get(pick(row, ("kto_tag", "label")))  # LLaMA-Factory's name, TRL's name
+    return label is False or (single and str(label).strip().lower() in ("false", "0", "0.0"))
+
+
+def is_rated_no_higher(row: dict) -> bool:
+    """Whether the ratings beside a pair, as UltraFeedback's has them, do not prefer the chosen answer."""
+    try:
+        return float(row["score_chosen"]) <= float(row["score_rejected"])  # numbers, or their digits in a table of texts
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def prompts(row: dict, fields: dict) -> Example:
+    """The prompt of any row, for PPO: found as `fields` does. Answers are left out, also one at the end of a dialogue."""
+    named = under_our_names(row, fields)
+    turns, answer = prompt_turns(named), pick(named, RESPONSES)
+    if not turns and answer in CHATS and isinstance(named[answer], list):
+        turns = chat(named, answer)
+    elif not turns and answer:
+        turns, _ = reply(named, answer, ())
+    elif not turns:
+        raise null_field(named, PROMPTS) or no_field(row, "prompt", PROMPTS, mapped=("prompt",))
+    if turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    return with_system(named, Example(turns, None))
+
+
+def under_our_names(row: dict, fields: dict) -> dict:
+    """The row, and beside its own names those of the map `fields` (ours -> theirs)."""
+    return row | {ours: need(row, theirs, kind=object) for ours, theirs in fields.items()}
+
+
+def prompt_turns(named: dict) -> tuple[Turn, ...]:
+    """Turns of the field that holds the prompt, or of a chat beside an answer; none if the row has no such field."""
+    if not (prompt := pick(named, PROMPTS)):
+        return asked(named)
+    if named[prompt] == []:
+        raise Dropped("empty prompt")
+    turns = chat(named, prompt) if isinstance(named[prompt], list) else parse_dialogue(need(named, prompt))
+    if prompt != "instruction":
+        return (*history(named), *turns) if isinstance(named.get("history"), list) else turns
+    extra = pick(named, ("input", "context"))  # Alpaca, Dolly
+    if extra and need(named, extra).strip():
+        turns = (*turns[:-1], user(turns[-1]["content"] + "\n\n" + named[extra]))
+    return (*history(named), *turns)
+
+
+def asked(named: dict) -> tuple[Turn, ...]:
+    """The turns of a chat that ends with the user and whose answer has a field of its own, as in LLaMA-Factory's pairs; otherwise none."""
+    answer, key = pick(named, RESPONSES), pick(named, CHATS)
+    if answer in CHATS or not key or not isinstance(named[key], list):
+        return ()
+    turns = chat(named, key)
+    return turns if turns and turns[-1]["role"] == "user" else ()
+
+
+def history(named: dict) -> Iterator[Turn]:
+    """The turns before an instruction, as LLaMA-Factory keeps them: [[user, assistant], ...]."""
+    for i, pair in enumerate(need(named, "history", kind=list) if named.get("history") else ()):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise BadRow(f"field history[{i}] is not a pair of texts, [user, assistant]")
+        yield from (user(pair[0]), {"role": "assistant", "content": pair[1].strip()})
+
+
+def with_system(named: dict, example: Example) -> Example:
+    """The example with the row's system prompt before its turns."""
+    if not pick(named, ("system",)) or not need(named, "system").strip():
+        return example
+    return replace(example, prompt=({"role": "system", "content": named["system"].strip()}, *example.prompt))
+
+
+# The place of a response that is missing
+PLACE = re.compile(r"(?:Assistant|ASSISTANT):\s*$")
+
+
+def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
+    """(prompt, response) of an answer field: the bare response to `prompt`, or a dialogue (text or messages) that ends with it."""
+    if is_message(row.get(key)):  # LLaMA-Factory
+        row = row | {key: [row[key]]}
+    if isinstance(row.get(key), list):
+        turns = chat(row, key)
+    elif prompt:
+        return prompt, need(row, key)
+    elif OPENING.match(need(row, key)):
+        turns = parse_dialogue(row[key])
+    elif null := null_field(row, PROMPTS):
+        raise null
+    else:
+        missing = no_field(row, "prompt", PROMPTS)
+        raise Unmapped(f"field {key} is not a dialogue (it does not begin with 'Human:'), and there is {missing}", row, PAIR)
+    if not turns or turns[-1]["role"] != "assistant":
+        empty = not turns or PLACE.search(str(row[key]))
+        raise Dropped("empty response" if empty else f"dialogue ends with a {turns[-1]['role']} turn")
+    # Messages that begin with the assistant go on from the prompt; others repeat it
+    return (prompt if turns[0]["role"] == "assistant" else ()) + turns[:-1], turns[-1]["content"]
+
+
+def compare(row: dict, prompt: tuple[Turn, ...], chosen: str, rejected: str | None) -> Example:
+    """Example of the answer fields called `chosen` and `rejected`, which must answer the same prompt."""
+    before, good = reply(row, chosen, prompt)
+    other, bad = reply(row, rejected, prompt) if rejected else (before, None)
+    if before != other:
+        raise Dropped("prompts differ")
+    return Example(before, good, bad)
+
+
+def pick(row: dict, names: tuple[str, ...]) -> str | None:
+    """The first name whose field holds something. A null is no field: columnar files fill the gaps of uneven rows with it."""
+    return next((name for name in names if row.get(name) is not None), None)
+
+
+def null_field(row: dict, names: tuple[str, ...]) -> BadRow | None:
+    """What is wrong with a row in which `pick` has found none of these names, if it has one of them."""
+    return next((BadRow(f"field {name} is null") for name in names if name in row), None)
+
+
+def no_field(row: dict, what: str, names: tuple[str, ...], mapped: tuple[str, ...] = PAIR) -> Unmapped:
+    return Unmapped(f"no {what} among the fields {', '.join(map(str, row))}; tried {', '.join(names)}", row, mapped)
