@@ -138,11 +138,12 @@ def as_trained(path: str) -> tuple[float, list[str]]:
     """
     import yaml
 
-    file = Path(path).parent / "config.yaml"
-    if not file.exists():
+    file = Path(path).resolve().parent / "config.yaml"
+    config = yaml.safe_load(file.read_text()) if file.exists() else None
+    model, ppo = ((config.get(name) if isinstance(config, dict) else None) or {} for name in ("model", "ppo"))
+    if "max_prompt_tokens" not in model:  # another program's
         return math.inf, []
-    config = yaml.safe_load(file.read_text())
-    return config["model"]["max_prompt_tokens"], (config.get("ppo") or {}).get("stop") or []
+    return model["max_prompt_tokens"], ppo.get("stop") or []
 
 
 def hear() -> str:

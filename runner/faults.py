@@ -57,7 +57,7 @@ class Crash:
     @cached_property
     def culprit(self) -> tuple[int, int, dict | None]:
         """(rank, exit code, note) of the rank that failed first, not of those that failed because of it."""
-        rank, code = _torchrun_says(self.lines) or (0, self.code if self.code < 128 else 128 - self.code)
+        rank, code = _torchrun_says(self.lines) or (0, _as_popen_says(self.code))
         if code < 0:
             return rank, code, None
         causes = [note for note in self.notes if not CONSEQUENCE.search(note["message"])]
@@ -160,6 +160,16 @@ def _gpu_full(crash: Crash) -> tuple[str, str]:
     return what, f"Type {less_memory(crash.cfg, crash.step.stage, note.get('phase', ''), note.get('traceback', ''))}."
 
 
+def _as_popen_says(code: int) -> int:
+    """An exit code as subprocess gives it, with signals negative.
+
+    A shell says 128 + signal. DeepSpeed's launcher exits with -signal, of which the system keeps 256 - signal. 255 is ssh's own error.
+    """
+    if 128 < code <= 192:
+        return 128 - code
+    return code - 256 if 192 < code < 255 else code
+
+
 def less_memory(cfg: Config, stage: str, phase: str, traceback: str) -> str:
     """The cheapest override that lowers the GPU memory of a phase, given what is set now: its micro batch, then the forecast's savings."""
     if knob := _knob(stage, phase, traceback):
@@ -178,7 +188,7 @@ def _knob(stage: str, phase: str, traceback: str) -> str | None:
     """The micro batch that bounds the memory of a phase; None where none does (building, saving)."""
     if stage == "ppo" and phase in ("rollout", "eval"):
         return "score" if re.search(r"collect\.py.*in score\b", traceback) else "rollout"
-    return {"train": stage, "reference": stage, "eval": stage, "update": "ppo"}.get(phase)
+    return {"train": stage, "reference": stage, "eval": stage, "scoring": "score", "update": "ppo"}.get(phase)
 
 
 def _memory_refused(crash: Crash) -> tuple[str, str]:

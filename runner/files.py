@@ -36,6 +36,8 @@ def put_in_place(work: Path, folder: Path) -> None:
 
 def remove_unused(run_dir: Path) -> None:
     """Delete the folder that Hydra made for a command that wrote nothing there, and empty parents below the working directory."""
+    if Path.cwd().is_relative_to(run_dir.absolute()):
+        return
     if not run_dir.is_dir() or not {path.name for path in run_dir.glob("*")} <= {".hydra", "run.log", "multirun.yaml"}:
         return
     shutil.rmtree(run_dir, ignore_errors=True)

@@ -153,7 +153,7 @@ class RunLog:
         """Sample dialogues: a file always, a table in W&B."""
         if not self.writes:
             return
-        with (self.folder / "samples.jsonl").open("w") as file:
+        with (self.folder / "samples.jsonl").open("w", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
         if self.wandb and rows:

@@ -43,7 +43,8 @@ def positions_of(settings: dict) -> int | None:
     LongRoPE takes other frequencies from a length on, for all rows of a batch in which one is as long: a row's log-probabilities would
     depend on the others. Up to that length it is as any other.
     """
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling")
+    rope = rope if isinstance(rope, dict) else {}  # a config.json may hold anything
     first = rope.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
     return first if "longrope" in (rope.get("rope_type"), rope.get("type")) and first else settings.get("max_position_embeddings")
 
@@ -60,7 +61,8 @@ def _check_kind(key: str, path: str, settings: dict) -> None:
         raise UserError(f"{key}={path} holds {kind}, but {stage} is {wanted}: give the folder of one")
     if key == "model.actor.path" and scores:
         raise UserError(f"{key}={path} holds {kind}, which scores texts and writes none: give the folder of a language model")
-    labels = len(settings.get("id2label") or "01")  # config.json names labels unless there are two
+    named = settings.get("id2label")
+    labels = len(named) if isinstance(named, dict) else 2  # config.json names labels unless there are two
     if key in ("model.reward.path", "reward.use") and scores and labels > 1:
         raise UserError(f"{key}={path} sorts texts into {labels} labels; a reward model gives one score: give one that was trained as such")
 

@@ -65,8 +65,13 @@ class Step:
             return "given"
         if self.done:
             return "reused"
+        return "run" if self.resumes_at is None else f"resume {self.resumes_at}"
+
+    @property
+    def resumes_at(self) -> int | None:
+        """Optimizer steps (PPO: iterations) of the checkpoint that it goes on from; None where it starts anew."""
         at = steps_done(self.folder)
-        return "run" if at is None else f"resume {at}"
+        return self.facts[ORIGIN]["at"] if at is None and ORIGIN in self.facts else at
 
 
 def plan(cfg: Config) -> list[Step]:

@@ -14,6 +14,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
 from runner.checks.paths import is_local
 from runner.config.schema import Config
 from runner.data.sources import sources_of
@@ -127,6 +130,8 @@ def _go_offline_without_network(cfg: Config, steps: list[Step]) -> None:
             names += [source] if source else []
     needed = [name for name in names if not is_local(name)]
     if not needed:
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            return  # another job of this process may need the hub
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     elif "HF_HUB_OFFLINE" not in os.environ and not hub_answers():
         print(f"the Hugging Face hub cannot be reached: looking for {', '.join(needed)} in the local cache only", file=sys.stderr)

@@ -5,6 +5,7 @@ workers only open files.
 """
 
 import hashlib
+import logging
 import math
 import os
 import sys
@@ -42,6 +43,8 @@ def prepare(cfg: Config, steps: list[Step]) -> dict[str, dict]:
 
     from runner.data import cache
 
+    for client in ("httpx", "httpx2", "urllib3"):  # Hydra logs what they say: every address, in which there may be a password
+        logging.getLogger(client).setLevel(logging.WARNING)
     store = _writable(cfg.store)
     by_stage = {step.stage: step for step in steps}
     tokenizers = _tokenizers(cfg, store, by_stage)

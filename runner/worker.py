@@ -40,7 +40,10 @@ def main(folder: Path) -> None:
         work(folder)
     except BaseException as error:
         report(folder, rank, error)
-        raise
+        if not isinstance(error, Exception):
+            raise
+        print(redact(traceback.format_exc()), file=sys.stderr, flush=True)  # Python itself would print secrets too
+        sys.exit(1)
 
 
 def inherit(folder: Path) -> None:

@@ -227,6 +227,8 @@ def test_an_answer_ends_at_a_stop_string_of_ppo(step, capsys):
 
 def test_what_a_step_says_of_its_training(tmp_path):
     assert chat.as_trained(str(tmp_path / "model")) == (math.inf, [])
+    (tmp_path / "config.yaml").write_text("of: another program\n")
+    assert chat.as_trained(str(tmp_path / "model")) == (math.inf, [])
     (tmp_path / "config.yaml").write_text("model: {max_prompt_tokens: 7}\nppo: null\n")
     assert chat.as_trained(str(tmp_path / "model")) == (7, [])
     (tmp_path / "config.yaml").write_text('model: {max_prompt_tokens: 7}\nppo: {stop: ["a\\n"]}\n')

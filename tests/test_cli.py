@@ -444,6 +444,8 @@ def test_near_checkpoints_are_named(refused, here):
     settings = {"model_type": "opt", "max_position_embeddings": 9999, "rope_parameters": rope}
     (here / "odd" / "config.json").write_text(json.dumps(settings))
     assert "longer than the 98 positions of ./odd" in refused("model.actor.path=./odd", "stage=sft", "dry_run=true")
+    (here / "odd" / "config.json").write_text('{"model_type": "opt", "rope_scaling": "linear", "id2label": 3}')
+    assert "model folder odd has no weights" in refused("model.actor.path=./odd", "stage=sft", "dry_run=true")
     (here / "llama").mkdir()
     (here / "llama" / "config.json").write_text('{"model_type": "llama"}')
     message = refused("model.reward.path=./llama", "stage=reward", "dry_run=true")
@@ -724,6 +726,43 @@ def test_wandb_online_without_a_key_is_said_before_data_is_read(here, refused, m
     monkeypatch.setenv("HOME", str(here))  # no ~/.netrc
     assert "there is no API key: set WANDB_API_KEY" in refused("wandb.mode=online")
     assert not (here / "runs" / "store").exists()
+
+
+def test_the_key_of_a_wandb_server_of_ones_own_is_found(here, monkeypatch):
+    from runner.wandb_login import has_wandb_key
+
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(here))
+    (here / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password x\n")
+    assert has_wandb_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.com:8080")
+    assert not has_wandb_key()
+    (here / "mine").write_text("machine wandb.example.com login user password x\n")
+    monkeypatch.setenv("NETRC", str(here / "mine"))
+    assert has_wandb_key(in_file=True)
+
+
+def test_commands_of_the_same_second_have_folders_of_their_own(here):
+    from hydra.core.utils import setup_globals
+
+    from runner.cli.hydra_callback import make_folder
+
+    setup_globals()
+    for _ in range(2):
+        config = OmegaConf.create({"hydra": {"run": {"dir": "runs/${now:%H-%M-%S}"}, "sweep": {"dir": "given"}}})
+        make_folder(config, "run")
+        assert Path(config.hydra.run.dir).is_dir()
+        make_folder(config, "sweep")  # a folder that was typed may be there
+    assert len(list((here / "runs").iterdir())) == 2 and (here / "given").is_dir()
+
+
+def test_the_working_folder_is_never_removed(here):
+    from runner.files import remove_unused
+
+    remove_unused(Path())
+    remove_unused(here.parent)
+    assert here.is_dir()
 
 
 def test_wandb_without_a_network_stays_offline_or_is_refused(monkeypatch, capsys, tmp_path):

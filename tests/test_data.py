@@ -85,6 +85,7 @@ def test_the_first_human_turn_decides_without_case_punctuation_and_spacing():
     assert reference != prompt_hash(asked("What is a lake?"))
     assert prompt_hash(asked("???")) != prompt_hash(asked("!!!"))  # without words, what is there counts
     assert prompt_hash(asked("什么是河?")) == prompt_hash(asked("什么是河")) != prompt_hash(asked("什么是湖"))
+    assert prompt_hash(asked("caf\u00e9")) == prompt_hash(asked("cafe\u0301"))
 
 
 @fuzz
@@ -563,6 +564,9 @@ def test_folder_with_splits(tmp_path):
         str(tmp_path / "d")
     )
     assert len(read(tmp_path / "d")) == 5 and len(read(tmp_path / "d", split="test")) == 2
+    before = sources.content_key(Source(str(tmp_path / "d")), 0)
+    (tmp_path / "d" / "train" / "cache-0123.arrow").write_text("what somebody's filter has left there")
+    assert sources.content_key(Source(str(tmp_path / "d")), 0) == before
     with pytest.raises(UserError, match=r"has no split validation; it has train, test"):
         read(tmp_path / "d", split="validation")
 
@@ -622,6 +626,7 @@ def damaged_parquet() -> bytes:
         ("a.csv", b"prompt;chosen\na;b\n", r"a.csv:1: the columns are separated by semicolons"),
         ("a.csv", b'prompt,chosen\na,b\na,"b" is it\n', r"a.csv:3: .* expected after .*A quote inside a value is written twice"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 100, mtime=0)[:-20], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"x", mtime=0)[:10] + b"\xff" * 9, "cannot be read"),
         ("a.json", b'[{"prompt": "x"},\n oops]', r"a.json:2: not valid JSON"),
         ("a.json", b"3", "is not a list of JSON objects but a single int"),
         ("a.json", b"[" * 100_000, "not valid JSON"),

@@ -132,7 +132,8 @@ LESS = [
     ("reward", "", "", (EIGHT, OFFLOAD, "model.reward.lora.dim=8"), "hardware= with more or larger GPUs"),
     ("ppo", "update", "", (EIGHT, *BY_SIX), "hardware.micro_batch.ppo=3 (now 6)"),
     ("ppo", "rollout", "", (ONE,), "hardware.micro_batch.rollout=16 (now 32)"),
-    ("ppo", "rollout", SCORED, (ONE,), "hardware.micro_batch.score=8 (now 16)"),
+    ("ppo", "scoring", SCORED, (ONE,), "hardware.micro_batch.score=8 (now 16)"),
+    ("ppo", "eval", SCORED, (ONE,), "hardware.micro_batch.score=8 (now 16)"),
     ("ppo", "", "", (EIGHT, "hardware.zero.actor=2"), f"hardware.zero.actor=3 {SPREAD}: "),
     ("ppo", "", "", (EIGHT, SPREAD), OFFLOAD),
     ("ppo", "", "", (EIGHT, SPREAD, OFFLOAD), FROZEN),
@@ -175,8 +176,27 @@ def test_fewer_ranks_than_planned_are_refused():
         worker.check_ranks(hardware, 1)
 
 
-def test_a_shell_reports_signals_as_codes_above_128(tmp_path):
-    assert "died of a bus error (-7)" in ended(*made(tmp_path), code=135).text
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [(135, "died of a bus error (-7)"), (249, "died of a bus error (-7)"), (-7, "died of a bus error (-7)"), (255, "exit code 255")],
+    ids=["shell", "DeepSpeed's launcher", "subprocess", "ssh"],
+)
+def test_exit_codes_of_launchers_are_understood(code, says, tmp_path):
+    assert says in ended(*made(tmp_path), code=code).text
+
+
+def test_the_log_of_another_rank_holds_no_secret(tmp_path):
+    """Python would print the message of an exception as it is."""
+    token = "hf_" + "Ab1" * 9
+    (tmp_path / "logs").mkdir()
+    code = (
+        "from pathlib import Path; from runner import worker\n"
+        f"def work(folder): raise OSError('401 for https://x:{token}@hub')\n"
+        f"worker.work = work; worker.main(Path({str(tmp_path)!r}))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"RANK": "1", "WORLD_SIZE": "2"}, check=False)
+    log = (tmp_path / "logs" / "rank_1.log").read_text()
+    assert ended.returncode == 1 and "OSError: 401" in log and token not in log
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------------

@@ -155,6 +155,7 @@ def test_force_goes_on_from_there_and_says_so_in_the_key(tmp_path):
     clean = planned(tmp_path, *changed, "resume=new")
     assert len({forced.key, clean.key, old.key}) == 3
     assert forced.facts["goes_on_from"] == {"step": old.folder.name, "at": 12, "changed": [f"sft.lr: {configured().sft.lr} -> 0.5"]}
+    assert (forced.state(), forced.resumes_at, clean.resumes_at) == ("resume 12", 12, None)
     forced.folder.mkdir()
     adopt(forced.folder, forced.key, forced.earlier)
     (checkpoint,) = complete(forced.folder)

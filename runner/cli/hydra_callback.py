@@ -5,8 +5,10 @@ are checked here, so that a mistake in the last one is reported now and not afte
 """
 
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -39,8 +41,10 @@ class CheckBeforeSaving(Callback):
         # Another sweeper chooses its values as it goes
         if str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):
             _add_keys(config)
-            with suppress(HydraException, OmegaConfBaseException):  # words that it cannot read are refused by the sweeper itself
+            try:
                 refuse_jobs(config)
+            except (HydraException, OmegaConfBaseException):  # words that it cannot read are refused by the sweeper itself
+                return
         make_folder(config, "sweep")
 
 
@@ -58,13 +62,29 @@ def refuse_to_save(config: DictConfig) -> None:
 
 
 def make_folder(config: DictConfig, mode: str) -> None:
-    """Make the folder of this command, as Hydra is about to do, and exit where that is impossible. mode: run or sweep."""
+    """Make the folder of this command, as Hydra is about to do, and exit where that is impossible. mode: run or sweep.
+
+    A folder named after the time is of one command: another one that starts in the same second waits for the next.
+    """
+    dated = "${now:" in OmegaConf.to_container(config.hydra[mode])["dir"]
     try:
-        with suppress(OmegaConfBaseException):
-            Path(config.hydra[mode].dir).mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = Path(config.hydra[mode].dir)
+            try:
+                folder.mkdir(parents=True, exist_ok=not dated)
+                break
+            except FileExistsError:
+                if not dated:
+                    raise
+            time.sleep(0.2)
+            OmegaConf.clear_cache(config)  # where OmegaConf keeps the time
+        with TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**16))  # about what Hydra will write there
+    except OmegaConfBaseException:  # an unknown interpolation: Hydra says so
+        return
     except OSError as error:
-        folder = f"hydra.{mode}.dir=/a/folder/of/yours"
-        sys.exit(f"error: {error.filename} cannot be created here ({error.strerror}): call run.py from a folder of yours, or type {folder}")
+        what = f"{error.filename or folder} cannot be created here ({error.strerror})"
+        sys.exit(f"error: {what}: call run.py from a folder of yours, or type hydra.{mode}.dir=/a/folder/of/yours")
 
 
 def _add_keys(config: DictConfig) -> None:

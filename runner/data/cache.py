@@ -34,6 +34,7 @@ def build(store: Path, dataset: Dataset, stage: str, tokenizer, model: Model) ->
     """The cache folder of a stage, built if it does not exist. Parallel jobs build it once, and DPO shares the reward model's."""
     share = SHARES[stage]
     facts = data_key(dataset, share) | {"stage": share, "tokenizer": fingerprint(tokenizer)}
+    facts["names"] = list(sources_of(dataset))  # which rows keep, and evaluations report
     facts |= {"max_prompt_tokens": model.max_prompt_tokens, "max_response_tokens": model.max_response_tokens}
 
     def fill(folder: Path) -> None:

@@ -45,8 +45,9 @@ def check_text(text: str) -> None:
 
 
 OPENING = re.compile(r"\s*(Human|User|USER):")
-# What stands before a role; the \\n is a newline that an export escaped once too often
-PARAGRAPH, LINE, RUNNING = r"\n\n", r"(?:\n|\\n)+", r"(?:\s|</s>)+"
+# What stands before a role; the \\n is a newline that an export escaped once too often. A gap begins with its first space: a long one
+# would otherwise be tried from each of its places
+PARAGRAPH, LINE, RUNNING = r"\n\n", r"(?<!\n)(?:\n|\\n)+", r"(?<!\s)(?:\s|</s>)+"
 
 
 def parse_dialogue(text: str) -> tuple[Turn, ...]:

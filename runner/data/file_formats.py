@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def _readable(lines, path: Path) -> Iterator[str]:
             if number == 0 and line.startswith(UTF_16):
                 raise UserError(f"{path} is in UTF-16, not UTF-8: convert its text with iconv -f UTF-16 -t UTF-8 OLD > NEW")
             yield line
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}. Is it complete?") from error
 
 

@@ -18,7 +18,7 @@ from runner.data.file_formats import BrokenRow, file_rows
 from runner.errors import UserError
 
 # Increase it when an adapter, the encoder, the split or the order of the sources changes what becomes of a row
-VERSION = 9
+VERSION = 10
 
 # A folder that datasets' save_to_disk has written holds one of these
 SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
@@ -76,7 +76,9 @@ def content_key(source: Source, toy_rows: int) -> str:
     if not is_local(source.path):
         return f"{source.path}@{source.revision or 'main'}"
     path = _existing(source)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    # datasets leaves the results of a filter or map beside the data
+    saved = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith("cache-")) if path.is_dir() else [path]
+    files = sorted(saved)
     return _digest(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 

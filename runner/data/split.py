@@ -7,15 +7,16 @@ evaluate on, are apart from this: runner/data/examples.py.
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from runner.config.schema import PhaseSplit
 
 
 def prompt_hash(turns: Sequence[dict]) -> int:
-    """64-bit hash of the first human turn, without case, punctuation and spacing."""
+    """64-bit hash of the first human turn, without case, punctuation and spacing, however its accents are encoded."""
     first = next((t["content"] for t in turns if t["role"] == "user"), turns[0]["content"])
-    normalised = " ".join(re.findall(r"\w+", first.lower())) or first
+    normalised = " ".join(re.findall(r"\w+", unicodedata.normalize("NFC", first.lower()))) or first
     return int.from_bytes(hashlib.sha256(normalised.encode()).digest()[:8], "big")
 
 

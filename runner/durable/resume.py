@@ -59,7 +59,7 @@ def write_facts(folder: Path, name: str, facts: dict) -> None:
 def _steps_of(store: Path, stage: str, name: str) -> Iterator[tuple[Path, dict]]:
     """(folder, contents of facts.json) of the steps that `name` has worked on in a stage, newest first."""
     for path in sorted(store.glob(f"{stage}-*/{FACTS}"), key=lambda p: -p.stat().st_mtime_ns):
-        with suppress(ValueError, KeyError, TypeError):  # not written by us
+        with suppress(OSError, ValueError, KeyError, TypeError):  # not written by us, or not ours to read
             found = json.loads(path.read_text())
             if found["name"] == name and isinstance(found["facts"], dict):
                 yield path.parent, found

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from runner.batch_sizes import batches_per_epoch, step_batch, steps_of
 from runner.config.schema import Config
-from runner.durable.manifest import steps_done
 from runner.forecast.duration import step_seconds, why_no_time
 from runner.forecast.fit import foreseeable, warnings
 from runner.forecast.memory import peaks
@@ -45,7 +44,7 @@ def show_forecast(cfg: Config, steps: list[Step], inputs: dict[str, dict]) -> No
     if not foreseeable(cfg):
         return print("\nno forecast: no preset gives the sizes of this hub model")
     known = {stage: rows_of(cfg, stage, given) for stage, given in inputs.items()}
-    found = [forecast(cfg, step.stage, known.get(step.stage), steps_done(step.folder) or 0) for step in missing]
+    found = [forecast(cfg, step.stage, known.get(step.stage), step.resumes_at or 0) for step in missing]
     counted = all(one.steps is not None for one in found)
     print()
     print_columns(with_totals(cfg, found) if counted else for_many_steps(cfg, found))

@@ -19,7 +19,8 @@ from rich.text import Text
 
 SPARKS = "▁▂▃▄▅▆▇█"
 ASCII = str.maketrans(SPARKS + "·", "_.-:=+*#.")  # for consoles without Unicode
-NUMBER = re.compile(r"(([-+]?([\d.,]+|inf)|nan|-)( %| s)?( -> )?)*")
+ONE = r"(?:[-+]?(?:[\d.,]+|inf)|nan|-)(?: %| s)?"
+NUMBER = re.compile(rf"(?:{ONE}(?: -> {ONE})*)?")  # not a star inside a star: a response of dots would be searched for years
 STYLES = {"trained": "green", "reused": "cyan", "given": "magenta", "missing": "red", "failed": "bold red"}
 CELL_LIMIT = 700  # characters of one cell or intro in a terminal; summary.md has the whole text
 DRAWING = 20  # columns of a bar or a curve

@@ -35,7 +35,7 @@ def numbered(rows, numbers) -> Iterable[dict]:
 def _save_batch(path: Path, rows: Iterable[dict], tokenizer) -> None:
     if ranks.rank() != 0:
         return
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for row in rows:
             plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
             texts = {name.removesuffix("ids") + "text": tokenizer.decode(ids) for name, ids in plain.items() if name.endswith("ids")}
