@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.config.schema import ENGINES, PARTS, Config, rate_key
 from runner.deepspeed_config import engine_configs
+from runner.durable.resume import forced
 from runner.formatting import print_columns, short
 from runner.launch_command import command, missing_hostfile
 from runner.plan import Step
@@ -27,8 +29,23 @@ def show(cfg: Config, steps: list[Step]) -> None:
         algebra = f"{step_batch(cfg, step.stage)} = {micro} x {h.world_size} x {gas}"
         rows.append((step.stage, step.state(), "" if step.done else algebra, short(Path(step.pinned or step.folder))))
     print_columns(rows)
-    for note in without_effect(cfg, [step.stage for step in steps if not step.done]):
+    notes = [*results_at_hand(cfg, steps), *without_effect(cfg, [step.stage for step in steps if not step.done])]
+    for note in notes:
         print(f"note: {note}")
+
+
+def results_at_hand(cfg: Config, steps: list[Step]) -> Iterator[str]:
+    """Results that a user may not have meant to pass over, or to stop at."""
+    last = steps[-1]
+    if last.pinned:
+        further = {"sft": "model.actor.path", "reward": "model.reward.path"}.get(last.stage, "sft.use")
+        yield f"{last.stage}.use={last.pinned} is the result itself, so nothing is trained. To train that model further: {further}=..."
+    for step in steps:
+        if cfg.resume == "auto" and step.state() == "run" and (facts := forced(step.store, step.stage, cfg.name, step.facts)):
+            yield (
+                f"{step.stage} starts from the beginning, though {short(replace(step, facts=facts).folder)} has gone on from another "
+                "configuration to this one: type resume=force for that"
+            )
 
 
 def without_effect(cfg: Config, stages: list[str]) -> Iterator[str]:

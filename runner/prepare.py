@@ -31,6 +31,8 @@ from runner.preflight import preflight
 
 # Warn of fewer PPO iterations than this
 FEW_ITERATIONS = 5
+# Warn when more than this share of the rows is too long, and say how long responses may be so that at most the other one is
+MANY_DROPPED, FEW_DROPPED = 0.1, 0.05
 NO_TEMPLATE = "Leave model.chat_template out, which is the Human/Assistant format, or type a template"
 
 
@@ -85,7 +87,11 @@ def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
     """Refuse PPO with too few prompts for one iteration, or whose actor would never train; warn if there is little to learn from."""
     from runner.data.cache import counts_of
 
-    train, block = counts_of(data)["train"], getattr(cfg, stage)
+    counts = counts_of(data)
+    train, block = counts["train"], getattr(cfg, stage)
+    _warn_of_dropped(cfg.model.max_response_tokens, stage, counts)
+    if stage == cfg.stage and stage in ("sft", "reward"):
+        _note_of_split(stage, counts)
     ppo = block if stage == "ppo" else None
     per_epoch = batches_per_epoch(train, ppo.rollout_batch if ppo else block.global_batch, drop_last=bool(ppo))
     if not per_epoch:
@@ -99,7 +105,10 @@ def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
         _warn_of_few(ppo, train, per_epoch)
     elif train < block.global_batch:
         print(f"note: {stage} has {train} rows, fewer than {stage}.global_batch={block.global_batch}: every step takes all of them")
-    total = steps_of(per_epoch, block.epochs, block.max_steps)
+    total, whole = (steps_of(per_epoch, block.epochs, most) for most in (block.max_steps, None))
+    if block.max_steps and block.max_steps > whole:
+        more = f"type {stage}.epochs={math.ceil(block.max_steps / per_epoch)} for as many"
+        print(f"note: {stage}.max_steps={block.max_steps} is more than the {whole} steps of {stage}.epochs={block.epochs:g}: {more}")
     if ppo and ppo.critic_warmup >= total:
         raise UserError(
             f"ppo.critic_warmup={ppo.critic_warmup} trains only the critic in all of the {total} iterations, and the actor in none: "
@@ -112,6 +121,33 @@ def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
             f"warning: {stage} has {total} step{'s' * (total > 1)}, in which a warmup of {block.warmup:g} steps ({stage}.warmup) only "
             f"reaches {total / block.warmup:.2g} of the learning rate. Type {stage}.warmup=0.03 for a share of the run",
             file=sys.stderr,
+        )
+
+
+def _warn_of_dropped(limit: int, stage: str, counts: dict) -> None:
+    """Warn where the length limit costs much of the data: other programs would have cut the responses, which then never end."""
+    needed = sorted((int(length), n) for length, n in counts.get("needed", {}).items())
+    dropped = sum(n for _, n in needed)
+    rows = counts["train"] + counts.get("eval", 0) + dropped
+    if dropped <= MANY_DROPPED * rows:
+        return
+    left = {length: sum(n for longer, n in needed if longer > length) for length, _ in needed}
+    length = next(length for length, n in left.items() if n <= FEW_DROPPED * rows)
+    print(
+        f"warning: {stage} drops {dropped} of {rows} rows, whose responses are longer than model.max_response_tokens={limit}. "
+        f"With {length} it drops {left[length]}",
+        file=sys.stderr,
+    )
+
+
+def _note_of_split(stage: str, counts: dict) -> None:
+    """Where one stage is trained alone, say that the split keeps most prompts for the others."""
+    kept = {other: n for other, n in counts.get("elsewhere", {}).items() if n}
+    if kept:
+        alone = ", ".join(f"{share}: {int(share == stage)}" for share in ("sft", "reward", "ppo"))
+        print(
+            f"note: dataset.split keeps the prompts of {sum(kept.values())} comparisons for {' and '.join(kept)}. If nothing else is to be "
+            f"trained on them, dataset.split='{{{alone}}}' gives {stage} all"
         )
 
 

@@ -286,6 +286,7 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"prompt": "a", "chosen": "b", "rejected": "c", "label": 0}, {}, PAIR),
         ({"instruction": "a", "input": "", "output": "b"}, {}, SINGLE),
         ({"instruction": "a", "input": "x", "output": "b"}, {}, Example(turns("a\n\nx"), "b")),
+        ({"instruction": "a", "input": "x", "output": "b"}, {"prompt": "instruction", "chosen": "output"}, Example(turns("a\n\nx"), "b")),
         ({"instruction": "a", "context": "x", "response": "b"}, {}, Example(turns("a\n\nx"), "b")),
         (
             {"instruction": "e", "input": "x", "output": "b", "history": [["a ", "b"], ["c", "d"]]},

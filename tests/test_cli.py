@@ -622,6 +622,42 @@ def test_too_few_prompts_and_rows_are_said(here, refused):
     assert refused("dataset=jsonl", "dataset.path=none.jsonl") == "none.jsonl holds no rows"
 
 
+def test_what_a_stage_makes_of_its_data_is_said_before_it_trains(tmp_path, capsys):
+    from runner.prepare import _check_amounts
+
+    def said(counts: dict, *words: str) -> str:
+        (tmp_path / "counts.json").write_text(json.dumps(counts))
+        cfg = configured(*words)
+        _check_amounts(cfg, cfg.stage, tmp_path)
+        return "".join(capsys.readouterr())
+
+    long = {"train": 75, "eval": 5, "needed": {"288": 15, "1024": 5}}
+    assert "drops 20 of 100 rows, whose responses are longer than model.max_response_tokens=256. With 288 it drops 5" in said(
+        long, "stage=sft"
+    )
+    assert "longer than" not in said(long | {"train": 300}, "stage=sft")
+    split = {"train": 80, "elsewhere": {"sft": 40, "ppo": 80}}
+    text = said(split, "stage=reward")
+    assert "keeps the prompts of 120 comparisons for sft and ppo" in text
+    assert "dataset.split='{sft: 0, reward: 1, ppo: 0}' gives reward all" in text
+    assert "comparisons" not in said({"train": 80, "elsewhere": {"ppo": 0}}, "stage=sft")
+    words = ("stage=reward", "reward.global_batch=16", "reward.epochs=2")
+    text = said(split, *words, "reward.max_steps=33")
+    assert "reward.max_steps=33 is more than the 10 steps of reward.epochs=2: type reward.epochs=7 for as many" in text
+    assert "more than the" not in said(split, *words, "reward.max_steps=10")
+
+
+def test_a_result_that_is_given_is_said_to_train_nothing(here, capsys):
+    from runner.plan import plan
+    from runner.plan_view import results_at_hand
+
+    cfg = configured("stage=sft", "sft.use=a/b")
+    (note,) = results_at_hand(cfg, plan(cfg))
+    assert note == "sft.use=a/b is the result itself, so nothing is trained. To train that model further: model.actor.path=..."
+    cfg = configured("stage=ppo", "sft.use=a/b")
+    assert not [*results_at_hand(cfg, plan(cfg))]
+
+
 @pytest.mark.parametrize(
     "words, warned",
     [("", True), ("ppo.epochs=2", True), ("ppo.epochs=3", False), ("ppo.rollout_batch=16", False), ("ppo.max_steps=2", False)],

@@ -980,6 +980,7 @@ def test_long_responses_are_dropped_whole_and_counted(data, build, tokenizer):
     rows[3]["chosen"] = rows[4]["rejected"] = "x y z " * 20
     train, held, counts = build(data(rows, **only("reward")), "reward")
     assert counts["dropped"] == {"response longer than 20 tokens": 2} and len(train) + len(held) == 28
+    assert sum(counts["needed"].values()) == 2 and all(int(length) > 20 and int(length) % 32 == 0 for length in counts["needed"])
     train, held, counts = build(data(rows, **only("sft")), "sft")
     assert counts["dropped"] == {"response longer than 20 tokens": 1} and len(train) + len(held) == 29
     # The limit counts EOS: exactly as long as allowed is kept

@@ -60,7 +60,7 @@ def beat(folder: Path, rank: int, at: float, **facts) -> None:
 SAID = {
     "loss scale": (
         ("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.", "Exception"),
-        ["infinite gradients at every loss scale of fp16", "hardware.precision=bf16", "sft.lr=0.001"],
+        ["infinite gradients at every loss scale of fp16", "hardware.precision=bf16", "sft.lr=0.0002"],
         True,
     ),
     "no headers for Triton": (
@@ -399,7 +399,7 @@ ROWS = [{"chosen_ids": [1, 2], "rejected_ids": [3], "source": "toy"}, {"chosen_i
 @pytest.mark.parametrize("loss, norm", [(float("nan"), 1.0), (float("inf"), 1.0), (0.5, float("nan")), (0.5, float("inf"))])
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(loss, norm, tmp_path):
     cfg = configured()
-    with pytest.raises(UserError, match=r"step 12 gave loss .*reward\.lr=0\.0005"):
+    with pytest.raises(UserError, match=r"step 12 gave loss .*reward\.lr=0\.0001"):
         finite.check_finite(cfg, tmp_path, "reward", 12, loss, norm, finite.numbered(ROWS, [1, -1, 0]), Words())
     saved = [json.loads(line) for line in (tmp_path / "bad_batch_step_12.jsonl").read_text().splitlines()]
     assert [row["row"] for row in saved] == [1, 0]
@@ -431,10 +431,10 @@ def test_finite_numbers_pass_and_so_does_an_overflow_of_fp16(tmp_path):
 
 
 def test_the_rate_to_lower_is_one_that_is_read():
-    assert finite.lower_rate(configured("ppo.actor_lr=4e-3", "ppo.critic_lr=2e-3"), "ppo") == "ppo.actor_lr=0.002 ppo.critic_lr=0.001"
+    assert finite.lower_rate(configured("ppo.actor_lr=4e-3", "ppo.critic_lr=2e-3"), "ppo") == "ppo.actor_lr=0.0004 ppo.critic_lr=0.0002"
     cfg = configured("model.actor.lora.dim=4", "model.reward.lora.dim=4", "reward.lr=2e-3")
-    assert finite.lower_rate(cfg, "sft") == "model.actor.lora.lr=0.0001"
-    assert finite.lower_rate(cfg, "reward") == "model.reward.lora.lr=0.0001 reward.lr=0.001"
+    assert finite.lower_rate(cfg, "sft") == "model.actor.lora.lr=2e-05"
+    assert finite.lower_rate(cfg, "reward") == "model.reward.lora.lr=2e-05 reward.lr=0.0002"
 
 
 @pytest.mark.slow

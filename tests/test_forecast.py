@@ -318,6 +318,9 @@ def test_the_cheapest_cure_comes_first_and_nothing_is_said_in_vain():
     assert cure(batch, ["sft"]) == "Type hardware.micro_batch.sft=64"
     stages, memory = "hardware.zero.actor=2 hardware.zero.critic=2", "That takes about 108 GB of CPU memory per machine"
     assert cure(on("model=llama2_7b", "hardware=a6000"), ["sft"]) == f"Type {stages} hardware.offload.optimizer=true. {memory}"
+    # Who has adapters already takes them before offloading
+    lora = on("model=llama2_7b", "hardware=a6000", "model.actor.lora.dim=16")
+    assert "model.reward.lora.dim=16" in cure(lora, ["sft", "reward", "ppo"]) and "offload.optimizer" not in cure(lora, ["reward"])
     # Nothing does alone: adapters and their weights in CPU memory, and no word of micro batches, which would not matter
     words = "model.actor.lora.dim=16 hardware.zero.actor=3 hardware.offload.params=true"
     assert cure(on("model=opt66b", "hardware=a6000"), ["sft"]).startswith(f"Type {words} (adapters train in place of all weights). ")

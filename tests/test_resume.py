@@ -19,6 +19,7 @@ from runner.durable.manifest import SHARED, complete, damage, read_manifest, sea
 from runner.durable.resume import adopt, differences, in_settings, refuse_changed_config, write_facts
 from runner.errors import UserError
 from runner.plan import Step, plan
+from runner.plan_view import results_at_hand
 
 
 def planned(store: Path, *overrides: str) -> Step:
@@ -178,6 +179,11 @@ def test_force_goes_on_from_there_and_says_so_in_the_key(tmp_path):
     finish(forced)
     interrupt(planned(tmp_path, "sft.lr=0.7", "resume=new"))
     assert planned(tmp_path, *changed, "resume=force").folder == forced.folder
+    (note,) = results_at_hand(configured(*changed), [planned(tmp_path, *changed)])
+    assert (
+        note.startswith("sft starts from the beginning, though") and forced.folder.name in note and note.endswith("resume=force for that")
+    )
+    assert not [*results_at_hand(configured(*changed, "resume=new"), [planned(tmp_path, *changed, "resume=new")])]
 
 
 def test_an_unfinished_rollout_is_not_adopted(tmp_path, capsys):

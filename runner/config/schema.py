@@ -388,11 +388,11 @@ class Config:
 
 
 def lower_rate(cfg: Config, stage: str) -> str:
-    """Overrides that halve the learning rate; the adapters' where only they train."""
+    """Overrides for a tenth of the learning rate; the adapters' where only they train."""
     keys = []
     for engine in ENGINES[stage]:
         if getattr(cfg.model, PARTS[engine]).lora.dim:
             keys.append(f"model.{PARTS[engine]}.lora.lr")
         if engine == "critic" or not cfg.model.actor.adapters_only:  # a scalar head always trains in full
             keys.append(rate_key(stage, engine))
-    return " ".join(f"{key}={attrgetter(key)(cfg) / 2:g}" for key in keys)
+    return " ".join(f"{key}={attrgetter(key)(cfg) / 10:g}" for key in keys)

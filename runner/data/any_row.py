@@ -67,7 +67,7 @@ def prompt_turns(named: dict) -> tuple[Turn, ...]:
     if named[prompt] == []:
         raise Dropped("empty prompt")
     turns = chat(named, prompt) if isinstance(named[prompt], list) else parse_dialogue(need(named, prompt))
-    if prompt != "instruction":
+    if named.get("instruction") != named[prompt]:  # under that name, or mapped from it
         return (*history(named), *turns) if isinstance(named.get("history"), list) else turns
     extra = pick(named, ("input", "context"))  # Alpaca, Dolly
     if extra and need(named, extra).strip():
@@ -107,6 +107,8 @@ def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ..
     """(prompt, response) of an answer field: the bare response to `prompt`, or a dialogue (text or messages) that ends with it."""
     if is_message(row.get(key)):  # LLaMA-Factory
         row = row | {key: [row[key]]}
+    if isinstance(row.get(key), str) and not row[key].strip():
+        raise Dropped("empty response")
     if isinstance(row.get(key), list):
         turns = chat(row, key)
     elif prompt:

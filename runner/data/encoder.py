@@ -15,6 +15,9 @@ from runner.data.sources import sources_of
 from runner.errors import UserError
 from runner.models.tokenizer import encode, encode_responses, gap, plain, render_prompt
 
+# Lengths are counted in steps of so many tokens
+ROUND = 32
+
 
 class Encoder:
     """Turns batches of examples into rows of one stage."""
@@ -64,29 +67,29 @@ class Encoder:
         start = [ids[0]] if ids[0] == self.tokenizer.bos_token_id else []
         return start + ids[len(ids) - self.max_prompt + len(start) :]
 
-    def _responses(self, texts: list[str]) -> list[list[int] | None]:
-        made = encode_responses(self.tokenizer, texts)
-        return [ids if len(ids) <= self.max_response else None for ids in made]
-
-    def _too_long(self) -> None:
+    def _is_too_long(self, length: int) -> bool:
+        """Drop and count a row that needs a response of `length` tokens."""
+        if length <= self.max_response:
+            return False
         self.counts.dropped[f"response longer than {self.max_response} tokens"] += 1
+        self.counts.needed[length + -length % ROUND] += 1
+        return True
 
     def _sft(self, batch: list[Example], prompts: list[list[int]]):
-        for prompt, response in zip(prompts, self._responses([e.chosen for e in batch]), strict=True):
-            if response is None:
-                self._too_long()
+        for prompt, response in zip(prompts, encode_responses(self.tokenizer, [e.chosen for e in batch]), strict=True):
+            if self._is_too_long(len(response)):
                 yield None
             else:
                 yield {"input_ids": prompt + response, "prompt_length": len(prompt), "length": len(prompt) + len(response)}
 
     def _reward(self, batch: list[Example], prompts: list[list[int]]):
-        chosen, rejected = self._responses([e.chosen for e in batch]), self._responses([e.rejected for e in batch])
+        chosen, rejected = (encode_responses(self.tokenizer, [getattr(e, name) for e in batch]) for name in ("chosen", "rejected"))
         for prompt, good, bad in zip(prompts, chosen, rejected, strict=True):
-            if good is None or bad is None:
-                self._too_long()
+            longer = max(len(good), len(bad))
+            if self._is_too_long(longer):
                 yield None
             else:
-                length = len(prompt) + max(len(good), len(bad))
+                length = len(prompt) + longer
                 yield {"chosen_ids": prompt + good, "rejected_ids": prompt + bad, "prompt_length": len(prompt), "length": length}
 
     def _ppo(self, batch: list[Example], prompts: list[list[int]]):

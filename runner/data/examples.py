@@ -25,6 +25,8 @@ class Counts:
     repeated: int = 0  # rows to train on that are exact copies of one before them
     dropped: Counter = field(default_factory=Counter)
     owned: Counter = field(default_factory=Counter)  # examples per stage, before the encoder drops any
+    elsewhere: Counter = field(default_factory=Counter)  # comparisons whose prompts the split gives to another stage
+    needed: Counter = field(default_factory=Counter)  # tokens that dropped responses need, rounded up -> how many
 
 
 def examples(dataset: Dataset, stage: str, counts: Counts) -> Iterator[tuple[str, Example, int]]:
@@ -57,6 +59,7 @@ def examples(dataset: Dataset, stage: str, counts: Counts) -> Iterator[tuple[str
             owner = only or phase_of(number, dataset.split)
             counts.owned[owner] += 1
             if owner != stage:
+                counts.elsewhere[owner] += only is None
                 continue
             if number in evaluated:
                 counts.dropped["prompt is held out"] += 1

@@ -94,6 +94,9 @@ def _enough(cfg: Config, stage: str) -> Overrides | None:
         return fits(applied(cfg, _together(cfg, stage, savings)), stage)
 
     every = [*SAVINGS]
+    if cfg.model.actor.lora.dim or cfg.model.reward.lora.dim:  # whoever has adapters in one model will sooner take them in the other
+        every.remove(adapters)
+        every.insert(every.index(optimizer_in_cpu_memory), adapters)
     alone, together = [[one] for one in every], [every[:n] for n in range(2, len(every) + 1)]
     found = next(filter(enough, [*alone, *together]), None)
     if found is None:
