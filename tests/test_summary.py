@@ -212,6 +212,13 @@ def test_long_samples_are_clipped_in_the_terminal_only(tmp_path):
     assert (tmp_path / "run/summary.md").read_text().count("early") == 400
 
 
+def test_a_sample_says_how_many_turns_went_before_its_prompt(tmp_path):
+    turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes?"}]
+    for earlier, said in ((turns, "(after 2 earlier turns)"), (turns[:1], "(after 1 earlier turn)"), ([], "Prompt: Human:")):
+        samples = [PPO["samples"][0] | {"earlier": json.dumps(earlier)}]
+        assert said in summary([make_step(tmp_path / "s", "ppo", PPO | {"samples": samples})], tmp_path / "run")
+
+
 def test_a_console_without_unicode_gets_ascii(tmp_path):
     console, raw = words(encoding="ascii")
     show_summary("démo", make_steps(tmp_path / "s"), set(), tmp_path / "run", took=1.0, console=console)

@@ -251,10 +251,14 @@ def sample_sections(result: dict) -> list[Section]:
         judge = sample[f"{who}_judge"]
         return f"{who.upper()}: score {num(sample[f'{who}_score'])}" + (f", judge {num(judge)}" if judge is not None else "")
 
+    def asked(sample: dict) -> str:
+        earlier = len(json.loads(sample.get("earlier", "[]")))  # older results do not have them
+        return f"Prompt (after {earlier} earlier turn{'s' * (earlier > 1)}): " if earlier else "Prompt: "
+
     return [
         Section(
             f"Sample {number}",
-            intro=f"Prompt: {sample['prompt']}",
+            intro=asked(sample) + sample["prompt"],
             header=(head(sample, "sft"), head(sample, "ppo")),
             rows=[[sample["sft"], sample["ppo"]]],
         )
