@@ -16,7 +16,7 @@ from rich.console import Console
 from runner.formatting import clock, duration, num, pct, spell
 from runner.reporting.report import Section, markdown, print_sections, sparkline
 from runner.reporting.results import read_curves
-from runner.reporting.summary import lacking_for_ppo, show_summary
+from runner.reporting.summary import lacking_for_ppo, show_summary, sign_test
 from runner.reporting.sweep_table import SweepTable, show_sweep
 
 OWNED = {"sft": 2500, "reward": 5000, "ppo": 5000}
@@ -50,6 +50,8 @@ REWARD = COMMON | {
     "accuracy_high": 0.747,
     "eval_pairs": 612,
     "longer_is_better": 0.551,
+    "beats_longer": 220,
+    "loses_to_longer": 121,
     "accuracy_by_source": {"toy": [0.712, 612]},
     "calibration": [{"confidence": 0.56, "accuracy": 0.55, "n": 300}, {"confidence": 0.88, "accuracy": 0.84, "n": 312}],
 }
@@ -350,8 +352,8 @@ def test_wandb_is_offered_where_an_offline_run_lies(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"reward": {"longer_is_better": 0.70}}, "cannot be told from"),
-        ({"reward": {"longer_is_better": 0.80}}, "teaches length"),
+        ({"reward": {"loses_to_longer": 200}}, "cannot be told from"),
+        ({"reward": {"loses_to_longer": 320}}, "teaches length"),
         ({"ppo": {"after": PPO["after"] | {"judge": 0.2}}}, "exploits the reward model"),
         ({"ppo": {"after": PPO["after"] | {"length": 60.0}}}, "much longer"),
         ({"ppo": {"after": PPO["after"] | {"score": -1.0}}}, "The score fell"),
@@ -387,10 +389,21 @@ def test_calibration_needs_pairs(tmp_path, pairs, said):
     assert ("when it is 96 % sure" in summary([make_step(tmp_path, "reward", few)], tmp_path / "run")) == said
 
 
-@pytest.mark.parametrize(("pairs", "verdict"), [(16, "cannot be told from"), (160, "It beats choosing the longer answer")])
-def test_the_baseline_is_as_uncertain_as_the_accuracy(tmp_path, pairs, verdict):
-    facts = REWARD | {"accuracy": 0.688, "accuracy_low": 0.444, "longer_is_better": 0.406, "eval_pairs": pairs}
+@pytest.mark.parametrize(("won", "verdict"), [(5, "cannot be told from"), (6, "It beats choosing the longer answer")])
+def test_few_pairs_carry_no_verdict(tmp_path, won, verdict):
+    """An exact test: 5 to 0 are as one-sided in 1 of 16 tosses of a coin, 6 to 0 in 1 of 32."""
+    facts = REWARD | {"accuracy": 0.875, "longer_is_better": 0.375, "eval_pairs": 8, "beats_longer": won, "loses_to_longer": 0}
     assert verdict in summary([make_step(tmp_path, "reward", facts)], tmp_path / "run")
+
+
+def test_the_sign_test_is_that_of_a_coin():
+    assert [sign_test(*n) for n in ((0, 0), (3, 3), (5, 1), (1, 5), (6, 0))] == [1.0, 1.0, 14 / 64, 14 / 64, 2 / 64]
+    assert sign_test(2600, 2400) == pytest.approx(0.0049, abs=2e-4)  # as many as no float counts
+
+
+def test_a_result_without_the_counts_of_its_pairs_has_no_verdict(tmp_path):
+    older = {key: value for key, value in REWARD.items() if key not in ("beats_longer", "loses_to_longer")}
+    assert "choosing the longer" not in summary([make_step(tmp_path, "reward", older)], tmp_path / "run")
 
 
 @pytest.mark.parametrize(("steps", "said"), [(2, False), (20, True)])

@@ -151,12 +151,12 @@ def sft_sections(t: Trained) -> list[Section]:
 
 def reward_sections(t: Trained) -> list[Section]:
     below = "Choosing the longer answer does better: PPO against this reward model teaches length."
-    return [pair_section("Reward model", "reward model", t, [verdict(t.result, below), *calibration_notes(t.result)])]
+    return [pair_section("Reward model", "reward model", t, [*verdict(t.result, below), *calibration_notes(t.result)])]
 
 
 def dpo_sections(t: Trained) -> list[Section]:
     below = "Choosing the longer answer does better: more pairs or more training may help."
-    return [pair_section("DPO", "implicit reward", t, [verdict(t.result, below), *dpo_notes(t.result)])]
+    return [pair_section("DPO", "implicit reward", t, [*verdict(t.result, below), *dpo_notes(t.result)])]
 
 
 def dpo_notes(r: dict) -> list[str]:
@@ -182,16 +182,20 @@ def pair_section(name: str, scorer: str, t: Trained, notes: list[str]) -> Sectio
     return Section(title, header=("", "", "accuracy", "95 % interval"), rows=rows, notes=notes)
 
 
-def verdict(r: dict, below: str) -> str:
-    """On the accuracy. below: what to say if choosing the longer answer does better."""
-    accuracy, baseline = r["accuracy"], r["longer_is_better"]
-    # Two standard errors of the difference: the baseline is estimated from the same pairs
-    lead, doubt = accuracy - baseline, 2 * math.sqrt((accuracy * (1 - accuracy) + baseline * (1 - baseline)) / r["eval_pairs"])
-    if lead > doubt:
-        return "It beats choosing the longer answer."
-    if lead < -doubt:
-        return below
-    return "It cannot be told from choosing the longer answer: more pairs or more training may help."
+def verdict(r: dict, below: str) -> list[str]:
+    """On the accuracy. below: what to say if choosing the longer answer does better. Older results lack the counts: nothing is said."""
+    if "beats_longer" not in r:
+        return []
+    won, lost = r["beats_longer"], r["loses_to_longer"]
+    if sign_test(won, lost) > 0.05:
+        return ["It cannot be told from choosing the longer answer: more pairs or more training may help."]
+    return ["It beats choosing the longer answer." if won > lost else below]
+
+
+def sign_test(won: int, lost: int) -> float:
+    """Two-sided p-value of the exact sign test: how often a fair coin falls at least as unevenly."""
+    n = won + lost
+    return min(1.0, sum(math.comb(n, k) for k in range(min(won, lost) + 1)) / 2 ** (n - 1)) if n else 1.0
 
 
 def calibration_notes(r: dict) -> list[str]:
