@@ -4,13 +4,16 @@ import math
 from pathlib import Path
 
 
-def num(value: float | None, sign: str = "") -> str:
-    """A number as people write it; "-" if it is missing. sign="+" shows the plus of a change."""
+def num(value: float | None, sign: str = "", more: int = 0) -> str:
+    """A number as people write it; "-" if it is missing. sign="+" shows the plus of a change; more: further digits."""
     if not isinstance(value, int | float):
         return "-"
     if not math.isfinite(value) or isinstance(value, int):
         return f"{value:{sign},}"
     size = abs(value)
+    if size >= 1e6:  # what a diverged training leaves: 5.2e21
+        mantissa, exponent = f"{value:{sign}.{1 + more}e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
     if size >= 1000:
         digits = 0
     elif size >= 10:
@@ -19,11 +22,17 @@ def num(value: float | None, sign: str = "") -> str:
         digits = 3
     else:
         digits = 2
+    digits += more
     return f"{round(value, digits) + 0.0:{sign},.{digits}f}"
 
 
-def pct(value: float | None, sign: str = "", digits: int = 1) -> str:
-    return f"{100 * value:{sign}.{digits}f} %" if isinstance(value, int | float) else "-"
+def pct(value: float | None, sign: str = "", digits: int = 1, more: int = 0) -> str:
+    return f"{100 * value:{sign}.{digits + more}f} %" if isinstance(value, int | float) else "-"
+
+
+def with_error(text: str, error: float | None) -> str:
+    """A number and its standard error, if that is known: of one prompt it is 0."""
+    return f"{text} ± {num(error)}" if error else text
 
 
 # Three ways to say a time, on purpose: one that was measured, one that is foreseen, one that counts down

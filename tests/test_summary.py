@@ -374,6 +374,26 @@ def evaluated(score: float, se: float | None = None) -> dict:
     return PPO["after"] | {"score": score} | ({} if se is None else {"score_se": se})
 
 
+def test_the_score_has_its_standard_error(tmp_path):
+    told_of = told(tmp_path, before=evaluated(0.0, 0.3), after=evaluated(1.25, 0.4))
+    assert "score 0.00 ± 0.30 1.25 ± 0.40 +1.25 ± 0.50" in told_of and "± is one standard error" in told_of
+    assert "The score fell by 2.00 ± 0.50" in told(tmp_path, before=evaluated(2.0, 0.3), after=evaluated(0.0, 0.4))
+    assert "±" not in told(tmp_path, before=evaluated(0.0), after=evaluated(1.0))  # an older result
+    assert "±" not in told(tmp_path, before=evaluated(0.0, 0.0), after=evaluated(1.0, 0.0), eval_prompts=1)
+    step = make_step(tmp_path, "ppo", PPO | {"before": evaluated(0.0, 0.3), "after": evaluated(1.25, 0.4)})
+    console, raw = words(encoding="ascii")
+    show_summary("demo", [step], set(), tmp_path / "run", took=1.0, console=console)
+    assert b"1.25 +- 0.40" in raw.getvalue()
+    assert "| ---: | ---: | ---: |" in (tmp_path / "run/summary.md").read_text().partition("PPO on")[2]
+
+
+def test_a_training_that_diverged_says_so_in_numbers_that_can_be_read(tmp_path):
+    diverged = SFT | {"loss_after": 60.0, "perplexity_after": 5184705528587072045056.0}
+    text = summary([make_step(tmp_path, "sft", diverged)], tmp_path / "run")
+    assert row(text, "perplexity").split()[1:4] == ["512.9", "5.2e21", "+5.2e21"] and "Training made it worse" in text
+    assert "Training made it worse" not in summary([make_step(tmp_path, "sft", SFT)], tmp_path / "run")
+
+
 def test_noise_carries_no_verdict(tmp_path):
     assert "The score fell" not in told(tmp_path, before=evaluated(0, 0.1), after=evaluated(-0.28, 0.1))
     assert "The score fell" in told(tmp_path, before=evaluated(0, 0.1), after=evaluated(-0.29, 0.1), eval_prompts=6)
@@ -432,6 +452,7 @@ def test_sparkline_and_numbers():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert len(sparkline(list(range(1000)))) == 20 and sparkline([2.0, 2.0]) == "▄▄" and sparkline([1.0]) == ""
     assert [num(x) for x in (None, 12, 1234567, 0.0031, -0.0, 12.345, 1234.5)] == ["-", "12", "1,234,567", "0.003", "0.00", "12.3", "1,234"]
+    assert [num(x) for x in (999_999.6, 1e6, -1.26e12)] == ["1,000,000", "1.0e6", "-1.3e12"]
     assert pct(0.5) == "50.0 %" and pct(None) == "-"
 
 
@@ -503,6 +524,19 @@ def test_sweep_table(tmp_path):
     assert [line["ppo.kl_coef"] for line in table] == ["0.02", "0.05", "0.1"]
     assert [line["state"] for line in table] == ["done", "stopped", "done"]
     assert table[2]["ppo/after/score"] == "0.8" and table[1]["ppo/after/score"] == ""
+
+
+def test_a_sweep_says_how_much_was_held_out_and_tells_close_rows_apart(tmp_path):
+    make_sweep(tmp_path)
+    for number, change in ((0, {"ppo/after/kl": 3.2512}), (2, {"ppo/after/kl": 3.2538, "ppo/eval_prompts": 32})):
+        path = tmp_path / str(number) / "summary.json"
+        facts = json.loads(path.read_text()) | {"reward/eval_pairs": 1258, "ppo/eval_prompts": 256}
+        path.write_text(json.dumps(facts | change))
+    console, raw = words()
+    show_sweep(tmp_path, console)
+    text = raw.getvalue().decode()
+    assert "Held out: RM on 1,258 pairs, PPO on 32 to 256 prompts." in text
+    assert "3.251    21.9" in row(text, "0 ") and "3.254    21.9" in row(text, "2 ")  # lengths are the same, and are not told apart
 
 
 def test_errors_stand_under_the_table_of_a_sweep(tmp_path):

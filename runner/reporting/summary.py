@@ -16,7 +16,7 @@ from rich.console import Console
 
 from runner.config.schema import PARENTS, STAGES, Model
 from runner.durable.resume import ORIGIN
-from runner.formatting import duration, num, pct, short
+from runner.formatting import duration, num, pct, short, with_error
 from runner.plan import Step
 from runner.reporting.report import Section, bar, markdown, print_sections, sparkline
 from runner.reporting.results import Trained, headline, spent, trained_of
@@ -135,9 +135,14 @@ def usage(curves: dict[str, list[float]]) -> str:
     return ", ".join(found)
 
 
-def change_row(label: str, before: float | None, after: float | None, curve: Sequence[float], show=num) -> list[str]:
-    change = "-" if None in (before, after) else show(after - before, "+")
-    return [label, show(before), show(after), change, sparkline(curve)]
+def change_row(label: str, before: float | None, after: float | None, curve: Sequence[float], show=num, errors=(None, None)) -> list[str]:
+    change = "-" if None in (before, after) else with_error(show(after - before, "+"), both(errors))
+    return [label, with_error(show(before), errors[0]), with_error(show(after), errors[1]), change, sparkline(curve)]
+
+
+def both(errors: Sequence[float | None]) -> float | None:
+    """The standard error of a difference, from those of its two numbers. Mostly too large: both are of the same prompts."""
+    return None if None in errors else math.hypot(*errors)
 
 
 def sft_sections(t: Trained) -> list[Section]:
@@ -146,7 +151,9 @@ def sft_sections(t: Trained) -> list[Section]:
         change_row("perplexity", r["perplexity_before"], r["perplexity_after"], t.curves.get("eval/perplexity", ())),
         change_row("loss", r["loss_before"], r["loss_after"], t.curves.get("eval/loss", ())),
     ]
-    return [Section("SFT on held-out answers", header=CHANGE_HEADER, rows=rows)]
+    worse = r["loss_after"] > r["loss_before"]
+    notes = ["Training made it worse: the held-out loss rose. Try a smaller sft.lr, or fewer sft.epochs if it fell first."] if worse else []
+    return [Section("SFT on held-out answers", header=CHANGE_HEADER, rows=rows, notes=notes)]
 
 
 def reward_sections(t: Trained) -> list[Section]:
@@ -218,20 +225,29 @@ def ppo_sections(t: Trained, sft_steps: int | None) -> list[Section]:
         ("truncated", "truncated_rate", "rollout/truncated_rate", pct),
         ("judge", "judge", "eval/judge", num),
     ]
-    rows = [change_row(label, before[key], after[key], t.curves.get(curve, ()), show) for label, key, curve, show in lines]
+    rows = [
+        change_row(label, before[key], after[key], t.curves.get(curve, ()), show, errors_of(key, before, after))
+        for label, key, curve, show in lines
+    ]
     if before["judge"] is None and after["judge"] is None:
         rows.pop()  # only the toy data set has a judge
     notes = ["Held-out scores are without ppo.score_clip and ppo.missing_eos_penalty; the progress lines include both."]
+    if both(errors_of("score", before, after)):
+        notes.append("± is one standard error: over other prompts of the same kind the score would vary by as much.")
     notes += ppo_notes(before, after, prompts, sft_steps)
     return [Section(f"PPO on {num(prompts)} held-out prompts", header=CHANGE_HEADER, rows=rows, notes=notes), *sample_sections(t.result)]
+
+
+def errors_of(key: str, before: dict, after: dict) -> list[float | None]:
+    return [facts.get(f"{key}_se") for facts in (before, after)]
 
 
 def change_of(key: str, before: dict, after: dict, prompts: int) -> float:
     """after - before; 0 if chance explains it: within two standard errors, or on few prompts if no error is known."""
     if None in (before[key], after[key]):  # the judge, which only the toy data set has
         return 0.0
-    change, errors = after[key] - before[key], [facts.get(f"{key}_se") for facts in (before, after)]
-    sure = prompts >= SURE_PROMPTS if None in errors else abs(change) > 2 * math.hypot(*errors)
+    change, error = after[key] - before[key], both(errors_of(key, before, after))
+    sure = prompts >= SURE_PROMPTS if error is None else abs(change) > 2 * error
     return change if sure else 0.0
 
 
@@ -240,7 +256,8 @@ def ppo_notes(before: dict, after: dict, prompts: int, sft_steps: int | None) ->
     score, judge, length = (change_of(key, before, after, prompts) for key in ("score", "judge", "length"))
     notes = []
     if score < 0:
-        notes.append("The score fell: try a smaller ppo.actor_lr or ppo.kl_coef, or more iterations.")
+        fall = with_error(num(-score), both(errors_of("score", before, after)))
+        notes.append(f"The score fell by {fall}: try a smaller ppo.actor_lr or ppo.kl_coef, or more iterations.")
     if score > 0 > judge:
         notes.append("The score rose while the judge fell: the actor exploits the reward model. Try a larger ppo.kl_coef.")
     if score > 0 and length > 0.5 * before["length"]:

@@ -37,6 +37,8 @@ COLUMNS = (
     ("length", ("ppo/after/length",), num),
     ("judge", ("ppo/after/judge",), num),
 )
+# How many the columns rest on, and the key in summary.json
+COUNTED = {"RM on {} pairs": "reward/eval_pairs", "DPO on {} pairs": "dpo/eval_pairs", "PPO on {} prompts": "ppo/eval_prompts"}
 # In the folder of a failed job
 ERROR = "error.txt"
 ERROR_LIMIT = 300  # characters of it under the table
@@ -139,10 +141,9 @@ def columns_with_values(jobs: Sequence[Job]) -> list[tuple]:
 
 def sweep_section(sweep_dir: Path, jobs: Sequence[Job]) -> Section:
     keys, columns = swept(jobs), columns_with_values(jobs)
-    rows = []
-    for job in jobs:
+    rows, cells = [], [column_cells(jobs, keys_of, show) for _, keys_of, show in columns]
+    for job, *values in zip(jobs, *cells, strict=True):
         facts = job.facts or {}
-        values = [shown(facts, keys_of, show) for _, keys_of, show in columns]
         time = duration(facts.get("seconds") or None) if job.facts else job.state  # "-": all was trained before
         rows.append([job.number, *(job.overrides.get(key, "-") for key in keys), *values, time])
     left = [job for job in jobs if not job.facts]
@@ -152,7 +153,20 @@ def sweep_section(sweep_dir: Path, jobs: Sequence[Job]) -> Section:
     places += [(f"job {job.number} {job.state}", short(job.folder)) for job in left]
     header = ("job", *short_names(keys), *(name for name, _, _ in columns), "time")
     errors = [f"job {job.number}: {clip(job.error, ERROR_LIMIT)}" for job in left if job.error]
-    return Section(title, header=header, rows=rows, notes=errors, literal=places)
+    return Section(title, header=header, rows=rows, notes=[*held_out(jobs), *errors], literal=places)
+
+
+def column_cells(jobs: Sequence[Job], keys: Sequence[str], show: Callable) -> list[str]:
+    """The cells of a column, with up to two further digits where rows that differ would otherwise read alike."""
+    ways = [[shown(job.facts or {}, keys, partial(show, more=more)) for job in jobs] for more in range(3)]
+    return max(ways, key=lambda cells: len(set(cells)))
+
+
+def held_out(jobs: Sequence[Job]) -> list[str]:
+    """On how many held-out pairs or prompts the columns rest."""
+    counts = {name: {job.facts[key] for job in jobs if job.facts and job.facts.get(key)} for name, key in COUNTED.items()}
+    said = [name.format(" to ".join(dict.fromkeys((num(min(n)), num(max(n)))))) for name, n in counts.items() if n]
+    return [f"Held out: {', '.join(said)}."] if said else []
 
 
 def shown(facts: dict, keys: Sequence[str], show: Callable) -> str:
