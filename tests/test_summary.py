@@ -155,7 +155,7 @@ def test_tells_what_was_trained_and_how_well(tmp_path, monkeypatch):
     assert row(text, "sft  ", "e").split() == ["sft", "reused", "-", "120", "1,920", "96", "14", "33"]
     assert row(text, "ppo  ", "trained").split()[1] == "trained"
     assert "demo: trained in 3 min 23 s" in text  # reward and ppo: the reused sft cost nothing
-    assert "This command took 4 min 05 s, including data preparation and start-up." in text
+    assert "This command took 4 min 05 s, including data preparation and start-up." in text  # ppo's time is that of earlier commands too
     assert "sft dropped: 2 empty response, 31 duplicate" in text
     assert "sft trains on 1,200 exact copies of other rows" in text
     assert row(text, "ppo  ", "rollout").endswith("59 %  1 min 35 s") and row(text, "train", "31 %").endswith("31 %  50 s")
@@ -175,6 +175,13 @@ def test_tells_what_was_trained_and_how_well(tmp_path, monkeypatch):
     # From here run.py is elsewhere
     assert row(text, "change something").endswith(f"python {Path(__file__).parents[1]}/run.py -m ppo.kl_coef=0.02,0.05,0.1")
     assert "wandb sync" not in text
+
+
+def test_the_time_outside_the_stages_is_said(tmp_path):
+    steps = [make_step(tmp_path / "s", "sft", SFT), make_step(tmp_path / "s", "reward", REWARD)]
+    said = "This command took 4 min 05 s, {} of it outside the stages"
+    assert said.format("2 min 52 s") in summary(steps, tmp_path / "run")  # 245 s less 31.4 and 42
+    assert said.format("3 min 34 s") in summary(steps, tmp_path / "again", reused={"reward"})
 
 
 def test_fits_80_columns_without_a_terminal(tmp_path, monkeypatch):
@@ -265,6 +272,12 @@ def test_one_stage_alone(tmp_path, stage, epochs):
     assert row(text, "train the rest").endswith("python run.py model=opt1.3b stage=ppo")
     capped = summary(steps, tmp_path / "run", overrides=[f"stage={stage}", f"{stage}.max_steps=30"])  # more epochs would change nothing
     assert row(capped, "change something").endswith(f"python run.py -m stage={stage} {stage}.max_steps=30,60")
+
+
+def test_no_sweep_is_offered_over_a_stage_that_was_given(tmp_path):
+    steps = [make_step(tmp_path / "s", "sft", SFT), make_step(tmp_path / "s", "ppo", None, pinned="runs/other/ppo/model")]
+    text = summary(steps, tmp_path / "run", overrides=["ppo.use=runs/other/ppo/model"])
+    assert "change something" not in text and row(text, "talk to it").endswith("runs/other/ppo/model")
 
 
 @pytest.mark.parametrize(("owned", "offered"), [({"sft": 300}, False), ({"sft": 60, "reward": 120, "ppo": 120}, True)])
@@ -426,12 +439,22 @@ def test_a_result_without_the_counts_of_its_pairs_has_no_verdict(tmp_path):
     assert "choosing the longer" not in summary([make_step(tmp_path, "reward", older)], tmp_path / "run")
 
 
-@pytest.mark.parametrize(("steps", "said"), [(2, False), (20, True)])
-def test_endless_answers_are_no_news_after_a_few_steps_of_sft(tmp_path, steps, said):
+@pytest.mark.parametrize(
+    ("steps", "rate", "says"),
+    [
+        (20, 0.3, "Many answers never end: raise"),
+        (2, 0.3, ""),
+        (2, 0.9, "Many answers never end, after only 2 SFT steps: raise"),
+        (1, 1.0, "Many answers never end, after only 1 SFT step: raise"),
+    ],
+)
+def test_some_endless_answers_are_no_news_after_a_few_steps_of_sft(tmp_path, steps, rate, says):
     both = [make_step(tmp_path, "sft", SFT | {"steps": steps})]
-    both.append(make_step(tmp_path, "ppo", PPO | {"after": PPO["after"] | {"truncated_rate": 0.9}}))
-    assert ("Many answers never end" in summary(both, tmp_path / "run")) == said
-    assert "Many answers never end" not in summary(both[1:], tmp_path / "again")  # SFT's folder was deleted: nothing is known of it
+    both.append(make_step(tmp_path, "ppo", PPO | {"after": PPO["after"] | {"truncated_rate": rate}}))
+    text = " ".join(summary(both, tmp_path / "run").split())
+    assert says in text and ("never end" in text) == bool(says)
+    # SFT's folder was deleted: of its steps nothing is known
+    assert ("Many answers never end: raise" in summary(both[1:], tmp_path / "again")) == (rate > 0.5)
 
 
 def test_score_and_its_curve_are_of_the_same_kind(tmp_path):

@@ -78,8 +78,11 @@ def stages_section(name: str, trained: Sequence[Trained], took: float) -> Sectio
     for t in trained:
         rows.append([t.step.stage, t.state, *(stage_cells(t) if t.result else "------")])
         notes += stage_notes(t)
-    notes.append(f"This command took {duration(took)}, including data preparation and start-up.")
     seconds = spent(trained)
+    # A resumed stage counts the time of earlier commands too
+    resumed = any(t.state == "trained" and t.result.get("resumed_from") for t in trained)
+    outside = "including" if resumed or not 0 < seconds <= took else f"{duration(took - seconds)} of it outside the stages, for checks,"
+    notes.append(f"This command took {duration(took)}, {outside} data preparation and start-up.")
     happened = f"trained in {duration(seconds)}" if seconds else "nothing new was trained"
     return Section(f"{name}: {happened}", header=STAGE_HEADER, rows=rows, notes=notes)
 
@@ -262,8 +265,10 @@ def ppo_notes(before: dict, after: dict, prompts: int, sft_steps: int | None) ->
         notes.append("The score rose while the judge fell: the actor exploits the reward model. Try a larger ppo.kl_coef.")
     if score > 0 and length > 0.5 * before["length"]:
         notes.append("The answers grew much longer along with the score: read the samples before you trust it.")
-    if after["truncated_rate"] > 0.2 and (sft_steps is None or sft_steps >= SFT_STEPS):
-        notes.append("Many answers never end: raise ppo.missing_eos_penalty or model.max_response_tokens.")
+    few = sft_steps is not None and sft_steps < SFT_STEPS
+    if after["truncated_rate"] > (0.5 if few else 0.2):  # after a few steps of SFT, some are no news
+        why = f", after only {num(sft_steps)} SFT step{'s' * (sft_steps > 1)}" if few and sft_steps else ""
+        notes.append(f"Many answers never end{why}: raise ppo.missing_eos_penalty or model.max_response_tokens.")
     return notes
 
 
@@ -304,9 +309,10 @@ def next_section(trained: Sequence[Trained], overrides: Sequence[str], flags: Se
     talker = steps.get("ppo") or steps.get("dpo") or steps.get("sft")
     if talker:
         commands.append(("talk to it", f"python -m runner.chat {shlex.quote(short(talker.model))}"))
-    kept = [o for o in read_by(last, overrides) if override_key(o) != "resume"]  # a sweep refuses resume=force
-    swept = repeat(kept, to_try(last, overrides))
-    commands.append(("change something", command_line(*flags, "-m", *swept)))
+    if not steps[last].pinned:  # nothing would train what a sweep varies
+        kept = [o for o in read_by(last, overrides) if override_key(o) != "resume"]  # a sweep refuses resume=force
+        swept = repeat(kept, to_try(last, overrides))
+        commands.append(("change something", command_line(*flags, "-m", *swept)))
     if last in ("sft", "reward") and feeds_the_rest(trained):
         if lacking:
             notes.append(f"To train the rest, stage=ppo, also type {lacking}=...: reward model and actor must have the same tokenizer.")
