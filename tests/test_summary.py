@@ -682,6 +682,25 @@ def test_hydra_shows_the_table_even_when_a_job_failed(tmp_path):
     assert "job 1: ValueError: boom ***" in run.stdout
 
 
+def test_a_sweep_that_was_stopped_says_how_many_jobs_it_did_not_start(tmp_path):
+    (tmp_path / "app.py").write_text(APP.replace("    facts =", "    if cfg.x == 4:\n        sys.exit(75)\n    facts ="))
+    sweep = ["+hydra.callbacks.t._target_=runner.reporting.sweep_table.SweepTable", "hydra.sweep.dir=out"]
+    command = [sys.executable, "app.py", "-m", "+x=4,1,3", *sweep]
+    run = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True)
+    assert run.returncode == 75 and "Sweep of 3 jobs, 2 not started, 1 stopped" in run.stdout, run.stderr
+
+
+def test_jobs_of_a_named_sweep_are_counted_and_those_of_another_sweeper_are_not(tmp_path):
+    make_sweep(tmp_path)
+    params = {"++ppo.kl_coef": "0.02,0.05,0.1,${seed}", "dataset": "toy"}
+    for sweeper, title in (("Basic", "Sweep of 8 jobs, 5 not started, 1 stopped"), ("Optuna", "Sweep of 3 jobs, 1 stopped")):
+        facts = {"sweeper": {"_target_": f"hydra.{sweeper}Sweeper", "params": params}, "overrides": {"task": ["seed=1,2", "model=tiny"]}}
+        OmegaConf.save(OmegaConf.create({"hydra": facts}), tmp_path / "multirun.yaml")
+        console, raw = words()
+        show_sweep(tmp_path, console)
+        assert title in raw.getvalue().decode()
+
+
 def test_a_sweep_over_what_names_its_folder_has_one_table(tmp_path):
     (tmp_path / "app.py").write_text(APP)
     sweep = ["+hydra.callbacks.t._target_=runner.reporting.sweep_table.SweepTable", "hydra.sweep.dir='it\\'s ${oc.select:x,any}'"]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
@@ -148,12 +150,28 @@ def sweep_section(sweep_dir: Path, jobs: Sequence[Job]) -> Section:
         rows.append([job.number, *(job.overrides.get(key, "-") for key in keys), *values, time])
     left = [job for job in jobs if not job.facts]
     states = Counter(job.state for job in left)
-    title = ", ".join([f"Sweep of {len(jobs)} job{'s' * (len(jobs) != 1)}", *(f"{n} {state}" for state, n in sorted(states.items()))])
+    wanted = max(len(jobs), wanted_jobs(sweep_dir))
+    if wanted > len(jobs):
+        states["not started"] = wanted - len(jobs)
+    title = ", ".join([f"Sweep of {wanted} job{'s' * (wanted != 1)}", *(f"{n} {state}" for state, n in sorted(states.items()))])
     places = [("table", short(sweep_dir / "sweep.md")), ("numbers", short(sweep_dir / "sweep.csv"))]
     places += [(f"job {job.number} {job.state}", short(job.folder)) for job in left]
     header = ("job", *short_names(keys), *(name for name, _, _ in columns), "time")
     errors = [f"job {job.number}: {clip(job.error, ERROR_LIMIT)}" for job in left if job.error]
     return Section(title, header=header, rows=rows, notes=[*held_out(jobs), *errors], literal=places)
+
+
+def wanted_jobs(sweep_dir: Path) -> int:
+    """How many jobs the sweep was to have, by the multirun.yaml that Hydra leaves. 0: unknown, another sweeper chooses as it goes."""
+    saved = sweep_dir / "multirun.yaml"
+    if not saved.exists():
+        return 0
+    hydra = OmegaConf.load(saved).hydra
+    if not hydra.sweeper._target_.endswith(".BasicSweeper"):
+        return 0
+    sweeper, typed = (OmegaConf.to_container(part) for part in (hydra.sweeper, hydra.overrides.task))  # interpolations are the jobs' own
+    words = [f"{key}={value}" for key, value in (sweeper["params"] or {}).items()] + typed
+    return len(BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)[0])
 
 
 def column_cells(jobs: Sequence[Job], keys: Sequence[str], show: Callable) -> list[str]:
