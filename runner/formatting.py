@@ -1,6 +1,7 @@
 """Numbers, times and paths as words: for reports, tables and messages. Imports nothing but the standard library."""
 
 import math
+import textwrap
 from pathlib import Path
 
 
@@ -72,8 +73,10 @@ def short(path: str | Path) -> str:
     return str(Path(path).relative_to(here)) if Path(path).is_absolute() and Path(path).is_relative_to(here) else path
 
 
-def print_columns(rows: list[tuple[str, ...]]) -> None:
-    """Print a table with aligned columns."""
+def print_columns(rows: list[tuple[str, ...]], width: int | None = None) -> None:
+    """Print a table with aligned columns; the end of a row that is wider than `width` goes to the next line."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        line = "  ".join(map(str.ljust, row, widths)).rstrip()
+        lines = textwrap.wrap(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False) if width else [line]
+        print(*lines, sep="\n")
