@@ -28,11 +28,25 @@ def find(path: str) -> str:
     actors = [place / stage / "model" for place in (folder, *commands) for stage in ("ppo", "dpo", "sft")]
     inside = [place for place in (folder, folder / "model", *actors) if (place / "config.json").is_file()]
     if not inside:
+        if folder.is_dir() and (jobs := of_sweep(folder)):
+            some = "".join(f"\n  {CHAT} {actor}" for actor in jobs)
+            raise UserError(f"{path} holds a sweep, whose jobs have an actor each. Type one of:{some}")
         why = no_checkpoint(folder, f"type {CHAT} ") if folder.exists() else "does not exist"
         raise UserError(f"{path} {why}" + ("" if CHAT in why else f". {instead(path)}"))
     if inside[0] != folder:
         print(f"using {inside[0]}", file=sys.stderr)
     return str(inside[0])
+
+
+def of_sweep(folder: Path) -> list[Path]:
+    """The actor of each job of a sweep: of this one, or of the newest in a run's folder that has any."""
+    for sweep in (folder, *sorted(folder.glob("*_sweep"), reverse=True)):
+        jobs = sorted((job for job in sweep.glob("*") if job.name.isdigit()), key=lambda job: int(job.name))
+        models = [[job / stage / "model" for stage in ("ppo", "dpo", "sft")] for job in jobs]
+        found = [next((model for model in of_job if (model / "config.json").is_file()), None) for of_job in models]
+        if any(found):
+            return list(filter(None, found))
+    return []
 
 
 def instead(path: str) -> str:
@@ -65,10 +79,19 @@ def load(path: str):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
             raise UserError("it is a reward model or critic, which scores dialogues and writes none")
-        tokenizer = load_tokenizer(path)
+        try:
+            tokenizer = load_tokenizer(path)
+        except UserError as error:
+            if "has no EOS" not in str(error):
+                raise
+            # It advises a key of the configuration, which a chat does not have
+            raise UserError(
+                "its tokenizer has no EOS: no answer would ever end. Name eos_token in the tokenizer_config.json of a local copy"
+            ) from error
         model = load_weights(transformers.AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=False).to(device).eval()
     except Exception as error:  # whatever transformers, safetensors and the hub raise
-        raise UserError(f"cannot chat with {path}: {redact((str(error) or repr(error)).splitlines()[0])}. {instead(path)}") from error
+        why = redact((str(error) or repr(error)).splitlines()[0]).rstrip(".")
+        raise UserError(f"cannot chat with {path}: {why}. {instead(path)}") from error
     # A model that was not trained here may have no template: use ours
     if not tokenizer.chat_template:
         set_template(tokenizer, yaml.safe_load(TEMPLATE.read_text())["chat_template"])

@@ -1,16 +1,20 @@
 """Numbers, times and paths as words: for reports, tables and messages. Imports nothing but the standard library."""
 
 import math
+import textwrap
 from pathlib import Path
 
 
-def num(value: float | None, sign: str = "") -> str:
-    """A number as people write it; "-" if it is missing. sign="+" shows the plus of a change."""
+def num(value: float | None, sign: str = "", more: int = 0) -> str:
+    """A number as people write it; "-" if it is missing. sign="+" shows the plus of a change; more: further digits."""
     if not isinstance(value, int | float):
         return "-"
     if not math.isfinite(value) or isinstance(value, int):
         return f"{value:{sign},}"
     size = abs(value)
+    if size >= 1e6:  # what a diverged training leaves: 5.2e21
+        mantissa, exponent = f"{value:{sign}.{1 + more}e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
     if size >= 1000:
         digits = 0
     elif size >= 10:
@@ -19,11 +23,17 @@ def num(value: float | None, sign: str = "") -> str:
         digits = 3
     else:
         digits = 2
+    digits += more
     return f"{round(value, digits) + 0.0:{sign},.{digits}f}"
 
 
-def pct(value: float | None, sign: str = "", digits: int = 1) -> str:
-    return f"{100 * value:{sign}.{digits}f} %" if isinstance(value, int | float) else "-"
+def pct(value: float | None, sign: str = "", digits: int = 1, more: int = 0) -> str:
+    return f"{100 * value:{sign}.{digits + more}f} %" if isinstance(value, int | float) else "-"
+
+
+def with_error(text: str, error: float | None) -> str:
+    """A number and its standard error, if that is known: of one prompt it is 0."""
+    return f"{text} ± {num(error)}" if error else text
 
 
 # Three ways to say a time, on purpose: one that was measured, one that is foreseen, one that counts down
@@ -63,8 +73,10 @@ def short(path: str | Path) -> str:
     return str(Path(path).relative_to(here)) if Path(path).is_absolute() and Path(path).is_relative_to(here) else path
 
 
-def print_columns(rows: list[tuple[str, ...]]) -> None:
-    """Print a table with aligned columns."""
+def print_columns(rows: list[tuple[str, ...]], width: int | None = None) -> None:
+    """Print a table with aligned columns; the end of a row that is wider than `width` goes to the next line."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        line = "  ".join(map(str.ljust, row, widths)).rstrip()
+        lines = textwrap.wrap(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False) if width else [line]
+        print(*lines, sep="\n")

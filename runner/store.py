@@ -7,6 +7,7 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -126,7 +127,7 @@ def show_store(store: Path) -> None:
         needed = children[step.folder.name]
         by = ", ".join(needed[:2]) + (f" and {len(needed) - 2} more" if needed[2:] else "")
         rows.append((step.folder.name, step.state, step.name[:SHOWN], step.model, step.dataset, size(step.bytes), day, by))
-    print_columns(rows)
+    print_columns(rows, shutil.get_terminal_size(fallback=(10_000, 0)).columns)  # through a pipe, a step has one line
     others = {name: sum(count for _, count, _ in _files(store / name)) for name in SHARED if (store / name).is_dir()}
     print()
     if others:
@@ -139,7 +140,8 @@ def show_store(store: Path) -> None:
         free = size(sum(step.checkpoints for step in saved))
         print(f"- {free} of checkpoints of finished steps, which nothing reads any more:\n  {words}")
     last = [step for step in steps if step.done and not children[step.folder.name]]
-    print(f"- {size(sum(step.bytes for step in last))} of finished steps that no other was trained on, if you want none of their models")
+    free = size(sum(step.bytes - step.checkpoints for step in last))
+    print(f"- {free} more of finished steps that no other was trained on, beside their checkpoints, if you want none of their models")
 
 
 def size(count: int) -> str:

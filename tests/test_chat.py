@@ -1,6 +1,7 @@
 """Talking to an exported model: what it is given, what is shown, what is refused."""
 
 import io
+import json
 import math
 import subprocess
 import sys
@@ -80,6 +81,44 @@ def test_the_folder_of_a_run_means_the_newest_command_that_has_an_actor(step, tm
     (tmp_path / "2026-02-01_12-00-00").mkdir()
     (tmp_path / "2026-02-01_12-00-00" / "ppo").symlink_to(tmp_path / "interrupted")
     assert chat.find(str(tmp_path)) == str(tmp_path / "2026-01-31_12-00-00" / "sft" / "model")
+
+
+def test_of_a_run_that_has_only_sweeps_the_actors_of_the_newest_are_named(step, tmp_path):
+    for sweep, jobs in {
+        "2026-01-30_12-00-00_sweep": ("0",),
+        "2026-01-31_12-00-00_sweep": ("0", "2", "10"),
+        "2026-02-01_12-00-00_sweep": (),
+    }.items():
+        for job in jobs:
+            (tmp_path / sweep / job).mkdir(parents=True)
+            (tmp_path / sweep / job / ("dpo" if job == "2" else "ppo")).symlink_to(step)
+        (tmp_path / sweep / "1" / "ppo").mkdir(parents=True)  # a job that has not come so far
+    newest = tmp_path / "2026-01-31_12-00-00_sweep"
+    actors = [f"  python -m runner.chat {newest}/{actor}/model" for actor in ("0/ppo", "2/dpo", "10/ppo")]
+    for path in (tmp_path, newest):
+        with pytest.raises(UserError, match="holds a sweep") as raised:
+            chat.find(str(path))
+        assert str(raised.value).splitlines()[1:] == actors
+
+
+def test_what_is_advised_is_what_a_chat_can_do(step, tmp_path, monkeypatch):
+    import shutil
+
+    import transformers
+
+    shutil.copytree(step / "model", tmp_path / "model")
+    config = tmp_path / "model" / "tokenizer_config.json"
+    config.write_text(json.dumps({key: value for key, value in json.loads(config.read_text()).items() if key != "eos_token"}))
+    with pytest.raises(UserError, match=r"has no EOS: .* Name eos_token in the tokenizer_config.json") as raised:
+        chat.load(str(tmp_path / "model"))
+    assert "model.end_token" not in str(raised.value)
+
+    def unreachable(*_, **__):
+        raise OSError("the hub cannot be reached. Try later.\nMore lines")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(UserError, match=r"Try later\. Type "):
+        chat.load(str(step / "model"))
 
 
 @pytest.mark.parametrize("path, why", [("/nowhere/model", "does not exist"), (".", "no config.json")])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.stages.pairs import calibration, wilson_interval
+from runner.stages.pairs import calibration, pair_statistics, wilson_interval
 
 
 def test_wilson_interval():
@@ -21,6 +21,14 @@ def test_wilson_interval():
 def test_wilson_interval_holds_the_share_and_stays_inside(n, share):
     low, high = wilson_interval(share * n, n)
     assert -1e-12 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1 + 1e-12
+
+
+def test_pairs_on_which_model_and_length_differ_are_counted():
+    """(chosen score, rejected score, tokens of the chosen, of the rejected): right and shorter, right and as long, wrong and longer."""
+    scored = [(1.0, 0.0, 3, 9, "toy"), (1.0, 0.0, 5, 5, "toy"), (0.0, 1.0, 9, 3, "toy"), (1.0, 0.0, 9, 3, "toy")]
+    facts = pair_statistics(scored)
+    assert (facts["beats_longer"], facts["loses_to_longer"]) == (2, 1)
+    assert facts["accuracy"] - facts["longer_is_better"] == pytest.approx(0.75 - 0.625)
 
 
 def test_a_tie_is_half_right():

@@ -1,5 +1,6 @@
 """Responses: what is sampled, how reproducible it is, and that scoring reads what was sampled. Every family, fp32, on the CPU."""
 
+import json
 import math
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from runner.rollout.collect import Models, RolloutSettings, final_scores, join, 
 from runner.rollout.record import Rollout
 from runner.rollout.sampling import invert, uniforms
 from runner.rollout.stops import Stops
-from runner.stages.heldout import paired
+from runner.stages.heldout import paired, prompt_of
 from runner.stages.invariants import eos_and_pad
 from runner.stages.ppo import State, fill_rewards
 
@@ -485,7 +486,18 @@ def test_only_answers_to_the_same_prompt_stand_side_by_side():
     """resume=force may go on with other data: with other held-out prompts, and another number of them."""
 
     def rows(*prompts: str) -> list[dict]:
-        return [{"prompt": p, "response": p * 2, "score": 0.0, "judge": None} for p in prompts]
+        return [{"prompt": p[-1], "earlier": p[:-1], "response": p * 2, "score": 0.0, "judge": None} for p in prompts]
 
     assert [pair["prompt"] for pair in paired(rows("a", "b"), rows("a", "b"))] == ["a", "b"]
     assert [pair["prompt"] for pair in paired(rows("a", "b", "c"), rows("a", "x"))] == ["a"]
+    # The same last turn of two dialogues
+    assert [(pair["earlier"], pair["prompt"]) for pair in paired(rows("1a", "2b"), rows("1a", "3b"))] == [("1", "a")]
+    of_old_checkpoint = [{k: v for k, v in row.items() if k != "earlier"} for row in rows("1a")]
+    assert [pair["earlier"] for pair in paired(of_old_checkpoint, rows("1a"))] == ["1"]
+
+
+def test_a_sample_keeps_the_turns_before_its_prompt_as_text():
+    turns = [{"role": "user", "content": "Hé"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Why?"}]
+    found = prompt_of(json.dumps(turns))
+    assert found["prompt"] == "Why?" and "Hé" in found["earlier"] and json.loads(found["earlier"]) == turns[:-1]
+    assert prompt_of(json.dumps(turns[:1])) == {"prompt": "Hé", "earlier": "[]"}

@@ -260,7 +260,7 @@ def test_a_sweep_ends_with_the_job_that_was_stopped(tmp_path):
     launcher.send_signal(signal.SIGTERM)
     printed = launcher.communicate(timeout=30)[0]
     assert launcher.returncode == 75, printed
-    assert len(list(tmp_path.glob("sft-*"))) == 1 and "Sweep of 1 job, 1 stopped" in printed and "failed" not in printed
+    assert len(list(tmp_path.glob("sft-*"))) == 1 and "Sweep of 2 jobs, 1 not started, 1 stopped" in printed and "failed" not in printed
 
 
 def test_the_time_limit_stops_a_worker_that_asks(tmp_path):

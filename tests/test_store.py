@@ -48,7 +48,22 @@ def test_every_step_has_a_line_that_says_what_it_is_and_what_needs_it(tmp_path, 
     assert lines[2].endswith("ppo-1b") and "2027-01-1" in lines[2] and not lines[1].endswith("b")
     assert "data/  3.00 MB  tokenised data" in text
     assert f"4.00 MB of checkpoints of finished steps, which nothing reads any more:\n  rm -rf {tmp_path}/ppo-1b/checkpoints " in text
-    assert "2.00 MB of finished steps that no other was trained on" in text
+    assert "- 0.00 MB more of finished steps that no other was trained on, beside their checkpoints" in text  # nothing is counted twice
+
+
+def test_a_row_that_is_wider_than_the_terminal_goes_on_in_the_next_line(tmp_path, capsys, monkeypatch):
+    make(tmp_path, "reward-0123456789")
+    for number in range(2):
+        make(tmp_path, f"ppo-012345678{number}", {"reward": "/reward-0123456789/model"}, used=1_600_000_000)
+    show_store(tmp_path)
+    (whole,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reward-")]
+    assert len(whole) > 80 and whole.endswith("ppo-0123456780, ppo-0123456781")
+    monkeypatch.setenv("COLUMNS", "80")
+    show_store(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("reward-"))
+    assert lines[at + 1].startswith("    ") and lines[at].split() + lines[at + 1].split() == whole.split()
+    assert max(map(len, lines[: at + 2])) <= 80
 
 
 def test_how_far_a_step_has_come(tmp_path, capsys):

@@ -16,7 +16,7 @@ from rich.console import Console
 from runner.formatting import clock, duration, num, pct, spell
 from runner.reporting.report import Section, markdown, print_sections, sparkline
 from runner.reporting.results import read_curves
-from runner.reporting.summary import lacking_for_ppo, show_summary
+from runner.reporting.summary import lacking_for_ppo, show_summary, sign_test
 from runner.reporting.sweep_table import SweepTable, show_sweep
 
 OWNED = {"sft": 2500, "reward": 5000, "ppo": 5000}
@@ -50,6 +50,8 @@ REWARD = COMMON | {
     "accuracy_high": 0.747,
     "eval_pairs": 612,
     "longer_is_better": 0.551,
+    "beats_longer": 220,
+    "loses_to_longer": 121,
     "accuracy_by_source": {"toy": [0.712, 612]},
     "calibration": [{"confidence": 0.56, "accuracy": 0.55, "n": 300}, {"confidence": 0.88, "accuracy": 0.84, "n": 312}],
 }
@@ -153,7 +155,7 @@ def test_tells_what_was_trained_and_how_well(tmp_path, monkeypatch):
     assert row(text, "sft  ", "e").split() == ["sft", "reused", "-", "120", "1,920", "96", "14", "33"]
     assert row(text, "ppo  ", "trained").split()[1] == "trained"
     assert "demo: trained in 3 min 23 s" in text  # reward and ppo: the reused sft cost nothing
-    assert "This command took 4 min 05 s, including data preparation and start-up." in text
+    assert "This command took 4 min 05 s, including data preparation and start-up." in text  # ppo's time is that of earlier commands too
     assert "sft dropped: 2 empty response, 31 duplicate" in text
     assert "sft trains on 1,200 exact copies of other rows" in text
     assert row(text, "ppo  ", "rollout").endswith("59 %  1 min 35 s") and row(text, "train", "31 %").endswith("31 %  50 s")
@@ -173,6 +175,13 @@ def test_tells_what_was_trained_and_how_well(tmp_path, monkeypatch):
     # From here run.py is elsewhere
     assert row(text, "change something").endswith(f"python {Path(__file__).parents[1]}/run.py -m ppo.kl_coef=0.02,0.05,0.1")
     assert "wandb sync" not in text
+
+
+def test_the_time_outside_the_stages_is_said(tmp_path):
+    steps = [make_step(tmp_path / "s", "sft", SFT), make_step(tmp_path / "s", "reward", REWARD)]
+    said = "This command took 4 min 05 s, {} of it outside the stages"
+    assert said.format("2 min 52 s") in summary(steps, tmp_path / "run")  # 245 s less 31.4 and 42
+    assert said.format("3 min 34 s") in summary(steps, tmp_path / "again", reused={"reward"})
 
 
 def test_fits_80_columns_without_a_terminal(tmp_path, monkeypatch):
@@ -210,6 +219,13 @@ def test_long_samples_are_clipped_in_the_terminal_only(tmp_path):
     text = summary([make_step(tmp_path / "s", "ppo", PPO | {"samples": samples})], tmp_path / "run")
     assert "characters ...]" in text and "the question?" in text and text.count("early") < 200
     assert (tmp_path / "run/summary.md").read_text().count("early") == 400
+
+
+def test_a_sample_says_how_many_turns_went_before_its_prompt(tmp_path):
+    turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes?"}]
+    for earlier, said in ((turns, "(after 2 earlier turns)"), (turns[:1], "(after 1 earlier turn)"), ([], "Prompt: Human:")):
+        samples = [PPO["samples"][0] | {"earlier": json.dumps(earlier)}]
+        assert said in summary([make_step(tmp_path / "s", "ppo", PPO | {"samples": samples})], tmp_path / "run")
 
 
 def test_a_console_without_unicode_gets_ascii(tmp_path):
@@ -256,6 +272,12 @@ def test_one_stage_alone(tmp_path, stage, epochs):
     assert row(text, "train the rest").endswith("python run.py model=opt1.3b stage=ppo")
     capped = summary(steps, tmp_path / "run", overrides=[f"stage={stage}", f"{stage}.max_steps=30"])  # more epochs would change nothing
     assert row(capped, "change something").endswith(f"python run.py -m stage={stage} {stage}.max_steps=30,60")
+
+
+def test_no_sweep_is_offered_over_a_stage_that_was_given(tmp_path):
+    steps = [make_step(tmp_path / "s", "sft", SFT), make_step(tmp_path / "s", "ppo", None, pinned="runs/other/ppo/model")]
+    text = summary(steps, tmp_path / "run", overrides=["ppo.use=runs/other/ppo/model"])
+    assert "change something" not in text and row(text, "talk to it").endswith("runs/other/ppo/model")
 
 
 @pytest.mark.parametrize(("owned", "offered"), [({"sft": 300}, False), ({"sft": 60, "reward": 120, "ppo": 120}, True)])
@@ -343,8 +365,8 @@ def test_wandb_is_offered_where_an_offline_run_lies(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"reward": {"longer_is_better": 0.70}}, "cannot be told from"),
-        ({"reward": {"longer_is_better": 0.80}}, "teaches length"),
+        ({"reward": {"loses_to_longer": 200}}, "cannot be told from"),
+        ({"reward": {"loses_to_longer": 320}}, "teaches length"),
         ({"ppo": {"after": PPO["after"] | {"judge": 0.2}}}, "exploits the reward model"),
         ({"ppo": {"after": PPO["after"] | {"length": 60.0}}}, "much longer"),
         ({"ppo": {"after": PPO["after"] | {"score": -1.0}}}, "The score fell"),
@@ -365,6 +387,26 @@ def evaluated(score: float, se: float | None = None) -> dict:
     return PPO["after"] | {"score": score} | ({} if se is None else {"score_se": se})
 
 
+def test_the_score_has_its_standard_error(tmp_path):
+    told_of = told(tmp_path, before=evaluated(0.0, 0.3), after=evaluated(1.25, 0.4))
+    assert "score 0.00 ± 0.30 1.25 ± 0.40 +1.25 ± 0.50" in told_of and "± is one standard error" in told_of
+    assert "The score fell by 2.00 ± 0.50" in told(tmp_path, before=evaluated(2.0, 0.3), after=evaluated(0.0, 0.4))
+    assert "±" not in told(tmp_path, before=evaluated(0.0), after=evaluated(1.0))  # an older result
+    assert "±" not in told(tmp_path, before=evaluated(0.0, 0.0), after=evaluated(1.0, 0.0), eval_prompts=1)
+    step = make_step(tmp_path, "ppo", PPO | {"before": evaluated(0.0, 0.3), "after": evaluated(1.25, 0.4)})
+    console, raw = words(encoding="ascii")
+    show_summary("demo", [step], set(), tmp_path / "run", took=1.0, console=console)
+    assert b"1.25 +- 0.40" in raw.getvalue()
+    assert "| ---: | ---: | ---: |" in (tmp_path / "run/summary.md").read_text().partition("PPO on")[2]
+
+
+def test_a_training_that_diverged_says_so_in_numbers_that_can_be_read(tmp_path):
+    diverged = SFT | {"loss_after": 60.0, "perplexity_after": 5184705528587072045056.0}
+    text = summary([make_step(tmp_path, "sft", diverged)], tmp_path / "run")
+    assert row(text, "perplexity").split()[1:4] == ["512.9", "5.2e21", "+5.2e21"] and "Training made it worse" in text
+    assert "Training made it worse" not in summary([make_step(tmp_path, "sft", SFT)], tmp_path / "run")
+
+
 def test_noise_carries_no_verdict(tmp_path):
     assert "The score fell" not in told(tmp_path, before=evaluated(0, 0.1), after=evaluated(-0.28, 0.1))
     assert "The score fell" in told(tmp_path, before=evaluated(0, 0.1), after=evaluated(-0.29, 0.1), eval_prompts=6)
@@ -380,18 +422,39 @@ def test_calibration_needs_pairs(tmp_path, pairs, said):
     assert ("when it is 96 % sure" in summary([make_step(tmp_path, "reward", few)], tmp_path / "run")) == said
 
 
-@pytest.mark.parametrize(("pairs", "verdict"), [(16, "cannot be told from"), (160, "It beats choosing the longer answer")])
-def test_the_baseline_is_as_uncertain_as_the_accuracy(tmp_path, pairs, verdict):
-    facts = REWARD | {"accuracy": 0.688, "accuracy_low": 0.444, "longer_is_better": 0.406, "eval_pairs": pairs}
+@pytest.mark.parametrize(("won", "verdict"), [(5, "cannot be told from"), (6, "It beats choosing the longer answer")])
+def test_few_pairs_carry_no_verdict(tmp_path, won, verdict):
+    """An exact test: 5 to 0 are as one-sided in 1 of 16 tosses of a coin, 6 to 0 in 1 of 32."""
+    facts = REWARD | {"accuracy": 0.875, "longer_is_better": 0.375, "eval_pairs": 8, "beats_longer": won, "loses_to_longer": 0}
     assert verdict in summary([make_step(tmp_path, "reward", facts)], tmp_path / "run")
 
 
-@pytest.mark.parametrize(("steps", "said"), [(2, False), (20, True)])
-def test_endless_answers_are_no_news_after_a_few_steps_of_sft(tmp_path, steps, said):
+def test_the_sign_test_is_that_of_a_coin():
+    assert [sign_test(*n) for n in ((0, 0), (3, 3), (5, 1), (1, 5), (6, 0))] == [1.0, 1.0, 14 / 64, 14 / 64, 2 / 64]
+    assert sign_test(2600, 2400) == pytest.approx(0.0049, abs=2e-4)  # as many as no float counts
+
+
+def test_a_result_without_the_counts_of_its_pairs_has_no_verdict(tmp_path):
+    older = {key: value for key, value in REWARD.items() if key not in ("beats_longer", "loses_to_longer")}
+    assert "choosing the longer" not in summary([make_step(tmp_path, "reward", older)], tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate", "says"),
+    [
+        (20, 0.3, "Many answers never end: raise"),
+        (2, 0.3, ""),
+        (2, 0.9, "Many answers never end, after only 2 SFT steps: raise"),
+        (1, 1.0, "Many answers never end, after only 1 SFT step: raise"),
+    ],
+)
+def test_some_endless_answers_are_no_news_after_a_few_steps_of_sft(tmp_path, steps, rate, says):
     both = [make_step(tmp_path, "sft", SFT | {"steps": steps})]
-    both.append(make_step(tmp_path, "ppo", PPO | {"after": PPO["after"] | {"truncated_rate": 0.9}}))
-    assert ("Many answers never end" in summary(both, tmp_path / "run")) == said
-    assert "Many answers never end" not in summary(both[1:], tmp_path / "again")  # SFT's folder was deleted: nothing is known of it
+    both.append(make_step(tmp_path, "ppo", PPO | {"after": PPO["after"] | {"truncated_rate": rate}}))
+    text = " ".join(summary(both, tmp_path / "run").split())
+    assert says in text and ("never end" in text) == bool(says)
+    # SFT's folder was deleted: of its steps nothing is known
+    assert ("Many answers never end: raise" in summary(both[1:], tmp_path / "again")) == (rate > 0.5)
 
 
 def test_score_and_its_curve_are_of_the_same_kind(tmp_path):
@@ -412,6 +475,7 @@ def test_sparkline_and_numbers():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert len(sparkline(list(range(1000)))) == 20 and sparkline([2.0, 2.0]) == "▄▄" and sparkline([1.0]) == ""
     assert [num(x) for x in (None, 12, 1234567, 0.0031, -0.0, 12.345, 1234.5)] == ["-", "12", "1,234,567", "0.003", "0.00", "12.3", "1,234"]
+    assert [num(x) for x in (999_999.6, 1e6, -1.26e12)] == ["1,000,000", "1.0e6", "-1.3e12"]
     assert pct(0.5) == "50.0 %" and pct(None) == "-"
 
 
@@ -483,6 +547,19 @@ def test_sweep_table(tmp_path):
     assert [line["ppo.kl_coef"] for line in table] == ["0.02", "0.05", "0.1"]
     assert [line["state"] for line in table] == ["done", "stopped", "done"]
     assert table[2]["ppo/after/score"] == "0.8" and table[1]["ppo/after/score"] == ""
+
+
+def test_a_sweep_says_how_much_was_held_out_and_tells_close_rows_apart(tmp_path):
+    make_sweep(tmp_path)
+    for number, change in ((0, {"ppo/after/kl": 3.2512}), (2, {"ppo/after/kl": 3.2538, "ppo/eval_prompts": 32})):
+        path = tmp_path / str(number) / "summary.json"
+        facts = json.loads(path.read_text()) | {"reward/eval_pairs": 1258, "ppo/eval_prompts": 256}
+        path.write_text(json.dumps(facts | change))
+    console, raw = words()
+    show_sweep(tmp_path, console)
+    text = raw.getvalue().decode()
+    assert "Held out: RM on 1,258 pairs, PPO on 32 to 256 prompts." in text
+    assert "3.251    21.9" in row(text, "0 ") and "3.254    21.9" in row(text, "2 ")  # lengths are the same, and are not told apart
 
 
 def test_errors_stand_under_the_table_of_a_sweep(tmp_path):
@@ -603,6 +680,25 @@ def test_hydra_shows_the_table_even_when_a_job_failed(tmp_path):
     assert len(list(tmp_path.glob("out/*/sweep.csv"))) == 1
     assert [path.read_text() for path in tmp_path.glob("out/*/*/error.txt")] == ["ValueError: boom ***\n"]
     assert "job 1: ValueError: boom ***" in run.stdout
+
+
+def test_a_sweep_that_was_stopped_says_how_many_jobs_it_did_not_start(tmp_path):
+    (tmp_path / "app.py").write_text(APP.replace("    facts =", "    if cfg.x == 4:\n        sys.exit(75)\n    facts ="))
+    sweep = ["+hydra.callbacks.t._target_=runner.reporting.sweep_table.SweepTable", "hydra.sweep.dir=out"]
+    command = [sys.executable, "app.py", "-m", "+x=4,1,3", *sweep]
+    run = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True)
+    assert run.returncode == 75 and "Sweep of 3 jobs, 2 not started, 1 stopped" in run.stdout, run.stderr
+
+
+def test_jobs_of_a_named_sweep_are_counted_and_those_of_another_sweeper_are_not(tmp_path):
+    make_sweep(tmp_path)
+    params = {"++ppo.kl_coef": "0.02,0.05,0.1,${seed}", "dataset": "toy"}
+    for sweeper, title in (("Basic", "Sweep of 8 jobs, 5 not started, 1 stopped"), ("Optuna", "Sweep of 3 jobs, 1 stopped")):
+        facts = {"sweeper": {"_target_": f"hydra.{sweeper}Sweeper", "params": params}, "overrides": {"task": ["seed=1,2", "model=tiny"]}}
+        OmegaConf.save(OmegaConf.create({"hydra": facts}), tmp_path / "multirun.yaml")
+        console, raw = words()
+        show_sweep(tmp_path, console)
+        assert title in raw.getvalue().decode()
 
 
 def test_a_sweep_over_what_names_its_folder_has_one_table(tmp_path):

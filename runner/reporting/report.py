@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 SPARKS = "▁▂▃▄▅▆▇█"
-ASCII = str.maketrans(SPARKS + "·", "_.-:=+*#.")  # for consoles without Unicode
-ONE = r"(?:[-+]?(?:[\d.,]+|inf)|nan|-)(?: %| s)?"
-NUMBER = re.compile(rf"(?:{ONE}(?: -> {ONE})*)?")  # not a star inside a star: a response of dots would be searched for years
+ASCII = str.maketrans(SPARKS + "·", "_.-:=+*#.") | {ord("±"): "+-"}  # for consoles without Unicode
+ONE = r"(?:[-+]?(?:[\d.,]+(?:e\d+)?|inf)|nan|-)(?: %| s)?"
+NUMBER = re.compile(rf"(?:{ONE}(?: (?:->|±) {ONE})*)?")  # not a star inside a star: a response of dots would be searched for years
 STYLES = {"trained": "green", "reused": "cyan", "given": "magenta", "missing": "red", "failed": "bold red"}
 CELL_LIMIT = 700  # characters of one cell or intro in a terminal; summary.md has the whole text
 DRAWING = 20  # columns of a bar or a curve

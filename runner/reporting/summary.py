@@ -16,7 +16,7 @@ from rich.console import Console
 
 from runner.config.schema import PARENTS, STAGES, Model
 from runner.durable.resume import ORIGIN
-from runner.formatting import duration, num, pct, short
+from runner.formatting import duration, num, pct, short, with_error
 from runner.plan import Step
 from runner.reporting.report import Section, bar, markdown, print_sections, sparkline
 from runner.reporting.results import Trained, headline, spent, trained_of
@@ -78,8 +78,11 @@ def stages_section(name: str, trained: Sequence[Trained], took: float) -> Sectio
     for t in trained:
         rows.append([t.step.stage, t.state, *(stage_cells(t) if t.result else "------")])
         notes += stage_notes(t)
-    notes.append(f"This command took {duration(took)}, including data preparation and start-up.")
     seconds = spent(trained)
+    # A resumed stage counts the time of earlier commands too
+    resumed = any(t.state == "trained" and t.result.get("resumed_from") for t in trained)
+    outside = "including" if resumed or not 0 < seconds <= took else f"{duration(took - seconds)} of it outside the stages, for checks,"
+    notes.append(f"This command took {duration(took)}, {outside} data preparation and start-up.")
     happened = f"trained in {duration(seconds)}" if seconds else "nothing new was trained"
     return Section(f"{name}: {happened}", header=STAGE_HEADER, rows=rows, notes=notes)
 
@@ -135,9 +138,14 @@ def usage(curves: dict[str, list[float]]) -> str:
     return ", ".join(found)
 
 
-def change_row(label: str, before: float | None, after: float | None, curve: Sequence[float], show=num) -> list[str]:
-    change = "-" if None in (before, after) else show(after - before, "+")
-    return [label, show(before), show(after), change, sparkline(curve)]
+def change_row(label: str, before: float | None, after: float | None, curve: Sequence[float], show=num, errors=(None, None)) -> list[str]:
+    change = "-" if None in (before, after) else with_error(show(after - before, "+"), both(errors))
+    return [label, with_error(show(before), errors[0]), with_error(show(after), errors[1]), change, sparkline(curve)]
+
+
+def both(errors: Sequence[float | None]) -> float | None:
+    """The standard error of a difference, from those of its two numbers. Mostly too large: both are of the same prompts."""
+    return None if None in errors else math.hypot(*errors)
 
 
 def sft_sections(t: Trained) -> list[Section]:
@@ -146,17 +154,19 @@ def sft_sections(t: Trained) -> list[Section]:
         change_row("perplexity", r["perplexity_before"], r["perplexity_after"], t.curves.get("eval/perplexity", ())),
         change_row("loss", r["loss_before"], r["loss_after"], t.curves.get("eval/loss", ())),
     ]
-    return [Section("SFT on held-out answers", header=CHANGE_HEADER, rows=rows)]
+    worse = r["loss_after"] > r["loss_before"]
+    notes = ["Training made it worse: the held-out loss rose. Try a smaller sft.lr, or fewer sft.epochs if it fell first."] if worse else []
+    return [Section("SFT on held-out answers", header=CHANGE_HEADER, rows=rows, notes=notes)]
 
 
 def reward_sections(t: Trained) -> list[Section]:
     below = "Choosing the longer answer does better: PPO against this reward model teaches length."
-    return [pair_section("Reward model", "reward model", t, [verdict(t.result, below), *calibration_notes(t.result)])]
+    return [pair_section("Reward model", "reward model", t, [*verdict(t.result, below), *calibration_notes(t.result)])]
 
 
 def dpo_sections(t: Trained) -> list[Section]:
     below = "Choosing the longer answer does better: more pairs or more training may help."
-    return [pair_section("DPO", "implicit reward", t, [verdict(t.result, below), *dpo_notes(t.result)])]
+    return [pair_section("DPO", "implicit reward", t, [*verdict(t.result, below), *dpo_notes(t.result)])]
 
 
 def dpo_notes(r: dict) -> list[str]:
@@ -182,16 +192,20 @@ def pair_section(name: str, scorer: str, t: Trained, notes: list[str]) -> Sectio
     return Section(title, header=("", "", "accuracy", "95 % interval"), rows=rows, notes=notes)
 
 
-def verdict(r: dict, below: str) -> str:
-    """On the accuracy. below: what to say if choosing the longer answer does better."""
-    accuracy, baseline = r["accuracy"], r["longer_is_better"]
-    # Two standard errors of the difference: the baseline is estimated from the same pairs
-    lead, doubt = accuracy - baseline, 2 * math.sqrt((accuracy * (1 - accuracy) + baseline * (1 - baseline)) / r["eval_pairs"])
-    if lead > doubt:
-        return "It beats choosing the longer answer."
-    if lead < -doubt:
-        return below
-    return "It cannot be told from choosing the longer answer: more pairs or more training may help."
+def verdict(r: dict, below: str) -> list[str]:
+    """On the accuracy. below: what to say if choosing the longer answer does better. Older results lack the counts: nothing is said."""
+    if "beats_longer" not in r:
+        return []
+    won, lost = r["beats_longer"], r["loses_to_longer"]
+    if sign_test(won, lost) > 0.05:
+        return ["It cannot be told from choosing the longer answer: more pairs or more training may help."]
+    return ["It beats choosing the longer answer." if won > lost else below]
+
+
+def sign_test(won: int, lost: int) -> float:
+    """Two-sided p-value of the exact sign test: how often a fair coin falls at least as unevenly."""
+    n = won + lost
+    return min(1.0, sum(math.comb(n, k) for k in range(min(won, lost) + 1)) / 2 ** (n - 1)) if n else 1.0
 
 
 def calibration_notes(r: dict) -> list[str]:
@@ -214,20 +228,29 @@ def ppo_sections(t: Trained, sft_steps: int | None) -> list[Section]:
         ("truncated", "truncated_rate", "rollout/truncated_rate", pct),
         ("judge", "judge", "eval/judge", num),
     ]
-    rows = [change_row(label, before[key], after[key], t.curves.get(curve, ()), show) for label, key, curve, show in lines]
+    rows = [
+        change_row(label, before[key], after[key], t.curves.get(curve, ()), show, errors_of(key, before, after))
+        for label, key, curve, show in lines
+    ]
     if before["judge"] is None and after["judge"] is None:
         rows.pop()  # only the toy data set has a judge
     notes = ["Held-out scores are without ppo.score_clip and ppo.missing_eos_penalty; the progress lines include both."]
+    if both(errors_of("score", before, after)):
+        notes.append("± is one standard error: over other prompts of the same kind the score would vary by as much.")
     notes += ppo_notes(before, after, prompts, sft_steps)
     return [Section(f"PPO on {num(prompts)} held-out prompts", header=CHANGE_HEADER, rows=rows, notes=notes), *sample_sections(t.result)]
+
+
+def errors_of(key: str, before: dict, after: dict) -> list[float | None]:
+    return [facts.get(f"{key}_se") for facts in (before, after)]
 
 
 def change_of(key: str, before: dict, after: dict, prompts: int) -> float:
     """after - before; 0 if chance explains it: within two standard errors, or on few prompts if no error is known."""
     if None in (before[key], after[key]):  # the judge, which only the toy data set has
         return 0.0
-    change, errors = after[key] - before[key], [facts.get(f"{key}_se") for facts in (before, after)]
-    sure = prompts >= SURE_PROMPTS if None in errors else abs(change) > 2 * math.hypot(*errors)
+    change, error = after[key] - before[key], both(errors_of(key, before, after))
+    sure = prompts >= SURE_PROMPTS if error is None else abs(change) > 2 * error
     return change if sure else 0.0
 
 
@@ -236,13 +259,16 @@ def ppo_notes(before: dict, after: dict, prompts: int, sft_steps: int | None) ->
     score, judge, length = (change_of(key, before, after, prompts) for key in ("score", "judge", "length"))
     notes = []
     if score < 0:
-        notes.append("The score fell: try a smaller ppo.actor_lr or ppo.kl_coef, or more iterations.")
+        fall = with_error(num(-score), both(errors_of("score", before, after)))
+        notes.append(f"The score fell by {fall}: try a smaller ppo.actor_lr or ppo.kl_coef, or more iterations.")
     if score > 0 > judge:
         notes.append("The score rose while the judge fell: the actor exploits the reward model. Try a larger ppo.kl_coef.")
     if score > 0 and length > 0.5 * before["length"]:
         notes.append("The answers grew much longer along with the score: read the samples before you trust it.")
-    if after["truncated_rate"] > 0.2 and (sft_steps is None or sft_steps >= SFT_STEPS):
-        notes.append("Many answers never end: raise ppo.missing_eos_penalty or model.max_response_tokens.")
+    few = sft_steps is not None and sft_steps < SFT_STEPS
+    if after["truncated_rate"] > (0.5 if few else 0.2):  # after a few steps of SFT, some are no news
+        why = f", after only {num(sft_steps)} SFT step{'s' * (sft_steps > 1)}" if few and sft_steps else ""
+        notes.append(f"Many answers never end{why}: raise ppo.missing_eos_penalty or model.max_response_tokens.")
     return notes
 
 
@@ -251,10 +277,14 @@ def sample_sections(result: dict) -> list[Section]:
         judge = sample[f"{who}_judge"]
         return f"{who.upper()}: score {num(sample[f'{who}_score'])}" + (f", judge {num(judge)}" if judge is not None else "")
 
+    def asked(sample: dict) -> str:
+        earlier = len(json.loads(sample.get("earlier", "[]")))  # older results do not have them
+        return f"Prompt (after {earlier} earlier turn{'s' * (earlier > 1)}): " if earlier else "Prompt: "
+
     return [
         Section(
             f"Sample {number}",
-            intro=f"Prompt: {sample['prompt']}",
+            intro=asked(sample) + sample["prompt"],
             header=(head(sample, "sft"), head(sample, "ppo")),
             rows=[[sample["sft"], sample["ppo"]]],
         )
@@ -279,9 +309,10 @@ def next_section(trained: Sequence[Trained], overrides: Sequence[str], flags: Se
     talker = steps.get("ppo") or steps.get("dpo") or steps.get("sft")
     if talker:
         commands.append(("talk to it", f"python -m runner.chat {shlex.quote(short(talker.model))}"))
-    kept = [o for o in read_by(last, overrides) if override_key(o) != "resume"]  # a sweep refuses resume=force
-    swept = repeat(kept, to_try(last, overrides))
-    commands.append(("change something", command_line(*flags, "-m", *swept)))
+    if not steps[last].pinned:  # nothing would train what a sweep varies
+        kept = [o for o in read_by(last, overrides) if override_key(o) != "resume"]  # a sweep refuses resume=force
+        swept = repeat(kept, to_try(last, overrides))
+        commands.append(("change something", command_line(*flags, "-m", *swept)))
     if last in ("sft", "reward") and feeds_the_rest(trained):
         if lacking:
             notes.append(f"To train the rest, stage=ppo, also type {lacking}=...: reward model and actor must have the same tokenizer.")

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
@@ -37,6 +39,8 @@ COLUMNS = (
     ("length", ("ppo/after/length",), num),
     ("judge", ("ppo/after/judge",), num),
 )
+# How many the columns rest on, and the key in summary.json
+COUNTED = {"RM on {} pairs": "reward/eval_pairs", "DPO on {} pairs": "dpo/eval_pairs", "PPO on {} prompts": "ppo/eval_prompts"}
 # In the folder of a failed job
 ERROR = "error.txt"
 ERROR_LIMIT = 300  # characters of it under the table
@@ -139,20 +143,48 @@ def columns_with_values(jobs: Sequence[Job]) -> list[tuple]:
 
 def sweep_section(sweep_dir: Path, jobs: Sequence[Job]) -> Section:
     keys, columns = swept(jobs), columns_with_values(jobs)
-    rows = []
-    for job in jobs:
+    rows, cells = [], [column_cells(jobs, keys_of, show) for _, keys_of, show in columns]
+    for job, *values in zip(jobs, *cells, strict=True):
         facts = job.facts or {}
-        values = [shown(facts, keys_of, show) for _, keys_of, show in columns]
         time = duration(facts.get("seconds") or None) if job.facts else job.state  # "-": all was trained before
         rows.append([job.number, *(job.overrides.get(key, "-") for key in keys), *values, time])
     left = [job for job in jobs if not job.facts]
     states = Counter(job.state for job in left)
-    title = ", ".join([f"Sweep of {len(jobs)} job{'s' * (len(jobs) != 1)}", *(f"{n} {state}" for state, n in sorted(states.items()))])
+    wanted = max(len(jobs), wanted_jobs(sweep_dir))
+    if wanted > len(jobs):
+        states["not started"] = wanted - len(jobs)
+    title = ", ".join([f"Sweep of {wanted} job{'s' * (wanted != 1)}", *(f"{n} {state}" for state, n in sorted(states.items()))])
     places = [("table", short(sweep_dir / "sweep.md")), ("numbers", short(sweep_dir / "sweep.csv"))]
     places += [(f"job {job.number} {job.state}", short(job.folder)) for job in left]
     header = ("job", *short_names(keys), *(name for name, _, _ in columns), "time")
     errors = [f"job {job.number}: {clip(job.error, ERROR_LIMIT)}" for job in left if job.error]
-    return Section(title, header=header, rows=rows, notes=errors, literal=places)
+    return Section(title, header=header, rows=rows, notes=[*held_out(jobs), *errors], literal=places)
+
+
+def wanted_jobs(sweep_dir: Path) -> int:
+    """How many jobs the sweep was to have, by the multirun.yaml that Hydra leaves. 0: unknown, another sweeper chooses as it goes."""
+    saved = sweep_dir / "multirun.yaml"
+    if not saved.exists():
+        return 0
+    hydra = OmegaConf.load(saved).hydra
+    if not hydra.sweeper._target_.endswith(".BasicSweeper"):
+        return 0
+    sweeper, typed = (OmegaConf.to_container(part) for part in (hydra.sweeper, hydra.overrides.task))  # interpolations are the jobs' own
+    words = [f"{key}={value}" for key, value in (sweeper["params"] or {}).items()] + typed
+    return len(BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)[0])
+
+
+def column_cells(jobs: Sequence[Job], keys: Sequence[str], show: Callable) -> list[str]:
+    """The cells of a column, with up to two further digits where rows that differ would otherwise read alike."""
+    ways = [[shown(job.facts or {}, keys, partial(show, more=more)) for job in jobs] for more in range(3)]
+    return max(ways, key=lambda cells: len(set(cells)))
+
+
+def held_out(jobs: Sequence[Job]) -> list[str]:
+    """On how many held-out pairs or prompts the columns rest."""
+    counts = {name: {job.facts[key] for job in jobs if job.facts and job.facts.get(key)} for name, key in COUNTED.items()}
+    said = [name.format(" to ".join(dict.fromkeys((num(min(n)), num(max(n)))))) for name, n in counts.items() if n]
+    return [f"Held out: {', '.join(said)}."] if said else []
 
 
 def shown(facts: dict, keys: Sequence[str], show: Callable) -> str:

@@ -59,20 +59,27 @@ class HeldOut:
         headline = f"held-out score {facts['score']:+z.2f}  kl {facts['kl']:z.2f}  length {facts['length']:.0f}{judge}"
         metrics = {f"eval/{k}": v for k, v in facts.items() if v is not None}
         self.log.record(done, metrics | {"episode": done * self.cfg.ppo.rollout_batch}, headline)
-        asked = [json.loads(turns)[-1]["content"] for turns in self.held.select(self.order[: len(rollout)])["turns"]]
+        asked = [prompt_of(turns) for turns in self.held.select(self.order[: len(rollout)])["turns"]]
         rows = zip(asked, responses, scores.tolist(), judged, strict=True)
-        return facts, [{"prompt": p, "response": r, "score": s, "judge": j} for p, r, s, j in rows]
+        return facts, [prompt | {"response": r, "score": s, "judge": j} for prompt, r, s, j in rows]
 
     def ask_again(self, done: int, state) -> tuple[dict, list[dict]]:
         """`evaluate` on the prompts that the SFT actor was asked, even if a resumed run has other ppo.eval_prompts. Collective."""
         return self.evaluate(done, state, self.sample(done, len(state.sft_rows)))
 
 
+def prompt_of(turns: str) -> dict[str, str]:
+    """The last turn of a dialogue, and the earlier ones as JSON: text that W&B can show, and that whoever rescores a sample can read."""
+    *earlier, last = json.loads(turns)
+    return {"prompt": last["content"], "earlier": json.dumps(earlier, ensure_ascii=False)}
+
+
 def paired(before: list[dict], after: list[dict]) -> list[dict]:
     """SFT's and PPO's response to every held-out prompt that both were asked: resume=force may have brought other data."""
     return [
         {
-            "prompt": old["prompt"],
+            "prompt": new["prompt"],
+            "earlier": new["earlier"],
             "sft": old["response"],
             "ppo": new["response"],
             "sft_score": old["score"],
@@ -81,5 +88,6 @@ def paired(before: list[dict], after: list[dict]) -> list[dict]:
             "ppo_judge": new["judge"],
         }
         for old, new in zip(before, after, strict=False)
-        if old["prompt"] == new["prompt"]
+        # Checkpoints of an earlier version hold no earlier turns
+        if (old["prompt"], old.get("earlier", new["earlier"])) == (new["prompt"], new["earlier"])
     ]

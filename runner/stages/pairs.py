@@ -98,6 +98,9 @@ def pair_statistics(scored: list[tuple[float, float, int, int, str]]) -> dict:
         "rejected_mean": float(bad.mean()),
         "chosen_tokens": float(np.mean([p[2] for p in scored])),
         "longer_is_better": float(longer.mean()),
+        # Pairs of which one of the two knows more than the other: what the summary's sign test needs
+        "beats_longer": int((wins > longer).sum()),
+        "loses_to_longer": int((wins < longer).sum()),
         "accuracy_by_source": {str(s): [float(wins[sources == s].mean()), int((sources == s).sum())] for s in np.unique(sources)},
         "calibration": calibration(good - bad),
     }

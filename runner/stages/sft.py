@@ -14,6 +14,7 @@ from runner.data.batches import EMPTY, Batches, loss_weights, pick, sft_batch, s
 from runner.deepspeed_config import engine_configs
 from runner.device import send
 from runner.durable.checkpoint import Checkpoints
+from runner.formatting import num
 from runner.losses import sft_loss
 from runner.metrics import RunLog
 from runner.schedules import is_due, lr_share, warmup_steps
@@ -55,7 +56,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     def evaluate(done: int) -> dict[str, float]:
         with log.phase("eval"):
             found = evaluate_loss(actor, held, sft.eval_examples, micro, tokenizer.pad_token_id, device)
-        log.record(done, {f"eval/{k}": v for k, v in found.items()}, f"eval perplexity {found['perplexity']:.2f}")
+        log.record(done, {f"eval/{k}": v for k, v in found.items()}, f"eval perplexity {num(found['perplexity'])}")
         return found
 
     before = state.get("before") or evaluate(0)
