@@ -901,6 +901,24 @@ def test_a_checkpoints_own_chat_template_is_kept_or_said_to_be_replaced(here, to
     own = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
     load_tokenizer(str(tokenizer_folder), chat_template=own).save_pretrained(here / "tuned")
     load_tokenizer(str(tokenizer_folder)).save_pretrained(here / "base")
+def test_an_end_token_that_is_new_is_said_or_refused(here, tokenizer_folder, capsys):
+    from runner.prepare import _tokenizer
+
+    def read(end: str, *words: str) -> str:
+        cfg = configured(f"model.actor.path={tokenizer_folder}", f"model.end_token='{end}'", *words)
+        for key in ("model.actor.path", "sft.use"):  # the note comes once
+            assert _tokenizer(cfg, here, cfg.model.actor, key)[1].eos_token == end
+        return capsys.readouterr().err
+
+    note = f"note: model.end_token=STOP is not in the vocabulary of {tokenizer_folder}: it is added as a new token"
+    assert (said := read("STOP")).startswith(note) and said.count("\n") == 1
+    adapters = "model.actor.lora.dim=4"
+    assert read("<s>", adapters) == ""
+    assert read("STOP2", adapters, "model.actor.lora.train_rest=true").startswith("note: model.end_token=STOP2")
+    with pytest.raises(UserError, match=r"type a token of the vocabulary \(such as </s>\), or model.actor.lora.train_rest=true"):
+        read("STOP", adapters)
+
+
 
     def read(name: str, *words: str):
         cfg = configured(f"model.actor.path=./{name}", *words)
