@@ -50,7 +50,7 @@ def positions_of(settings: dict) -> int | None:
 
 
 def _check_kind(key: str, path: str, settings: dict) -> None:
-    """Raise UserError for a reward model in place of a language model, for the reverse, and for a classifier of several labels.
+    """Raise UserError for a reward model in place of a language model, for the reverse, a classifier of several labels, and a critic.
 
     settings: config.json of the checkpoint that was given under `key`.
     """
@@ -61,6 +61,10 @@ def _check_kind(key: str, path: str, settings: dict) -> None:
         raise UserError(f"{key}={path} holds {kind}, but {stage} is {wanted}: give the folder of one")
     if key == "model.actor.path" and scores:
         raise UserError(f"{key}={path} holds {kind}, which scores texts and writes none: give the folder of a language model")
+    if key in ("model.reward.path", "reward.use") and "value_mean" in settings:  # runner.stages.ppo.export_all writes it
+        raise UserError(
+            f"{key}={path} is PPO's critic, whose values are in other units than a reward model's scores: give the model/ of a reward step"
+        )
     named = settings.get("id2label")
     labels = len(named) if isinstance(named, dict) else 2  # config.json names labels unless there are two
     if key in ("model.reward.path", "reward.use") and scores and labels > 1:

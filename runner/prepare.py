@@ -216,11 +216,13 @@ def _one_tokenizer(cfg: Config, steps: dict[str, Step]) -> str:
 
 
 def _tokenizer(cfg: Config, store: Path, part: ModelPart, key: str) -> tuple[str, object]:
-    from runner.models.tokenizer import check_template, load_tokenizer, set_template
+    from runner.models.tokenizer import check_template, load_tokenizer, read_tokenizer, set_template
 
     path = part.path or _own_tokenizer(cfg, store)
     options = {"revision": part.revision, "trust_remote_code": cfg.model.trust_remote_code}
     with _loading("the tokenizer of this data, in the store" if part.random else key, path):
+        if cfg.model.end_token and cfg.model.end_token not in (vocabulary := read_tokenizer(path, **options).get_vocab()):
+            _new_end(cfg, path, key, vocabulary)
         tokenizer = load_tokenizer(path, end_token=cfg.model.end_token, **options)
         own = tokenizer.chat_template
         if cfg.model.chat_template is not None:
@@ -231,6 +233,26 @@ def _tokenizer(cfg: Config, store: Path, part: ModelPart, key: str) -> tuple[str
     if own not in (None, tokenizer.chat_template):
         _note_template(path)
     return path, tokenizer
+
+
+def _new_end(cfg: Config, path: str, key: str, vocabulary: dict[str, int]) -> None:
+    """Say that model.end_token is a new token, or refuse it: its rows are not among the adapters, which alone are trained and exported."""
+    from runner.models.tokenizer import ENDS
+
+    part = "reward" if "reward" in key else "actor"
+    new = f"model.end_token={cfg.model.end_token} is not in the vocabulary of {path}"
+    if getattr(cfg.model, part).adapters_only:
+        ends = [token for token in ENDS if token in vocabulary]
+        raise UserError(
+            f"{new}, and adapters alone neither train nor export a new token: type a token of the vocabulary"
+            f"{f' (such as {ends[0]})' if ends else ''}, or model.{part}.lora.train_rest=true"
+        )
+    _note_new_end(new)
+
+
+@lru_cache
+def _note_new_end(new: str) -> None:
+    print(f"note: {new}: it is added as a new token, and training has to teach it", file=sys.stderr)
 
 
 @lru_cache

@@ -390,6 +390,7 @@ WRONG = {
     "horizon of a step": ("ppo.kl_target=6 ppo.kl_horizon=12", "kl_coef to zero or below: type more than 12.8, by default 10000"),
     "target of no coefficient": ("ppo.kl_target=6 ppo.kl_coef=0", "would stay there: type ppo.kl_coef=0.05"),
     "adapters of all layers": ("model.actor.lora.targets=[all-linear]", "targets=[all-linear] is the default: leave it out"),
+    "adapters of all layers, in a word": ("model.actor.lora.targets=all-linear", "lora.targets=all-linear is the default: leave it out"),
     "adapters of no weight": ("model.actor.lora.dim=8 model.actor.lora.alpha=0", "model.actor.lora.alpha=0 gives its adapters (dim=8) no"),
     "empty project": ("wandb.project=", "wandb.project is empty: type a name, or wandb.mode=disabled"),
     "name of the store": ("name=store", "would put the folders of commands among the trained steps of store=runs/store"),
@@ -432,11 +433,17 @@ def test_near_checkpoints_are_named(refused, here):
     assert "model.actor.path=./bert is a model of the family bert, which is not supported" in refused(*pretrained)
     assert "is a language model (ForCausalLM)" in refused("sft.use=./step/model")
     assert "reward.use=./step/model sorts texts into 2 labels; a reward model gives one score" in refused("reward.use=./step/model")
+    critic = {"model_type": "opt", "architectures": ["OPTForSequenceClassification"], "id2label": {"0": "x"}, "value_mean": 0.5}
+    (here / "critic").mkdir()
+    (here / "critic" / "config.json").write_text(json.dumps(critic))
+    for words in (["reward.use=./critic"], ["model.reward.path=./critic", "stage=reward"]):
+        assert "/critic is PPO's critic, whose values are in other units" in refused(*words, "dry_run=true")
     assert "scores texts and writes none" in refused("model.actor.path=./step/model", "stage=sft")
     assert "step/model/config.json is a file: type sft.use=step/model" in refused("sft.use=step/model/config.json")
     (here / "odd").mkdir()
     (here / "odd" / "config.json").write_text('{"model_type": "opt", "architectures": [3]}')  # a file may hold anything
-    assert "odd has no tokenizer" in refused("model.actor.path=./odd", "stage=sft", "dry_run=true")
+    message = refused("model.actor.path=./odd", "stage=sft", "dry_run=true")
+    assert "odd has no tokenizer" in message and "or write them with tokenizer.save_pretrained('odd')" in message
     (here / "odd" / "config.json").write_text('{"model_type": "opt", "max_position_embeddings": 99}')
     (here / "odd" / "tokenizer.json").write_text("{}")
     assert "longer than the 99 positions of ./odd" in refused("model.actor.path=./odd", "stage=sft", "dry_run=true")
@@ -928,6 +935,24 @@ def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer
     assert "model.actor.path=./runs is not a Hugging Face checkpoint" in refused(*folders, "model.actor.path=./runs", "stage=sft")
     message = refused(*folders, "model.actor.path=/models/opt", "stage=sft")
     assert "model.actor.path=/models/opt: this folder does not exist" in message and "Repo id" not in message
+
+
+def test_an_end_token_that_is_new_is_said_or_refused(here, tokenizer_folder, capsys):
+    from runner.prepare import _tokenizer
+
+    def read(end: str, *words: str) -> str:
+        cfg = configured(f"model.actor.path={tokenizer_folder}", f"model.end_token='{end}'", *words)
+        for key in ("model.actor.path", "sft.use"):  # the note comes once
+            assert _tokenizer(cfg, here, cfg.model.actor, key)[1].eos_token == end
+        return capsys.readouterr().err
+
+    note = f"note: model.end_token=STOP is not in the vocabulary of {tokenizer_folder}: it is added as a new token"
+    assert (said := read("STOP")).startswith(note) and said.count("\n") == 1
+    adapters = "model.actor.lora.dim=4"
+    assert read("<s>", adapters) == ""
+    assert read("STOP2", adapters, "model.actor.lora.train_rest=true").startswith("note: model.end_token=STOP2")
+    with pytest.raises(UserError, match=r"type a token of the vocabulary \(such as </s>\), or model.actor.lora.train_rest=true"):
+        read("STOP", adapters)
 
 
 def test_a_checkpoints_own_chat_template_is_kept_or_said_to_be_replaced(here, tokenizer_folder, capsys):

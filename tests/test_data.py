@@ -393,6 +393,23 @@ def test_spare_pad_tokens_are_used_before_a_new_one(tmp_path):
     assert again.pad_token == "<pad>" and len(again) == size
 
 
+def test_unk_is_the_pad_where_every_character_has_bytes(cfg, tmp_path):
+    """LLaMA 1 and 2: then the embeddings of the base have a row for PAD, and no text holds it."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(set("".join(ALPHABET)) | {"\u2581"})]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    made = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    made.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path), chat_template=cfg.model.chat_template)
+    assert (again.pad_token, again.pad_token_id, len(again)) == ("<unk>", 0, len(made))
+    for text, read in {"calm \U0001f600 \u0416": "calm \U0001f600 \u0416", "calm<unk>": "calm"}.items():
+        (ids,) = encode_responses(again, [text])
+        assert 0 not in ids and decode_response(again, [*ids, 0, 0]) == read
+    made.add_tokens("<pad>")  # the family's own goes before it
+    made.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "<pad>"
+
+
 def test_a_new_token_never_shares_its_number(tmp_path):
     """In a vocabulary with a hole, tokenizers gives a new token the number of one that is there."""
     words = {"a": 0, "b": 1, "</s>": 2, "[UNK]": 3, "c": 4, "d": 6}

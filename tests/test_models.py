@@ -18,6 +18,7 @@ from runner.models.loading import load_causal, load_scalar
 from runner.models.lora import add_lora
 from runner.models.packing import positions_from_mask
 from runner.models.saving import full_state_dict, save_adapter, save_model
+from runner.models.tokenizer import load_tokenizer
 from runner.models.wrappers import Actor, Scalar
 from runner.stages import build
 
@@ -396,8 +397,9 @@ def test_a_layer_that_runs_again_knows_its_own_rows(name):
 # --- saved folders ----------------------------------------------------------------------------------------------------
 
 
-def check_tokenizer(folder, tokenizer) -> None:
+def check_tokenizer(folder, tokenizer, side: str) -> None:
     saved = AutoTokenizer.from_pretrained(folder)
+    assert saved.padding_side == side and tokenizer.padding_side == "left"
     assert saved.chat_template == tokenizer.chat_template
     assert saved.pad_token_id == PAD != saved.eos_token_id == EOS
     turns = [{"role": "user", "content": "Hi"}]
@@ -417,7 +419,7 @@ def test_exported_actor_is_a_plain_checkpoint(name, with_lora, tokenizer, tmp_pa
     settings = loaded.generation_config
     assert (settings.max_new_tokens, settings.pad_token_id, settings.eos_token_id, settings.bos_token_id) == (7, PAD, EOS, BOS)
     assert list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("*.bin"))
-    check_tokenizer(tmp_path, tokenizer)
+    check_tokenizer(tmp_path, tokenizer, "left")
     # Writing did not change the model that goes on training
     assert torch.equal(outputs(model), expected)
 
@@ -433,7 +435,7 @@ def test_exported_reward_model_is_a_plain_classifier(name, with_lora, tokenizer,
     with torch.no_grad():
         expected = last(model, *pad(ROWS, PAD))
     torch.testing.assert_close(plain_outputs(loaded).squeeze(-1), expected, rtol=1e-4, atol=1e-4)
-    check_tokenizer(tmp_path, tokenizer)
+    check_tokenizer(tmp_path, tokenizer, "right")
     # ... and the critic begins exactly there
     again = Scalar(load_scalar(str(tmp_path), tokenizer, fresh_head=False, **options()), family(name))
     with torch.no_grad():
@@ -479,6 +481,35 @@ def test_saved_adapter_fits_on_the_base_model(tmp_path, tokenizer, monkeypatch):
     again = PeftModel.from_pretrained(causal("llama"), str(tmp_path / "adapter"))
     assert (plain_outputs(again) - plain_outputs(causal("llama"))).abs().max() > 0.1
     torch.testing.assert_close(plain_outputs(again), outputs(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Actor, Scalar])
+@pytest.mark.parametrize("spare", [0, 9], ids=["a row for PAD is lacking", "there are rows enough"])
+def test_the_readme_of_an_adapter_loads_it(kind, spare, tokenizer_folder, tmp_path):
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    base = causal("llama", vocab=known + spare)
+    base.config.pad_token_id = None
+    base.save_pretrained(tmp_path / "base")
+    where, how = (str(tmp_path / "base"), tokenizer), options(attention="sdpa")
+    model = load_causal(*where, **how) if kind is Actor else load_scalar(*where, fresh_head=True, **how)
+    model = add_lora(model, lora())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    save_adapter(Actor(model, "llama", 0) if kind is Actor else Scalar(model, "llama"), tmp_path / "adapter", tokenizer)
+    made = {}
+    exec((tmp_path / "adapter" / "README.md").read_text().split("```")[1].removeprefix("python"), made)
+    reader = made["tokenizer"]
+    assert reader.padding_side == ("left" if kind is Actor else "right")
+    batch = reader(["The river is calm, bright and fresh.", "calm"], padding=True, return_tensors="pt")
+    assert batch.input_ids.max() == known == reader.pad_token_id
+    with torch.no_grad():
+        found, expected = (m.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits for m in (made["model"], model))
+    # Rows of tokens that the base lacks are random
+    real = batch.attention_mask.bool() if kind is Actor else slice(None)
+    torch.testing.assert_close(found[real][..., :known], expected[real][..., :known], rtol=1e-4, atol=1e-4)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

@@ -83,7 +83,10 @@ def check_vocabulary(folder: Path) -> None:
     """Raise UserError when a model folder has no tokenizer, or one whose JSON is cut short: what transformers says then names no file."""
     found = [folder / name for name in VOCABULARIES if (folder / name).is_file()]
     if folder.is_dir() and not found:
-        raise UserError(f"model folder {folder} has no tokenizer: none of {', '.join(VOCABULARIES)}")
+        raise UserError(
+            f"model folder {folder} has no tokenizer: none of {', '.join(VOCABULARIES)}. Copy the tokenizer's files of its base "
+            f"model there, or write them with tokenizer.save_pretrained('{folder}')"
+        )
     for file in found:
         if file.suffix == ".json":
             read_json(file)

@@ -123,6 +123,8 @@ def _check_kind(key: str, value: object, kind: type) -> None:
     if get_origin(kind) is list:
         if not isinstance(value, list) and kind == list[float]:  # betas
             raise UserError(f"{key}={shown} must be two numbers: type {key}=[0.9,0.95]")
+        if value == "all-linear":  # peft's word for lora.targets
+            raise UserError(f"{key}={value} is the default: leave it out")
         if not isinstance(value, list):
             raise UserError(f"{key}={shown} must be a list: type {key}=[{'...' if value is None else value}]")
         if any(part is None or isinstance(part, dict | list) for part in value):

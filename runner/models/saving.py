@@ -1,5 +1,6 @@
 """Models as plain Hugging Face checkpoints in safetensors, adapters merged; adapters alone in peft's format."""
 
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -80,12 +81,41 @@ def save_model(wrapper: Wrapper, folder: Path, tokenizer, *, dtype: torch.dtype,
         with whole_folder(folder) as work:
             # Under ZeRO-3 transformers would save the empty local pieces: it must use the state dict
             hf.save_pretrained(work, state_dict=state)
-            tokenizer.save_pretrained(work)
+            _save_tokenizer(tokenizer, wrapper, work)
     ranks.barrier()
 
 
+def _save_tokenizer(tokenizer, wrapper: Wrapper, folder: Path) -> None:
+    """Actors generate, so their prompts are padded on the left."""
+    saved = copy(tokenizer)
+    saved.padding_side = "left" if isinstance(wrapper, Actor) else "right"
+    # transformers saves only what is named here
+    saved.init_kwargs = tokenizer.init_kwargs | {"padding_side": saved.padding_side}
+    saved.save_pretrained(folder)
+
+
+# Task of an adapter -> what loads its base
+AUTO = {"CAUSAL_LM": ("AutoModelForCausalLM", ""), "SEQ_CLS": ("AutoModelForSequenceClassification", ", num_labels=1")}
+# The README.md of an adapter/: peft's own is a form to fill in
+HOW_TO_LOAD = """\
+Adapters for `{base}`. `../model` holds both in one, and is all that can be used after training with `lora.train_rest=true`.
+
+```python
+from peft import PeftModel
+from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+model = {auto}.from_pretrained({base!r}{more})
+model.config.pad_token_id = tokenizer.pad_token_id
+if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+model = PeftModel.from_pretrained(model, {folder!r})
+```
+"""
+
+
 def save_adapter(wrapper: Wrapper, folder: Path, tokenizer) -> None:
-    """Write the adapters alone, in peft's format, and the tokenizer. Collective."""
+    """Write the adapters alone, in peft's format, the tokenizer, and how to load them. Collective."""
     wanted = {n: p for n, p in wrapper.model.named_parameters() if "lora_" in n or "modules_to_save" in n}
     with gathered(list(wanted.values())):
         if ranks.rank() == 0:
@@ -96,5 +126,8 @@ def save_adapter(wrapper: Wrapper, folder: Path, tokenizer) -> None:
             if Path(config.base_model_name_or_path).is_dir():
                 config.base_model_name_or_path = str(Path(config.base_model_name_or_path).absolute())
             with whole_folder(folder) as work:
-                tokenizer.save_pretrained(work)
+                _save_tokenizer(tokenizer, wrapper, work)
                 wrapper.model.save_pretrained(work, state_dict={n: p.detach().clone() for n, p in wanted.items()})
+                auto, more = AUTO[config.task_type]
+                text = HOW_TO_LOAD.format(auto=auto, more=more, base=config.base_model_name_or_path, folder=str(folder.absolute()))
+                (work / "README.md").write_text(text, encoding="utf-8")

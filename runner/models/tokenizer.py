@@ -37,27 +37,38 @@ def load_tokenizer(
 
     Args: path: hub id or folder. end_token: replaces EOS, added where it is missing. chat_template: None keeps the saved one.
     """
-    if not trust_remote_code:
-        refuse_code(path, revision)
-        check_vocabulary(Path(path))
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    if not tokenizer("a", add_special_tokens=False).input_ids:
-        raise UserError(f"{path} has no usable tokenizer: tokenizer.json, or what its family has instead, is missing or empty")
+    tokenizer = read_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
     if end_token:
         tokenizer.add_special_tokens({"eos_token": end_token})
     if tokenizer.eos_token is None:
         raise UserError(_no_end(tokenizer, path))
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         vocabulary = tokenizer.get_vocab()
-        spare = next(
-            (t for family in FAMILIES.values() for t in family.pads if t in vocabulary and t != tokenizer.eos_token), NEW_PAD_TOKEN
-        )
-        tokenizer.add_special_tokens({"pad_token": spare})
+        spare = [token for family in FAMILIES.values() for token in family.pads] + _never_read(tokenizer)
+        pad = next((token for token in spare if token in vocabulary and token != tokenizer.eos_token), NEW_PAD_TOKEN)
+        tokenizer.add_special_tokens({"pad_token": pad})
     _check_own_ids(tokenizer, path)
     if chat_template is not None:
         set_template(tokenizer, chat_template)
     tokenizer.padding_side = tokenizer.truncation_side = "left"
     return tokenizer
+
+
+def read_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A tokenizer as its files describe it."""
+    if not trust_remote_code:
+        refuse_code(path, revision)
+        check_vocabulary(Path(path))
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    if not tokenizer("a", add_special_tokens=False).input_ids:
+        raise UserError(f"{path} has no usable tokenizer: tokenizer.json, or what its family has instead, is missing or empty")
+    return tokenizer
+
+
+def _never_read(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """<unk>, where unknown characters become bytes (LLaMA 1 and 2): as PAD it needs no row that the base's embeddings lack."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    return [tokenizer.unk_token] if getattr(model, "byte_fallback", False) and tokenizer.unk_token else []
 
 
 def _check_own_ids(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
