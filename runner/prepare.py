@@ -142,7 +142,7 @@ def _warn_of_dropped(limit: int, stage: str, counts: dict) -> None:
 
 def _note_of_split(stage: str, counts: dict) -> None:
     """Where one stage is trained alone, say that the split keeps most prompts for the others."""
-    kept = {other: n for other, n in counts.get("elsewhere", {}).items() if n}
+    kept = {other: n for other, n in sorted(counts.get("elsewhere", {}).items(), reverse=True) if n}  # SFT before PPO
     if kept:
         alone = ", ".join(f"{share}: {int(share == stage)}" for share in ("sft", "reward", "ppo"))
         print(

@@ -492,8 +492,6 @@ def test_only_answers_to_the_same_prompt_stand_side_by_side():
     assert [pair["prompt"] for pair in paired(rows("a", "b", "c"), rows("a", "x"))] == ["a"]
     # The same last turn of two dialogues
     assert [(pair["earlier"], pair["prompt"]) for pair in paired(rows("1a", "2b"), rows("1a", "3b"))] == [("1", "a")]
-    of_old_checkpoint = [{k: v for k, v in row.items() if k != "earlier"} for row in rows("1a")]
-    assert [pair["earlier"] for pair in paired(of_old_checkpoint, rows("1a"))] == ["1"]
 
 
 def test_a_sample_keeps_the_turns_before_its_prompt_as_text():

@@ -140,7 +140,7 @@ def usage(curves: dict[str, list[float]]) -> str:
 
 def change_row(label: str, before: float | None, after: float | None, curve: Sequence[float], show=num, errors=(None, None)) -> list[str]:
     change = "-" if None in (before, after) else with_error(show(after - before, "+"), both(errors))
-    return [label, with_error(show(before), errors[0]), with_error(show(after), errors[1]), change, sparkline(curve)]
+    return [label, show(before), show(after), change, sparkline(curve)]
 
 
 def both(errors: Sequence[float | None]) -> float | None:
@@ -236,7 +236,7 @@ def ppo_sections(t: Trained, sft_steps: int | None) -> list[Section]:
         rows.pop()  # only the toy data set has a judge
     notes = ["Held-out scores are without ppo.score_clip and ppo.missing_eos_penalty; the progress lines include both."]
     if both(errors_of("score", before, after)):
-        notes.append("± is one standard error: over other prompts of the same kind the score would vary by as much.")
+        notes.append("± is one standard error, over the held-out prompts.")
     notes += ppo_notes(before, after, prompts, sft_steps)
     return [Section(f"PPO on {num(prompts)} held-out prompts", header=CHANGE_HEADER, rows=rows, notes=notes), *sample_sections(t.result)]
 

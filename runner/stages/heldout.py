@@ -88,6 +88,5 @@ def paired(before: list[dict], after: list[dict]) -> list[dict]:
             "ppo_judge": new["judge"],
         }
         for old, new in zip(before, after, strict=False)
-        # Checkpoints of an earlier version hold no earlier turns
-        if (old["prompt"], old.get("earlier", new["earlier"])) == (new["prompt"], new["earlier"])
+        if (old["prompt"], old["earlier"]) == (new["prompt"], new["earlier"])
     ]
