@@ -396,7 +396,7 @@ def test_the_score_has_its_standard_error(tmp_path):
     step = make_step(tmp_path, "ppo", PPO | {"before": evaluated(0.0, 0.3), "after": evaluated(1.25, 0.4)})
     console, raw = words(encoding="ascii")
     show_summary("demo", [step], set(), tmp_path / "run", took=1.0, console=console)
-    assert b"1.25 +- 0.40" in raw.getvalue()
+    assert b"+1.25 +- 0.50" in raw.getvalue()
     assert "| ---: | ---: | ---: |" in (tmp_path / "run/summary.md").read_text().partition("PPO on")[2]
 
 
