@@ -14,6 +14,7 @@ def test_wilson_interval():
     # center 1.19208 / 1.38416 = 0.861230, half 1.416021 * 0.098 = 0.138770
     assert wilson_interval(10, 10) == pytest.approx((0.722460, 1.0), abs=2e-5)
     assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert wilson_interval(0, 9)[0] == 0 and wilson_interval(9, 9)[1] == 1
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)

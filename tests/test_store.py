@@ -55,6 +55,7 @@ def test_a_row_that_is_wider_than_the_terminal_goes_on_in_the_next_line(tmp_path
     make(tmp_path, "reward-0123456789")
     for number in range(2):
         make(tmp_path, f"ppo-012345678{number}", {"reward": "/reward-0123456789/model"}, used=1_600_000_000)
+    monkeypatch.setenv("COLUMNS", "500")
     show_store(tmp_path)
     (whole,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reward-")]
     assert len(whole) > 80 and whole.endswith("ppo-0123456780, ppo-0123456781")

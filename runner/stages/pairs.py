@@ -113,7 +113,7 @@ def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, f
     p, z2 = successes / n, z * z
     center = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return center - half, center + half
+    return max(0.0, center - half), min(1.0, center + half)  # rounding aside they are inside
 
 
 def calibration(margins: np.ndarray, bins: int = 5) -> list[dict]:
