@@ -180,9 +180,9 @@ def strike_when(process: subprocess.Popen, store: Path, stage: str, what: str, w
 
 def test_a_sweep_trains_the_parents_once_and_ends_with_a_table(finished):
     store, _ = finished
-    printed = succeed(store, *STATEFUL, "ppo.kl_coef=0.05,0.2", "ppo.max_steps=1", "-m")
+    printed = succeed(store, *STATEFUL, "ppo.kl_coef=0.05,0.2", "-m")
     assert len(list(store.glob("sft-*"))) == len(list(store.glob("reward-*"))) == 1
-    assert len(list(store.glob("ppo-*"))) == 3
+    assert len(list(store.glob("ppo-*"))) == 2  # one is the fixture's
     table = printed[printed.index("Sweep of") :]
     assert "0.05" in table and "0.2" in table
 
