@@ -1,6 +1,6 @@
 """Runs as a user starts them, with other families, ranks, ZeRO stages and adapters; and on real dialogues.
 
-Only one of them trains all three stages: each start of a worker costs ten seconds.
+None of them trains all three stages: each start of a worker costs ten seconds. test_gpu.py does.
 """
 
 import json
@@ -32,11 +32,9 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_ppo_of_families_ranks_zero_stages_and_adapters(name, tmp_path, tokenizer):
-    family, given = name.partition("-")[0], {"sft": causal, "reward": classifier}
-    for stage, make in given.items():
-        make(family, scale=0.02).save_pretrained(tmp_path / stage)
-        tokenizer.save_pretrained(tmp_path / stage)
-    words = [f"model=tiny{PRESETS[family]}", "model.max_prompt_tokens=96", *(f"{stage}.use={tmp_path / stage}" for stage in given)]
+    family = name.partition("-")[0]
+    sft, reward = checkpoints(tmp_path, family, tokenizer)
+    words = [f"model=tiny{PRESETS[family]}", "model.max_prompt_tokens=96", f"sft.use={sft}", f"reward.use={reward}"]
     succeed(tmp_path, *SMALL_PPO, *words, *VARIANTS[name])
     folder = check_ppo(tmp_path, 0.1 if "bf16" in name else 1e-3)
     if "bloom" in name:
@@ -47,9 +45,21 @@ def test_ppo_of_families_ranks_zero_stages_and_adapters(name, tmp_path, tokenize
         assert adapter and all(t.numel() for t in adapter.values())
 
 
-def test_three_stages_of_llama_on_two_ranks_under_zero_3(tmp_path):
-    succeed(tmp_path, *SMALL_PPO, "model=tiny_llama", "hardware=cpu2", ZERO3, "ppo.ema_decay=0.9")
+def test_sft_and_ppo_of_llama_on_two_ranks_under_zero_3(tmp_path, tokenizer):
+    base, reward = checkpoints(tmp_path, "llama", tokenizer)
+    words = ["model=tiny_llama", "model.max_prompt_tokens=80", "model.max_response_tokens=48"]
+    words += [f"model.actor.path={base}", f"reward.use={reward}"]
+    succeed(tmp_path, *SMALL_PPO, *words, "hardware=cpu2", ZERO3, "ppo.ema_decay=0.9")
     check_ppo(tmp_path, 1e-3)
+
+
+def checkpoints(folder: Path, family: str, tokenizer) -> list[Path]:
+    """Folders of a language model and a reward model with random weights."""
+    paths = [folder / "causal", folder / "classifier"]
+    for make, path in zip((causal, classifier), paths, strict=True):
+        make(family, scale=0.02).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return paths
 
 
 def check_ppo(store: Path, rounding: float) -> Path:
