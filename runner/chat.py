@@ -69,7 +69,7 @@ def load(path: str):
 
     from runner.checks.trust import refuse_code
     from runner.models.loading import load_weights
-    from runner.models.tokenizer import check_template, load_tokenizer, set_template
+    from runner.models.tokenizer import NoEos, check_template, load_tokenizer, set_template
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -81,10 +81,7 @@ def load(path: str):
             raise UserError("it is a reward model or critic, which scores dialogues and writes none")
         try:
             tokenizer = load_tokenizer(path)
-        except UserError as error:
-            if "has no EOS" not in str(error):
-                raise
-            # It advises a key of the configuration, which a chat does not have
+        except NoEos as error:  # it advises a key of the configuration, which a chat does not have
             raise UserError(
                 "its tokenizer has no EOS: no answer would ever end. Name eos_token in the tokenizer_config.json of a local copy"
             ) from error

@@ -6,6 +6,7 @@ are checked here, so that a mistake in the last one is reported now and not afte
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -38,8 +39,7 @@ class CheckBeforeSaving(Callback):
         if config.resume == "force":
             sys.exit("error: resume=force continues the last interrupted step, which in a sweep may be any job's: force one run at a time")
         refuse_to_save(config)
-        # Another sweeper chooses its values as it goes
-        if str(config.hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):
+        if lists_its_jobs(config.hydra):
             _add_keys(config)
             try:
                 refuse_jobs(config)
@@ -104,12 +104,23 @@ def _add_keys(config: DictConfig) -> None:
         config.hydra.sweeper.params = params
 
 
+def lists_its_jobs(hydra: DictConfig) -> bool:
+    """Whether the sweep is by Hydra's own sweeper; another one chooses its values as it goes. hydra: that block of the configuration."""
+    return str(hydra.sweeper.get("_target_")).endswith(".BasicSweeper")
+
+
+def jobs_of(params: Mapping, words: Sequence[str], loader=None) -> list[list[str]]:
+    """The overrides of each job of a sweep that lists them. params: hydra.sweeper.params; words: hydra.overrides.task."""
+    every = [*(f"{key}={value}" for key, value in params.items()), *words]
+    (jobs,) = BasicSweeper.split_arguments(OverridesParser.create(loader).parse_overrides(every), None)
+    return jobs
+
+
 def refuse_jobs(config: DictConfig) -> None:
     """Exit when a job of the sweep has a secret, or what `load` or the plan refuses: nothing has been started yet."""
     loader = GlobalHydra.instance().config_loader()
-    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     words = OmegaConf.to_container(config.hydra.overrides.task)  # interpolations as they are: each job has its own values for them
-    (jobs,) = BasicSweeper.split_arguments(OverridesParser.create(loader).parse_overrides([*params, *words]), None)
+    jobs = jobs_of(config.hydra.sweeper.get("params") or {}, words, loader)
     if len(jobs) >= MANY:
         print(f"checking {len(jobs)} jobs", file=sys.stderr, flush=True)
     refused = {}  # message -> the numbers of its jobs

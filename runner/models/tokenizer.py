@@ -25,6 +25,10 @@ NEW_PAD_TOKEN = "<|pad|>"
 ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")
 
 
+class NoEos(UserError):
+    """A tokenizer that declares no EOS; says which key of the configuration to type."""
+
+
 def load_tokenizer(
     path: str,
     *,
@@ -41,7 +45,7 @@ def load_tokenizer(
     if end_token:
         tokenizer.add_special_tokens({"eos_token": end_token})
     if tokenizer.eos_token is None:
-        raise UserError(_no_end(tokenizer, path))
+        raise NoEos(_no_end(tokenizer, path))
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         vocabulary = tokenizer.get_vocab()
         spare = [token for family in FAMILIES.values() for token in family.pads] + _never_read(tokenizer)

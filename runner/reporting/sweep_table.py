@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 from rich.console import Console
 
 from runner.checks.secrets import redact
+from runner.cli.hydra_callback import jobs_of, lists_its_jobs
 from runner.errors import UserError
 from runner.files import remove_unused
 from runner.formatting import duration, num, pct, short
@@ -167,11 +166,10 @@ def wanted_jobs(sweep_dir: Path) -> int:
     if not saved.exists():
         return 0
     hydra = OmegaConf.load(saved).hydra
-    if not hydra.sweeper._target_.endswith(".BasicSweeper"):
+    if not lists_its_jobs(hydra):
         return 0
-    sweeper, typed = (OmegaConf.to_container(part) for part in (hydra.sweeper, hydra.overrides.task))  # interpolations are the jobs' own
-    words = [f"{key}={value}" for key, value in (sweeper["params"] or {}).items()] + typed
-    return len(BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)[0])
+    sweeper, words = (OmegaConf.to_container(part) for part in (hydra.sweeper, hydra.overrides.task))  # interpolations are the jobs' own
+    return len(jobs_of(sweeper["params"] or {}, words))
 
 
 def column_cells(jobs: Sequence[Job], keys: Sequence[str], show: Callable) -> list[str]:
