@@ -110,12 +110,10 @@ def fit(turns: list[dict[str, str]], tokenizer, room: float) -> tuple[list[dict[
     return kept, ids
 
 
-def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | None, stops: Sequence[str] = ()) -> str:
-    """Generate an answer and print it as it comes. temperature: None decodes greedily; stops: strings that end it."""
+def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | None, stops=None) -> str:
+    """Generate an answer and print it as it comes. temperature: None decodes greedily; stops: Stops that end it."""
     import torch
     from transformers import GenerationConfig, TextStreamer
-
-    from runner.rollout.stops import Stops
 
     class Screen(TextStreamer):
         begun = False
@@ -133,12 +131,9 @@ def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | 
     screen = Screen(tokenizer, skip_prompt=True, skip_special_tokens=True)
     print("Assistant: ", end="", flush=True)
 
-    stopping = Stops(tokenizer, list(stops)) if stops else None
-
     def ends(rows, *_, **__) -> torch.Tensor:
         """As in PPO, with the token that completes a stop string."""
-        stopped = stopping is not None and stopping.end_of(rows[0, len(ids) :].tolist()) is not None
-        return torch.tensor([stopped], device=rows.device)
+        return torch.tensor([stops is not None and stops.end_of(rows[0, len(ids) :].tolist()) is not None], device=rows.device)
 
     given = {"attention_mask": prompt * 0 + 1, "generation_config": GenerationConfig(**how), "stopping_criteria": [ends]}
     rows = model.generate(prompt, streamer=screen, **given)
@@ -148,7 +143,8 @@ def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | 
         print(f"(cut off at {longest} tokens; --max-new-tokens allows more)")
     text = tokenizer.decode(said, skip_special_tokens=True)
     # Shown, but no part of the dialogue: no prompt in training holds one
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))].strip()
+    strings = stops.strings if stops else ()
+    return text[: min((text.find(string) for string in strings if string in text), default=len(text))].strip()
 
 
 def as_trained(path: str) -> tuple[float, list[str]]:
@@ -174,8 +170,11 @@ def hear() -> str:
     return message
 
 
-def talk(tokenizer, model, longest: int | None, temperature: float | None, familiar: float = math.inf, stops: Sequence[str] = ()) -> None:
-    """Read messages and answer them until the end of the input. familiar, stops: see as_trained."""
+def talk(tokenizer, model, longest: int | None, temperature: float | None, familiar: float = math.inf, strings: Sequence[str] = ()) -> None:
+    """Read messages and answer them until the end of the input. familiar, strings: see as_trained."""
+    from runner.rollout.stops import Stops
+
+    stops = Stops.of(tokenizer, strings, model.config.vocab_size) if strings else None
     longest = longest or model.generation_config.max_new_tokens or 256
     context = getattr(model.config, "max_position_embeddings", None) or math.inf  # ALiBi has no limit
     if longest >= context:

@@ -14,6 +14,7 @@ from tiny import SHAPES
 from runner import chat
 from runner.errors import UserError
 from runner.models.tokenizer import encode_prompts, render_prompt
+from runner.rollout.stops import Stops
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT, ANSWER = SHAPES["opt"]["max_position_embeddings"], 12
@@ -258,7 +259,7 @@ def test_an_answer_ends_at_a_stop_string_of_ppo(step, capsys):
     whole = chat.answer(ids, tokenizer, model, 8, None)
     stop = whole[len(whole) // 2]
     capsys.readouterr()
-    found = chat.answer(ids, tokenizer, model, 8, None, stops=[stop])
+    found = chat.answer(ids, tokenizer, model, 8, None, Stops.of(tokenizer, [stop], len(tokenizer)))
     assert found == whole[: whole.index(stop)].strip()
     shown = capsys.readouterr().out
     assert stop in shown and "cut off" not in shown

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import EOS, NAMES, PAD, actor, rows
+from tiny import EOS, NAMES, PAD, VOCAB, actor, rows
 
 from runner import losses
 from runner.data.batches import pad
@@ -10,7 +10,7 @@ from runner.rollout import graph, hf, kernels
 from runner.rollout.families import network_of
 from runner.rollout.kernels import Norm
 from runner.rollout.sampling import uniforms
-from runner.rollout.stops import Stops
+from runner.rollout.stops import Stops, automaton, table
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -159,25 +159,25 @@ def test_decoding_in_graphs_is_transformers_generate(name, vocabulary, monkeypat
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_response_that_reaches_a_stop_string_rests_in_graphs_too(name, monkeypatch):
-    """Up to there it is the one that transformers samples, and it ends at most two strides later; the others do not change."""
+def test_a_response_ends_at_a_stop_string_in_graphs_too(name, monkeypatch):
+    """With the same token as on the host, while lanes are taken over and the batch shrinks."""
     monkeypatch.setattr(graph, "GRAPHS", (1, 2, 4))
     torch.backends.cuda.matmul.allow_tf32 = False
     model, prompts = actor(name).eval().to("cuda"), rows([5, 1, 9, 3, 7, 12, 2] * 3, seed=1)
     uniform = uniforms(7, list(range(21)), 40)
     ids, mask = (x.to("cuda") for x in pad(prompts, PAD, left=True))
-    expected = hf.generate(model, ids, mask.sum(1), uniform, pad=PAD, eos=EOS)
-    stops = Stops(None, ["x"])
-    monkeypatch.setattr(stops, "reached", lambda ids: bool(torch.isin(ids, torch.tensor([7, 8, 9, 10])).any()))
+    stops = Stops([], stop_table().to("cuda"))
+    expected = hf.generate(model, ids, mask.sum(1), uniform, pad=PAD, eos=EOS, stops=stops)
     found = graph.Decoder(network_of(model.hf), model.sampling, prompts, uniform, slots=4, pad=PAD, eos=EOS, stops=stops).run()
-    stopped = 0
-    for whole, most, made, length in zip(expected.responses, expected.lengths, found.responses, found.lengths, strict=True):
-        whole = whole[:most].tolist()
-        end = next((t + 1 for t, token in enumerate(whole) if token in (7, 8, 9, 10)), len(whole))
-        assert end <= length <= min(end + 2 * graph.STRIDE["cuda"], len(whole))
-        assert made[:length].tolist() == whole[:length]
-        stopped += int(length < len(whole))
-    assert stopped > 3
+    for field in ("lengths", "ended", "stopped"):
+        assert torch.equal(getattr(found, field), getattr(expected, field)), field
+    assert torch.equal(found.responses, expected.responses[:, : found.responses.size(1)])
+    assert 3 < int(found.stopped.sum()) < 21
+
+
+def stop_table() -> torch.Tensor:
+    """For the stop strings "aa" and "b"; "a" is token 7, "b" 8 and 9, all others are x."""
+    return torch.from_numpy(table(automaton([b"aa", b"b"]), [b"a" if n == 7 else b"b" if n in (8, 9) else b"x" for n in range(VOCAB)]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -185,8 +185,7 @@ def test_new_prompts_take_over_lanes_without_a_wait_for_the_gpu(name, monkeypatc
     """Only a look is waited for, a stride later, and the end. With stop strings, of which none is reached, too."""
     model, prompts = actor(name).eval().to("cuda", torch.bfloat16), rows([5, 1, 9, 3, 7, 12, 2] * 3, seed=1)
     limits = [1 + 5 * n % 20 for n in range(21)]
-    stops = Stops(None, ["x"])
-    monkeypatch.setattr(stops, "reached", lambda ids: False)
+    stops = Stops([], torch.zeros(VOCAB, 2, dtype=torch.int32, device="cuda"))
 
     def decoder(**more) -> graph.Decoder:
         uniform = uniforms(7, list(range(21)), 20)

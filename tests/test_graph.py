@@ -17,7 +17,6 @@ from runner.rollout.collect import response_logprobs
 from runner.rollout.families import network_of, side_by_side
 from runner.rollout.graph import Decoder
 from runner.rollout.sampling import uniforms
-from runner.rollout.stops import Stops
 
 every_family = pytest.mark.parametrize("name", NAMES)
 LENGTHS = [5, 1, 9, 3, 7, 12, 2]
@@ -306,34 +305,6 @@ def test_no_step_follows_the_end_of_the_longest_responses(monkeypatch):
     work = decoder(actor("opt").eval(), rows([4] * 6), tokens=16, slots=3, eos=-1)
     assert work.run().lengths.tolist() == [16] * 6
     assert work.taken == work.stats.steps == 32
-
-
-class Reached(Stops):
-    """A response is to end at one of two tokens."""
-
-    def reached(self, ids: torch.Tensor) -> bool:
-        return any(token in ids.tolist() for token in (7, 8))
-
-
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("slots", [1, 3, 8, 21])
-def test_a_response_that_reaches_a_stop_string_is_sampled_no_further(slots, late, monkeypatch):
-    """To the next look it is; the others do not change."""
-    model, prompts = actor("opt").eval(), rows([5, 1, 9, 3, 7, 12, 2] * 3, seed=1)
-    expected = decoder(model, prompts, tokens=40, slots=slots).run()
-    monkeypatch.setitem(graph.LAG, "cpu", int(late))
-    work = decoder(model, prompts, tokens=40, slots=slots, stops=Reached(None, []))
-    found = work.run()
-    stopped = 0
-    for n, whole in enumerate(ids[:length] for ids, length in zip(expected.responses.tolist(), expected.lengths.tolist(), strict=True)):
-        end = next((t + 1 for t, token in enumerate(whole) if token in (7, 8)), len(whole))
-        length = int(found.lengths[n])
-        assert end <= length <= min(end + (1 + late) * graph.STRIDE["cuda"], len(whole))
-        assert found.responses[n, :length].tolist() == whole[:length]
-        torch.testing.assert_close(found.sampled_logprobs[n, :length], expected.sampled_logprobs[n, :length], rtol=1e-4, atol=1e-5)
-        stopped += length < len(whole)
-    assert stopped > 3
-    assert work.stats.rows == int(found.lengths.sum())
 
 
 def test_a_row_that_ends_is_replaced_and_the_batch_shrinks(monkeypatch):

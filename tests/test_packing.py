@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-from runner.models.attention import _flash, alibi_bias, attend
+from runner.models.attention import _cudnn, _flash, _is_even, alibi_bias, attend
 from runner.models.packing import among_real, lay_out, spread
 
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 1, 1]])
@@ -56,15 +56,23 @@ def test_each_row_attends_to_itself(heads):
         torch.testing.assert_close(found[begin:end], expected)
 
 
-def test_the_operator_for_flash_attention_takes_what_it_is_given():
-    """Shapes alone, forward and backward: torch calls it private, so that another version may have changed it."""
-    at = lay_out(IDS, MASK)
+@pytest.mark.parametrize("kernel", [_flash, _cudnn])
+def test_the_operators_for_attention_take_what_they_are_given(kernel):
+    """Shapes alone, forward and backward: torch calls them private, so that another version may have changed them."""
+    at = lay_out(torch.zeros(3, 3, dtype=torch.long), torch.ones(3, 3, dtype=torch.long))
     at = replace(at, bounds=at.bounds.to("meta"))
     query, key, value = (torch.empty(9, n, 8, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (4, 2, 2))
-    out = _flash(query, key, value, at, scale=0.3)
+    out = kernel(query, key, value, at, scale=0.3)
     out.sum().backward()
     assert (out.shape, out.dtype) == (query.shape, query.dtype)
     assert all(x.grad.shape == x.shape for x in (query, key, value))
+
+
+@pytest.mark.parametrize(("lengths", "even"), [([128, 128], True), ([256], True), ([128, 127], False), ([100, 100], False), ([77], False)])
+def test_rows_are_even_where_they_are_few_shapes(lengths, even):
+    width = max(lengths)
+    mask = (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long()
+    assert _is_even(lay_out(mask, mask)) == even
 
 
 @pytest.mark.parametrize("heads", [4, 6])  # 6 is no power of 2: two more slopes of another row

@@ -5,22 +5,17 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import EOS, NAMES, PAD, actor, generate, record, rows, scalar
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 from workers import gather
 
 from runner.data.batches import pad
 from runner.rollout.collect import Models, RolloutSettings, final_scores, join, response_logprobs, response_values, sample, score
 from runner.rollout.record import Rollout
 from runner.rollout.sampling import invert, uniforms
-from runner.rollout.stops import Stops
 from runner.stages.heldout import paired, prompt_of
-from runner.stages.invariants import eos_and_pad
 from runner.stages.ppo import State, fill_rewards
 
 every_family = pytest.mark.parametrize("name", NAMES)
@@ -385,64 +380,6 @@ def test_the_trainer_looks_at_rows_from_all_over_the_rollout():
         score(models, RolloutSettings(PAD, EOS, LENGTH, 2, 2, torch.device("cpu"), max_mismatch=0.02), rollout, with_values=False)
     assert rollout.recomputed.all()
     torch.testing.assert_close(rollout.logprobs, exact, rtol=1e-5, atol=1e-5)
-
-
-def test_stop_strings_end_a_response_with_the_token_that_completes_them(tokenizer):
-    """Before EOS or at the limit; the earliest counts; a response without one keeps its own end."""
-    texts = ["one two\n\nthree", "one STOP two\n\nthree", "one two three", "one two\n\n"]
-    answers = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    answers[2].append(EOS)
-    rollout = record([[5, 6]] * 4, answers)
-    Stops(tokenizer, ["\n\n", "STOP"]).cut(rollout, PAD)
-    kept = [tokenizer.decode(ids[:n]) for ids, n in zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)]
-    assert kept[:2] == ["one two\n\n", "one STOP"] and kept[3] == "one two\n\n"
-    assert rollout.stopped.tolist() == [True, True, False, True] and rollout.ended.tolist() == [False, False, True, False]
-    assert rollout.finished.all()
-    assert rollout.lengths[2] == len(answers[2])
-    behind = rollout.mask == 0
-    assert (rollout.responses[behind] == PAD).all() and (rollout.sampled_logprobs[behind] == 0).all()
-    assert eos_and_pad(rollout, PAD, EOS, max(map(len, answers))) is None
-
-
-def test_a_stop_string_is_reached_with_the_token_that_completes_it(tokenizer):
-    """Also in a text far longer than what is searched, and where a character of the string is several tokens."""
-    stops = Stops(tokenizer, ["STOP", "用户请继续提问吧朋友们"])
-    for text in ("one STOP", "one two " * 50 + "用户请继续提问吧朋友们"):
-        ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
-        assert stops.reached(ids) and stops.end_of(ids.tolist()) == len(ids)
-        assert not any(stops.reached(ids[:n]) for n in range(len(ids)))
-    assert not stops.reached(torch.tensor(tokenizer.encode("one two " * 50, add_special_tokens=False)))
-    ids = torch.tensor(tokenizer.encode("STOP" + " two" * 100, add_special_tokens=False))
-    assert not stops.reached(ids) and stops.end_of(ids.tolist()) is not None  # overlooked by a look: it is cut all the same
-
-
-@pytest.mark.parametrize("kind", ["fast", "python"])
-def test_what_follows_a_stop_string_does_not_hide_it(kind):
-    """LLaMA's tokenizer spells rare characters in bytes, and makes line breaks before an incomplete one unreadable."""
-    ids, tokenizer = bytewise()
-    if kind == "python":
-        tokenizer = SimpleNamespace(decode=tokenizer.decode)
-    stops = Stops(tokenizer, ["\n\n"])
-    for begin in ([], [ids["a"]], [ids["a"], ids["<0xE4>"], ids["a"]]):  # the byte alone is no text
-        for text in ("🙂😀", "你好", "a"):
-            answer, end = [*begin, *spelt(ids, "\n\n"), *spelt(ids, text)], len(begin) + 2
-            assert {stops.end_of(answer[:n]) for n in range(end, len(answer) + 1)} == {end}
-            assert {stops.end_of(answer[:n]) for n in range(end)} == {None}
-    broken = [*spelt(ids, "\n"), ids["<0xE4>"], ids["a"], *spelt(ids, "\n\n")]
-    assert stops.end_of(broken) == len(broken)
-
-
-def bytewise() -> tuple[dict[str, int], PreTrainedTokenizerFast]:
-    """A tokenizer that decodes as LLaMA's does, and its vocabulary: bytes, and "a"."""
-    vocabulary = {name: n for n, name in enumerate([*(f"<0x{byte:02X}>" for byte in range(256)), "a"])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return vocabulary, PreTrainedTokenizerFast(tokenizer_object=backend)
-
-
-def spelt(ids: dict[str, int], text: str) -> list[int]:
-    """Every byte a token, but "a"."""
-    return [ids["a"]] if text == "a" else [ids[f"<0x{byte:02X}>"] for byte in text.encode()]
 
 
 def test_the_reward_model_reads_eos_behind_a_stop_string():

@@ -1,8 +1,8 @@
 """Attention over packed rows, and the forward pass of a model's body on them, for the four families.
 
 Attention runs on the packed row (flash attention) where that kernel exists, otherwise on rows padded on the right, where causality alone
-hides the padding: neither needs a mask. It is registered in transformers as the implementation "packed"; a forward pass without a
-Layout, as in generation, falls back to "sdpa" ("eager" for BLOOM).
+hides the padding: neither needs a mask. Rows of one length have no padding, and on Hopper cuDNN is the fastest there. It is registered in
+transformers as the implementation "packed"; a forward pass without a Layout, as in generation, falls back to "sdpa" ("eager" for BLOOM).
 """
 
 from functools import cache
@@ -27,7 +27,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, at: Layout, dropout: float
     bias: (1, heads, longest, longest), added to the scores; minus infinity above the diagonal.
     """
     if bias is None and not dropout and _has_flash(query.device, query.dtype) and query.size(-1) % 8 == 0:
-        return _flash(query, key, value, at, scale)
+        even = _is_even(at) and _has_cudnn(query.device) and query.size(-1) <= 128
+        return (_cudnn if even else _flash)(query, key, value, at, scale)
     groups = query.size(1) // key.size(1)
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     query, key, value = (at.unpack(x) for x in (query, key, value))
@@ -40,6 +41,24 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, at: Layout, scale: float) 
     where = at.bounds, at.bounds, at.longest, at.longest
     no_dropout, causal, no_debug_mask = 0.0, True, False
     return torch.ops.aten._flash_attention_forward(query, key, value, *where, no_dropout, causal, no_debug_mask, scale=scale)[0]
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, at: Layout, scale: float) -> Tensor:
+    query, key, value = (x.unflatten(0, (at.rows, at.longest)).transpose(1, 2) for x in (query, key, value))
+    no_bias, no_dropout, causal, no_debug_mask = None, 0.0, True, False
+    how = no_bias, torch.is_grad_enabled(), no_dropout, causal, no_debug_mask
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, *how, scale=scale)[0]
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _is_even(at: Layout) -> bool:
+    """Whether all rows are as long as a multiple of 128. cuDNN spends 0.1 s on each new shape: single rows of any length are too many."""
+    return at.rows * at.longest == len(at.slots) and at.longest % 128 == 0
+
+
+def _has_cudnn(device: torch.device) -> bool:
+    """Whether cuDNN's attention is faster than flash attention: on Hopper alone, and it does not repeat itself to the bit."""
+    return torch.cuda.get_device_capability(device) == (9, 0) and not torch.are_deterministic_algorithms_enabled()
 
 
 @cache

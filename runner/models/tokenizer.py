@@ -121,7 +121,7 @@ def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
     Also one that only appears when another is removed from its middle: "<</s>/s>".
     """
-    special, found = _special_tokens(tokenizer)
+    special, found = special_tokens(tokenizer)
     if not found(text):
         return text
     kept = ""
@@ -133,7 +133,7 @@ def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 @lru_cache(maxsize=4)
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], Callable]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], Callable]:
     """Named special tokens, such as EOS, and unnamed ones; and a search for any of them in a text.
 
     LLaMA 3 has 250 in reserve: looking for each in turn takes 80 times as long as one expression.
@@ -145,7 +145,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...]
 
 def special_in(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
     """A special token that a text holds, if it holds one."""
-    found = _special_tokens(tokenizer)[1](text)
+    found = special_tokens(tokenizer)[1](text)
     return found.group() if found else None
 
 
@@ -218,7 +218,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits that change with anything that changes how a dialogue is tokenised."""
     facts = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "special": [tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token, *_special_tokens(tokenizer)[0]],
+        "special": [tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token, *special_tokens(tokenizer)[0]],
         "template": tokenizer.chat_template,
         # Two tokenizers may share a vocabulary and still split differently
         "probe": tokenizer("Hello, wörld!  123 \n\nHuman: 你好 a_b", add_special_tokens=False).input_ids,

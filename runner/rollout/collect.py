@@ -77,8 +77,6 @@ def collect(
     mine = slice(ranks.rank(), None, ranks.world())
     with phase("rollout"):
         rollout = sample(models, settings, prompts[mine], seed, episodes[mine], stoppable).to(CPU)
-        if settings.stops:
-            settings.stops.cut(rollout, settings.pad)
     with phase("scoring"):
         score(models, settings, rollout, with_values)
     return rollout.gather(settings.pad, settings.device)
@@ -90,6 +88,7 @@ def sample(
     """Sample responses to this rank's prompts."""
     models.actor.eval()
     parts, settings.stats = [], Stats()
+    ends = {"pad": settings.pad, "eos": settings.eos, "stops": settings.stops}
     with engine.whole_weights(models.actor) as (actor, whole):
         network = network_of(actor.hf) if whole and settings.engine != "hf" else None
         if network is not None:
@@ -102,12 +101,10 @@ def sample(
             uniform = uniforms(seed, episodes[start : start + together], settings.max_response)
             if network is None:
                 ids, mask = (x.to(settings.device) for x in pad(rows, settings.pad, left=True))
-                parts.append(hf.generate(actor, ids, mask.sum(dim=1), uniform, pad=settings.pad, eos=settings.eos, together=not whole))
+                parts.append(hf.generate(actor, ids, mask.sum(dim=1), uniform, **ends, together=not whole))
                 continue
-            options = {"min_tokens": actor.min_tokens, "vocabulary": actor.vocabulary, "stops": settings.stops}
-            decoder = graph.Decoder(
-                network, actor.sampling, rows, uniform, slots=settings.rollout_micro, pad=settings.pad, eos=settings.eos, **options
-            )
+            options = {"slots": settings.rollout_micro, "min_tokens": actor.min_tokens, "vocabulary": actor.vocabulary}
+            decoder = graph.Decoder(network, actor.sampling, rows, uniform, **ends, **options)
             parts.append(decoder.run())
             settings.stats.add(decoder.stats)
             del decoder  # frees its cache before the next one allocates as much
@@ -124,6 +121,7 @@ def join(parts: list[Rollout], fill: int) -> Rollout:
         responses=torch.cat([widen(p.responses, length, fill) for p in parts]),
         lengths=torch.cat([p.lengths for p in parts]),
         ended=torch.cat([p.ended for p in parts]),
+        stopped=None if parts[0].stopped is None else torch.cat([p.stopped for p in parts]),
         sampled_logprobs=torch.cat([widen(p.sampled_logprobs, length, 0.0) for p in parts]),
     )
 

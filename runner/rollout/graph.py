@@ -6,7 +6,6 @@ padding. On a CPU the same code runs without graphs.
 """
 
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -81,7 +80,7 @@ class Decoder:
             min_tokens: tokens before which EOS is impossible.
             vocabulary: as of the Actor.
             limits: tokens of each response at most, where that is fewer than R.
-            stops: sampling goes on for a few tokens after one of these strings; the caller cuts the response there.
+            stops: strings at which a response ends.
         """
         self.network, self.sampling, self.prompts = network, sampling, prompts
         self.pad, self.eos, self.min_tokens, self.vocabulary, self.stops = pad, eos, min_tokens, vocabulary, stops
@@ -103,8 +102,7 @@ class Decoder:
     def run(self) -> Rollout:
         """Sample all responses."""
         queue, batch = list(enumerate(self.prompts))[::-1], self.size
-        # Looking for stop strings means decoding texts: too slow after every step, on a CPU too
-        stride, lag = STRIDE["cuda" if self.stops else self.device.type], LAG[self.device.type]
+        stride, lag = STRIDE[self.device.type], LAG[self.device.type]
         resting, looks = list(range(batch)), deque()  # looks that are not read yet
         while True:
             admitted = self._admit(queue, resting) if queue and len(resting) >= max(1, REFILL * batch) else []
@@ -114,11 +112,12 @@ class Decoder:
             self.taken += steps
             if not queue and self.taken == self.latest_end:
                 return self._finish()
-            looks.append(self._look(batch))
+            looks.append(fetch(self.lanes.positions[:batch]))
             if len(looks) <= lag:
                 resting = []
                 continue
-            awake = self._awake(looks.popleft())
+            (positions,) = looks.popleft()()
+            awake = {lane for lane, position in enumerate(positions.tolist()) if position >= 0}
             if lag:  # the look is older than these prompts
                 awake |= set(admitted)
             resting = [lane for lane in range(batch) if lane not in awake]
@@ -131,24 +130,6 @@ class Decoder:
             if smaller < batch:
                 self.lanes.awake_first()
                 batch = smaller
-
-    def _look(self, batch: int) -> Callable[[], list[Tensor]]:
-        """Fetch what `_awake` must know of the first `batch` lanes, as they are after all that is queued."""
-        lanes = self.lanes.first(batch)
-        texts = (lanes.rows, lanes.steps, self.responses.tokens[lanes.rows]) if self.stops else ()
-        return fetch(lanes.positions, *texts)
-
-    def _awake(self, look: Callable[[], list[Tensor]]) -> set[int]:
-        """Wait for a look, and return the lanes that were awake. Those whose response has reached a stop string are put to rest."""
-        positions, *texts = look()
-        awake = {lane for lane, position in enumerate(positions.tolist()) if position >= 0}
-        if not self.stops:
-            return awake
-        rows, steps, tokens = texts
-        stopped = {lane for lane in awake if self.stops.reached(tokens[lane][: steps[lane]])}
-        if stopped:
-            self.lanes.rest(rows[list(stopped)], nobody=len(self.prompts))
-        return awake - stopped
 
     # --- prompts ------------------------------------------------------------------------------------------------------
 
@@ -240,14 +221,16 @@ class Decoder:
         if self.sampling != (1.0, 0, 1.0):
             logits = warp_logits(logits.float(), *self.sampling)
         token, logprob = kernels.sample(logits, self.uniform[lanes.rows, lanes.steps])
-        kernels.advance(lanes, self.responses, token, logprob, self.eos)
+        kernels.advance(lanes, self.responses, token, logprob, self.eos, self.stops)
 
     def _finish(self) -> Rollout:
         self.watch.lap("end")
         ids, mask = padded(self.prompts, self.pad, left=True)
         made, lengths = self.responses, self.responses.lengths[:-1]
         width = int(lengths.max())
-        rollout = Rollout(ids.to(self.device), mask.sum(1).to(self.device), made.tokens[:-1, :width], lengths, made.ended[:-1])
+        prompts = ids.to(self.device), mask.sum(1).to(self.device)
+        stopped = made.stopped[:-1] if self.stops else None
+        rollout = Rollout(*prompts, made.tokens[:-1, :width], lengths, made.ended[:-1], stopped)
         real = rollout.mask.bool()
         rollout.responses = rollout.responses.masked_fill(~real, self.pad)
         rollout.sampled_logprobs = made.logprobs[:-1, :width].masked_fill(~real, 0.0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from runner.losses import token_logprobs
 from runner.rollout.lanes import Lanes, Responses
 from runner.rollout.sampling import invert
+from runner.rollout.stops import Stops
 
 
 @dataclass
@@ -133,17 +134,22 @@ def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return token, token_logprobs(logits, token)
 
 
-def advance(lanes: Lanes, into: Responses, token: Tensor, logprob: Tensor, eos: int) -> None:
+def advance(lanes: Lanes, into: Responses, token: Tensor, logprob: Tensor, eos: int, stops: Stops | None) -> None:
     """Record a step's tokens (B,) and log-probabilities (B,), and let each lane continue or rest. In place."""
     if on_triton(token):
         from runner.rollout import triton_kernels
 
-        return triton_kernels.advance(lanes, into, token, logprob, eos)
+        return triton_kernels.advance(lanes, into, token, logprob, eos, stops)
     is_eos, steps = token == eos, lanes.steps + 1
     into.tokens[lanes.rows, lanes.steps] = token
     into.logprobs[lanes.rows, lanes.steps] = logprob
     into.lengths[lanes.rows], into.ended[lanes.rows] = steps, is_eos
     goes_on = (lanes.positions >= 0) & ~is_eos & (steps < into.limits[lanes.rows])
+    if stops:
+        states = stops.next(lanes.states, token)
+        into.stopped[lanes.rows] = stops.reached(states)
+        goes_on &= ~stops.reached(states)
+        lanes.states.copy_(torch.where(goes_on, states, 0))
     lanes.tokens.copy_(token)
     lanes.steps.copy_(torch.where(goes_on, steps, 0))
     lanes.positions.copy_(torch.where(goes_on, lanes.positions + 1, -1))

@@ -17,13 +17,14 @@ class Lanes:
     positions: Tensor  # (B,) its position
     steps: Tensor  # (B,) response tokens so far
     rows: Tensor  # (B,) number of the response
+    states: Tensor  # (B,) how much of a stop string its newest tokens are (stops.py)
     slots: Tensor  # (B,) its place in the cache
 
     @staticmethod
     def resting(size: int, nobody: int, device: torch.device) -> "Lanes":
         """nobody: the row that is thrown away."""
         zeros, slots = (make(size, device=device) for make in (partial(torch.zeros, dtype=torch.long), torch.arange))
-        return Lanes(zeros, zeros - 1, zeros.clone(), zeros + nobody, slots)
+        return Lanes(zeros, zeros - 1, zeros.clone(), zeros + nobody, zeros.clone(), slots)
 
     def first(self, size: int) -> "Lanes":
         return Lanes(*(getattr(self, f.name)[:size] for f in fields(self)))
@@ -33,12 +34,6 @@ class Lanes:
         where, *columns = send(torch.tensor([lanes, *values.values()]), self.tokens.device)
         for name, column in zip(values, columns, strict=True):
             getattr(self, name)[where] = column
-
-    def rest(self, rows: Tensor, nobody: int) -> None:
-        """Let the lanes of some responses (N,) rest, wherever they are by now, without waiting for the GPU."""
-        theirs = (self.rows.unsqueeze(1) == send(rows, self.rows.device)).any(1)
-        for state, value in ((self.positions, -1), (self.steps, 0), (self.rows, nobody)):
-            state.masked_fill_(theirs, value)
 
     def awake_first(self) -> None:
         """Move resting lanes to the end. In place: graphs hold these addresses."""
@@ -55,6 +50,7 @@ class Responses:
     logprobs: Tensor  # (N + 1, R)
     lengths: Tensor  # (N + 1,)
     ended: Tensor  # (N + 1,) bool
+    stopped: Tensor  # (N + 1,) bool: at a stop string
     limits: Tensor  # (N + 1,) tokens at most
     nobody: int  # N
 
@@ -63,4 +59,5 @@ class Responses:
         new = partial(torch.zeros, device=device)
         tokens, lengths = (new(shape, dtype=torch.long) for shape in ((count + 1, most), (count + 1,)))
         limits = torch.tensor([*(limits or [most] * count), most], device=device)
-        return Responses(tokens, new(count + 1, most), lengths, new(count + 1, dtype=torch.bool), limits, count)
+        ended, stopped = (new(count + 1, dtype=torch.bool) for _ in range(2))
+        return Responses(tokens, new(count + 1, most), lengths, ended, stopped, limits, count)

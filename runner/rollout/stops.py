@@ -1,76 +1,92 @@
-"""Stop strings.
+"""Stop strings: a response ends with the token that completes one.
 
-A response is cut after sampling, behind the token that completes a stop string, in the same way for every engine. The decode engine also
-asks now and then which responses hold one already, and samples no more of them.
+They are compiled into one table, in which sampling looks up a number per token. The table is that of the automaton of A. V. Aho and M. J.
+Corasick ("Efficient string matching: an aid to bibliographic search", 1975) over bytes, which reads all bytes of a token at once.
+A stop string is thus found wherever its bytes stand, in whatever tokens, and no text is decoded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
+import numpy as np
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from runner.models.token_bytes import token_bytes
 from runner.rollout.record import Rollout
-
-# Tokens at a response's end that are searched, besides as many as the longest string has bytes: more than are sampled between two looks
-NEW = 16
 
 
 @dataclass
 class Stops:
-    """Strings at which a response ends."""
+    """Compiled stop strings.
 
-    tokenizer: PreTrainedTokenizerBase
-    strings: list[str]
+    table (vocabulary, states) int32: the state that each token leads to from each state. State 0 is the first; the last one says that a
+    stop string has been reached, and is never left.
+    """
 
-    def reached(self, ids: Tensor) -> bool:
-        """Whether one of the newest tokens of a response (T,) completed a stop string. May overlook one, which `cut` does not."""
-        newest = ids[-NEW - max(len(string.encode()) for string in self.strings) :]
-        return self.end_of(newest.tolist()) is not None and self.end_of(ids.tolist()) is not None
+    strings: Sequence[str]
+    table: Tensor
 
-    def cut(self, rollout: Rollout, pad: int) -> None:
-        """Cut each response behind its first stop string. rollout: freshly sampled, on the CPU; in place."""
-        rows = zip(rollout.responses.tolist(), rollout.lengths.tolist(), strict=True)
-        ends = [self.end_of(ids[:length]) for ids, length in rows]
-        rollout.stopped = torch.tensor([end is not None for end in ends])
-        rollout.lengths = torch.tensor([end or length for end, length in zip(ends, rollout.lengths.tolist(), strict=True)])
-        rollout.ended = rollout.ended & ~rollout.stopped
-        real = rollout.mask.bool()
-        rollout.responses = rollout.responses.masked_fill(~real, pad)
-        rollout.sampled_logprobs = rollout.sampled_logprobs.masked_fill(~real, 0.0)
+    @staticmethod
+    def of(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], rows: int, device: torch.device | str = "cpu") -> "Stops":
+        """rows: of the model's embeddings. The strings are not empty."""
+        step = automaton([string.encode() for string in strings])
+        return Stops(strings, torch.from_numpy(table(step, token_bytes(tokenizer, rows))).to(device))
 
-    def end_of(self, ids: list[int]) -> int | None:
-        """Number of tokens up to the one that completes the first stop string; None if there is none. More tokens never change it."""
-        text, longest = "", max(map(len, self.strings))
-        for count, piece in enumerate(self._pieces(ids), 1):
-            if piece:
-                text = text[-longest:] + piece
-                if any(string in text for string in self.strings):
-                    return count
+    def next(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """(B,), (B,) -> states (B,)."""
+        return self.table[tokens, states].long()
+
+    def reached(self, states: Tensor) -> Tensor:
+        return states == self.table.size(1) - 1
+
+    def end_of(self, ids: Iterable[int]) -> int | None:
+        """Number of tokens up to the one that completes a stop string; None if there is none."""
+        state = 0
+        for count, token in enumerate(ids, 1):
+            state = int(self.table[token, state])
+            if state == self.table.size(1) - 1:
+                return count
         return None
 
-    def _pieces(self, ids: list[int]) -> Iterator[str]:
-        """The text that each token adds; none while a character is incomplete.
+    def cut(self, rollout: Rollout, pad: int) -> None:
+        """Cut each response behind its first stop string. In place; before log-probabilities are put in."""
+        states = torch.zeros_like(rollout.lengths)
+        ends, lengths = torch.zeros_like(states), rollout.lengths
+        for count, tokens in enumerate(rollout.responses.unbind(1), 1):
+            states = torch.where(count <= lengths, self.next(states, tokens), states)
+            ends = torch.where(self.reached(states) & (ends == 0), count, ends)
+        rollout.stopped = ends > 0
+        rollout.lengths = torch.where(rollout.stopped, ends, lengths)
+        rollout.ended = rollout.ended & ~rollout.stopped
+        rollout.responses = rollout.responses.masked_fill(~rollout.mask.bool(), pad)
 
-        Decoding all tokens up to each one would not do: LLaMA's tokenizer spells line breaks and rare characters in bytes, and makes a
-        whole run of them unreadable while the last character is incomplete, so that a string comes and goes.
-        """
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:  # a tokenizer in Python
-            texts = (self.tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids) + 1))
-            yield from (text.removeprefix(before) for before, text in pairwise(texts))
-            return
-        stream = DecodeStream(skip_special_tokens=True)
-        for token in ids:
-            try:
-                piece = stream.step(backend, token)
-            except Exception as error:  # it has no class of its own
-                if "Invalid prefix" not in str(error):
-                    raise
-                # The bytes before this token were no text
-                stream = DecodeStream(skip_special_tokens=True)
-                piece = stream.step(backend, token)
-            yield piece or ""
+
+def automaton(strings: list[bytes]) -> np.ndarray:
+    """(states, 256): the state after each byte. A state is the longest end of what was read that begins a string; the last one, that a
+    whole string was read, is never left."""
+    begun = sorted({string[:n] for string in strings for n in range(len(string))}, key=len)
+    number, whole = {prefix: n for n, prefix in enumerate(begun)}, len(begun)
+    step = np.zeros((whole + 1, 256), dtype=np.int32)
+    for prefix in begun:
+        for byte in set(b"".join(strings)):
+            read = prefix + bytes([byte])
+            ends = (read[n:] for n in range(len(read) + 1))
+            step[number[prefix], byte] = whole if read.endswith(tuple(strings)) else next(number[end] for end in ends if end in number)
+    step[whole] = whole
+    return step
+
+
+def table(step: np.ndarray, tokens: list[bytes]) -> np.ndarray:
+    """(tokens, states): the state that all bytes of each token lead to from each state."""
+    lengths = np.array([len(token) for token in tokens])
+    longest_first = np.argsort(-lengths, kind="stable")
+    states = np.tile(np.arange(len(step), dtype=np.int32), (len(tokens), 1))
+    for n in range(lengths.max()):
+        longer = longest_first[: (lengths > n).sum()]
+        byte = np.array([tokens[token][n] for token in longer])
+        states[: len(longer)] = step[states[: len(longer)], byte[:, None]]
+    found = np.empty_like(states)
+    found[longest_first] = states
+    return found

@@ -216,19 +216,21 @@ def _pick(logits, most, mass, uniform, token, logprob, vocabulary, blocks, BLOCK
 # --- the lanes --------------------------------------------------------------------------------------------------------
 
 
-def advance(lanes, into, token: Tensor, logprob: Tensor, eos: int) -> None:
+def advance(lanes, into, token: Tensor, logprob: Tensor, eos: int, stops) -> None:
     """As kernels.advance: a dozen tiny operations in one launch."""
+    vocabulary, states = stops.table.shape if stops else (0, 0)
     _advance[(1,)](
-        lanes.tokens, lanes.positions, lanes.steps, lanes.rows, token, logprob,
-        into.tokens, into.logprobs, into.lengths, into.ended, into.limits, into.tokens.size(1), into.nobody, eos, len(token),
+        lanes.tokens, lanes.positions, lanes.steps, lanes.rows, lanes.states, token, logprob,
+        into.tokens, into.logprobs, into.lengths, into.ended, into.stopped, into.limits, into.tokens.size(1), into.nobody, eos,
+        stops.table if stops else None, vocabulary, states, len(token),
         BLOCK=max(32, triton.next_power_of_2(len(token))),
     )  # fmt: skip
 
 
 @triton.jit
 def _advance(
-    lane_tokens, lane_positions, lane_steps, lane_rows, token, logprob,
-    tokens, logprobs, lengths, ended, limits, most, nobody, eos, lanes, BLOCK: tl.constexpr,
+    lane_tokens, lane_positions, lane_steps, lane_rows, lane_states, token, logprob,
+    tokens, logprobs, lengths, ended, stopped, limits, most, nobody, eos, table, vocabulary, states, lanes, BLOCK: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, BLOCK)
     real = lane < lanes
@@ -240,6 +242,14 @@ def _advance(
     tl.store(lengths + row, step + 1, mask=real)
     tl.store(ended + row, new == eos, mask=real)
     goes_on = (position >= 0) & (new != eos) & (step + 1 < tl.load(limits + row, mask=real))
+    if table is not None:
+        state = tl.load(lane_states + lane, mask=real)
+        # NaN in the logits may give any number
+        state = tl.load(table + new * states + state, mask=real & (new >= 0) & (new < vocabulary), other=0).to(tl.int64)
+        reached = state == states - 1
+        tl.store(stopped + row, reached, mask=real)
+        goes_on = goes_on & ~reached
+        tl.store(lane_states + lane, tl.where(goes_on, state, 0), mask=real)
     tl.store(lane_tokens + lane, new, mask=real)
     tl.store(lane_steps + lane, tl.where(goes_on, step + 1, 0), mask=real)
     tl.store(lane_positions + lane, tl.where(goes_on, position + 1, -1), mask=real)

@@ -216,7 +216,7 @@ def rollout_settings(cfg: Config, models: Models, tokenizer, log: RunLog) -> Rol
     sizes = (cfg.model.max_response_tokens, micro.rollout, micro.score)
     settings = RolloutSettings(tokenizer.pad_token_id, tokenizer.eos_token_id, *sizes, log.device, rollout.engine, rollout.max_mismatch)
     if ppo.stop:
-        settings.stops = Stops(tokenizer, ppo.stop)
+        settings.stops = Stops.of(tokenizer, ppo.stop, models.actor.module.hf.config.vocab_size, log.device)
     if rollout.engine != "hf" and (reason := graph.why_not(models.actor.module.hf, log.device)):
         if rollout.engine == "graph":
             raise UserError(f"rollout.engine=graph cannot sample here ({reason}): type rollout.engine=auto")
