@@ -28,7 +28,13 @@ VARIANTS = {
     ],
     "fp16-zero2": ["hardware.precision=fp16", "hardware.zero.actor=2", "hardware.zero.critic=2"],
     "fp16-lora": ["hardware.precision=fp16", "model.actor.lora.dim=4", "model.reward.lora.dim=4"],
-    "bf16-bloom-ptx-ema": ["model=tiny_bloom", "ppo.ptx_coef=1.0", "ppo.ema_decay=0.9", "hardware.gradient_checkpointing.critic=true"],
+    "bf16-bloom-ptx-ema": [
+        "model=tiny_bloom",
+        "ppo.ptx_coef=1.0",
+        "ppo.ema_decay=0.9",
+        "hardware.gradient_checkpointing.critic=true",
+        "ppo.stop=[e]",
+    ],
 }
 ZERO = "hardware.zero={{actor: {0}, critic: {0}, ref: {1}, reward: {1}}}"
 VARIANTS_OF_TWO = {

@@ -28,8 +28,8 @@ def test_the_automaton_by_hand():
     """For "ab" and "bc": states 0, a, b, and one of both wholes."""
     step = automaton([b"ab", b"bc"])
     assert step.shape == (4, 256)
-    rows = {name: step[:, ord(name)].tolist() for name in "abcx"}
-    assert rows == {"a": [1, 1, 1, 3], "b": [2, 3, 2, 3], "c": [0, 0, 3, 3], "x": [0, 0, 0, 3]}
+    after = {name: step[:, ord(name)].tolist() for name in "abcx"}
+    assert after == {"a": [1, 1, 1, 3], "b": [2, 3, 2, 3], "c": [0, 0, 3, 3], "x": [0, 0, 0, 3]}
     assert table(step, [b"", b"xa", b"cabx", b"c"]).tolist() == [[0, 1, 2, 3], [1, 1, 1, 3], [3, 3, 3, 3], [0, 0, 3, 3]]
 
 

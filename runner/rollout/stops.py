@@ -66,7 +66,7 @@ class Stops:
 def automaton(strings: list[bytes]) -> np.ndarray:
     """(states, 256): the state after each byte. A state is the longest end of what was read that begins a string; the last one, that a
     whole string was read, is never left."""
-    begun = sorted({string[:n] for string in strings for n in range(len(string))}, key=len)
+    begun = sorted({string[:n] for string in strings for n in range(len(string))})  # nothing comes first
     number, whole = {prefix: n for n, prefix in enumerate(begun)}, len(begun)
     step = np.zeros((whole + 1, 256), dtype=np.int32)
     for prefix in begun:
