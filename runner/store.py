@@ -85,7 +85,8 @@ def state(folder: Path) -> str:
         return "done"
     total = _facts(folder / "logs" / "rank_0.alive").get("total")
     at, of = steps_done(folder), f" of {total}" if total else ""
-    what = "being worked on" if is_held(folder.parent / "locks" / folder.name) else "interrupted"
+    ended = "failed" if any(folder.glob("logs/error_rank*.json")) else "interrupted"
+    what = "being worked on" if is_held(folder.parent / "locks" / folder.name) else ended
     return f"{what}, no checkpoint yet" if at is None else f"{what} at step {at}{of}"
 
 

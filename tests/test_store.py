@@ -74,6 +74,8 @@ def test_how_far_a_step_has_come(tmp_path, capsys):
     assert state(folder) == "interrupted at step 5 of 20"
     with lock(tmp_path / "locks" / "sft-0a", "it"):
         assert state(folder) == "being worked on at step 5 of 20"
+    (folder / "logs" / "error_rank1.json").write_text("{}")  # as a worker leaves it, until the step is started again
+    assert state(folder) == "failed at step 5 of 20"
     show_store(tmp_path)
     assert "rm -rf" not in capsys.readouterr().out  # it will resume from there
     (tmp_path / "sft-2c").mkdir()
