@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from runner.batch_sizes import accumulation, micro_batch, step_batch
+from runner.config.loading import read_yaml
 from runner.config.schema import ENGINES, PARTS, Config, rate_key
 from runner.deepspeed_config import engine_configs
 from runner.durable.resume import forced
@@ -41,6 +42,11 @@ def results_at_hand(cfg: Config, steps: list[Step]) -> Iterator[str]:
         further = {"sft": "model.actor.path", "reward": "model.reward.path"}.get(last.stage, "sft.use")
         yield f"{last.stage}.use={last.pinned} is the result itself, so nothing is trained. To train that model further: {further}=..."
     for step in steps:
+        if cfg.checkpoint.keep_best and step.state() == "reused" and not read_yaml(step.folder / "config.yaml")["checkpoint"]["keep_best"]:
+            yield (
+                f"checkpoint.keep_best={cfg.checkpoint.keep_best} comes too late for {step.stage}, which was trained without it: to train "
+                f"it again, delete {short(step.folder)}"
+            )
         if cfg.resume == "auto" and step.state() == "run" and (facts := forced(step.store, step.stage, cfg.name, step.facts)):
             yield (
                 f"{step.stage} starts from the beginning, though {short(replace(step, facts=facts).folder)} has gone on from another "

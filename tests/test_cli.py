@@ -391,6 +391,10 @@ WRONG = {
     "target of no coefficient": ("ppo.kl_target=6 ppo.kl_coef=0", "would stay there: type ppo.kl_coef=0.05"),
     "adapters of all layers": ("model.actor.lora.targets=[all-linear]", "targets=[all-linear] is the default: leave it out"),
     "adapters of all layers, in a word": ("model.actor.lora.targets=all-linear", "lora.targets=all-linear is the default: leave it out"),
+    "adapters of no layer": (
+        "model.reward.lora.targets=[q_proj,vproj]",
+        "model.reward.lora.targets: vproj is no layer of opt (did you mean v_proj?). Take some of embed_tokens, fc1, fc2, k_proj, lm_head",
+    ),
     "adapters of no weight": ("model.actor.lora.dim=8 model.actor.lora.alpha=0", "model.actor.lora.alpha=0 gives its adapters (dim=8) no"),
     "empty project": ("wandb.project=", "wandb.project is empty: type a name, or wandb.mode=disabled"),
     "name of the store": ("name=store", "would put the folders of commands among the trained steps of store=runs/store"),
@@ -663,6 +667,20 @@ def test_a_result_that_is_given_is_said_to_train_nothing(here, capsys):
     assert note == "sft.use=a/b is the result itself, so nothing is trained. To train that model further: model.actor.path=..."
     cfg = configured("stage=ppo", "sft.use=a/b")
     assert not [*results_at_hand(cfg, plan(cfg))]
+
+
+def test_a_best_checkpoint_that_nobody_kept_is_missed_aloud(tmp_path):
+    from runner.plan import plan
+    from runner.plan_view import results_at_hand
+
+    cfg = configured("stage=sft", f"store={tmp_path}", "checkpoint.keep_best=1")
+    (step,) = plan(cfg)
+    step.folder.mkdir(parents=True)
+    (step.folder / "DONE").touch()
+    for kept, notes in ((0, 1), (1, 0)):
+        (step.folder / "config.yaml").write_text(f"checkpoint: {{keep_best: {kept}}}")
+        found = list(results_at_hand(cfg, [step]))
+        assert len(found) == notes and all("comes too late for sft" in note and step.folder.name in note for note in found)
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,14 @@ def test_adapters_for_layers_that_are_not_there_are_refused():
         add_lora(causal("opt"), lora(targets=["q_proj", "vproj"]))  # peft is content if one of them fits
 
 
+def test_the_table_of_families_names_all_layers_that_can_get_adapters():
+    """So that the plan can refuse others."""
+    for name, found in FAMILIES.items():
+        modules = [pair for kind in NAMES if family(kind) == name for pair in causal(kind).named_modules()]
+        layers = {path.rpartition(".")[2] for path, module in modules if isinstance(module, torch.nn.Linear | torch.nn.Embedding)}
+        assert layers - {"embed_positions"} == {*found.lora_targets, *found.other_layers}
+
+
 @every_family
 @pytest.mark.parametrize("kind", [Actor, Scalar])
 def test_lora_trains_adapters_and_scalar_head_only(name, kind):

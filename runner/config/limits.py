@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
-from runner.families import FAMILIES
+from runner.families import FAMILIES, no_layer
 from runner.schedules import SCHEDULES
 
 # Keys of a shape that are sizes, in all families
@@ -77,6 +77,9 @@ def check_model(model) -> None:
     for name in ("actor", "reward"):
         _check_part(getattr(model, name), f"model.{name}")
         _check_lora(getattr(model, name).lora, f"model.{name}.lora")
+        layers = (*FAMILIES[model.family].lora_targets, *FAMILIES[model.family].other_layers)
+        for target in getattr(model, name).lora.targets:
+            check(target.rpartition(".")[2] in layers, f"model.{name}.{no_layer(target, model.family, layers)}")
         for size, value in getattr(model, name).shape.items():
             whole = value is None or (type(value) is int and value > 0)
             check(size not in SIZES or whole, f"model.{name}.shape.{size}={value} must be a whole number of 1 or more")

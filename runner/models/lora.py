@@ -4,8 +4,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from runner.config.schema import Lora
-from runner.errors import UserError, did_you_mean
-from runner.families import FAMILIES
+from runner.errors import UserError
+from runner.families import FAMILIES, no_layer
 
 
 def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
@@ -17,9 +17,7 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
     layers = [name for name, m in model.named_modules() if (isinstance(m, nn.Linear) or m is tokens) and name != "score"]
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
-            known = sorted({name.rsplit(".", 1)[-1] for name in layers})
-            near = did_you_mean(target, known)
-            raise UserError(f"lora.targets: {target} is no layer of {model.config.model_type}{near}. Take some of {', '.join(known)}")
+            raise UserError(no_layer(target, model.config.model_type, {name.rsplit(".", 1)[-1] for name in layers}))
     heads = ["score"] if hasattr(model, "score") else None
     config = LoraConfig(r=lora.dim, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, modules_to_save=heads)
     # Adapters in the model's precision, not in fp32: the optimizer keeps an fp32 copy, and ZeRO-3 refuses mixed precisions
