@@ -10,10 +10,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runner.checks.paths import no_checkpoint
 from runner.checks.secrets import redact
 from runner.errors import UserError
+
+if TYPE_CHECKING:  # it imports torch, which takes its time
+    from runner.rollout.stops import Stops
 
 CHAT = "python -m runner.chat"
 TEMPLATE = Path(__file__).parent.parent / "conf" / "model" / "family" / "base.yaml"
@@ -110,10 +114,12 @@ def fit(turns: list[dict[str, str]], tokenizer, room: float) -> tuple[list[dict[
     return kept, ids
 
 
-def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | None, stops=None) -> str:
-    """Generate an answer and print it as it comes. temperature: None decodes greedily; stops: Stops that end it."""
+def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | None, stops: "Stops | None" = None) -> str:
+    """Generate an answer and print it as it comes. temperature: None decodes greedily."""
     import torch
     from transformers import GenerationConfig, TextStreamer
+
+    from runner.models.token_bytes import token_bytes
 
     class Screen(TextStreamer):
         begun = False
@@ -131,20 +137,30 @@ def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | 
     screen = Screen(tokenizer, skip_prompt=True, skip_special_tokens=True)
     print("Assistant: ", end="", flush=True)
 
+    state = torch.zeros(1, dtype=torch.long)
+
     def ends(rows, *_, **__) -> torch.Tensor:
-        """As in PPO, with the token that completes a stop string."""
-        return torch.tensor([stops is not None and stops.end_of(rows[0, len(ids) :].tolist()) is not None], device=rows.device)
+        """As in PPO, with the token that completes a stop string. Called once per token."""
+        nonlocal state
+        if stops:
+            state = stops.next(state, rows[:, -1].cpu())
+        return stopped().to(rows.device)
+
+    def stopped() -> torch.Tensor:
+        return stops.reached(state) if stops else torch.tensor([False])
 
     given = {"attention_mask": prompt * 0 + 1, "generation_config": GenerationConfig(**how), "stopping_criteria": [ends]}
     rows = model.generate(prompt, streamer=screen, **given)
     print()
     said = rows[0, len(ids) :].tolist()
-    if len(said) == longest and said[-1] != tokenizer.eos_token_id and not ends(rows):
+    if len(said) == longest and said[-1] != tokenizer.eos_token_id and not stopped():
         print(f"(cut off at {longest} tokens; --max-new-tokens allows more)")
-    text = tokenizer.decode(said, skip_special_tokens=True)
-    # Shown, but no part of the dialogue: no prompt in training holds one
-    strings = stops.strings if stops else ()
-    return text[: min((text.find(string) for string in strings if string in text), default=len(text))].strip()
+    if not stopped():
+        return tokenizer.decode(said, skip_special_tokens=True).strip()
+    # Shown, but no part of the dialogue: no prompt in training holds a stop string
+    written = b"".join(token_bytes(tokenizer, said))
+    end = min(at for string in stops.strings if (at := written.find(string.encode())) >= 0)
+    return written[:end].decode(errors="replace").strip()
 
 
 def as_trained(path: str) -> tuple[float, list[str]]:

@@ -13,17 +13,17 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=device.type == "cuda")
 
 
-def fetch(*tensors: Tensor) -> Callable[[], list[Tensor]]:
-    """Copies, on the CPU, of what tensors hold at this point of the queue. Only a call of what this returns waits for them."""
-    if not tensors[0].is_cuda:
-        values = [x.clone() for x in tensors]
-        return lambda: values
-    copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in tensors]
+def fetch(tensor: Tensor) -> Callable[[], Tensor]:
+    """A copy, on the CPU, of what a tensor holds at this point of the queue. Only a call of what this returns waits for it."""
+    if not tensor.is_cuda:
+        value = tensor.clone()
+        return lambda: value
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
     done = torch.cuda.Event()
     done.record()
 
-    def wait() -> list[Tensor]:
+    def wait() -> Tensor:
         done.synchronize()
-        return copies
+        return copy
 
     return wait

@@ -188,7 +188,8 @@ def _tokenizers(cfg: Config, store: Path, steps: dict[str, Step]) -> dict[str, t
 
 
 def _check_stops(strings: list[str], path: str, tokenizer) -> None:
-    from runner.models.tokenizer import special_in
+    from runner.models.token_bytes import token_bytes
+    from runner.models.tokenizer import encode, special_in
 
     for string in strings:
         if (token := special_in(tokenizer, string)) is not None:
@@ -196,6 +197,10 @@ def _check_stops(strings: list[str], path: str, tokenizer) -> None:
                 "responses end there anyway" if token == tokenizer.eos_token else f"to end responses there, type model.end_token='{token}'"
             )
             raise UserError(f"ppo.stop: {string!r} holds {token}, a special token of {path}, which no text shows: leave it out; {instead}")
+        written = b"".join(token_bytes(tokenizer, encode(tokenizer, [string])[0]))
+        if string.encode() not in written:
+            as_read = written.decode(errors="replace")
+            raise UserError(f"ppo.stop: {string!r} would never be found, for {path} writes it as {as_read!r}: leave it out, or type that")
 
 
 def _one_tokenizer(cfg: Config, steps: dict[str, Step]) -> str:

@@ -926,6 +926,19 @@ def test_special_tokens_are_no_stop_strings(string, instead, refused):
     assert "a special token of" in message and instead in message
 
 
+def test_a_stop_string_that_the_tokenizer_cannot_write_is_refused(tokenizer):
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    from runner.prepare import _check_stops
+
+    _check_stops(["\n\nHuman:", "用户", " "], "here", tokenizer)
+    lower = Tokenizer(models.WordLevel({"human": 0, "?": 1, "</s>": 2}, unk_token="?"))
+    lower.normalizer = normalizers.Lowercase()
+    with pytest.raises(UserError, match=r"ppo.stop: 'Human' would never be found, for here writes it as '.*human'"):
+        _check_stops(["Human"], "here", PreTrainedTokenizerFast(tokenizer_object=lower, eos_token="</s>"))
+
+
 def test_actor_and_reward_model_must_share_their_tokens(here, refused, tokenizer):
     import torch
     from safetensors.torch import save_file

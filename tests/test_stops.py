@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import EOS, NAMES, PAD, VOCAB, actor, record, rows
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationMixin, PreTrainedTokenizerFast
 
 from runner.data.batches import pad
 from runner.models.token_bytes import token_bytes
@@ -19,6 +19,16 @@ from runner.stages.invariants import eos_and_pad
 
 def stops_of(strings: list[bytes], tokens: list[bytes]) -> Stops:
     return Stops([], torch.from_numpy(table(automaton(strings), tokens)))
+
+
+def end_of(stops: Stops, ids) -> int | None:
+    """Number of tokens up to the one that completes a stop string."""
+    state = torch.zeros(1, dtype=torch.long)
+    for count, token in enumerate(ids, 1):
+        state = stops.next(state, torch.tensor([token]))
+        if stops.reached(state):
+            return count
+    return None
 
 
 # --- the automaton ----------------------------------------------------------------------------------------------------
@@ -39,7 +49,7 @@ letters = st.text("abcä", min_size=1, max_size=4).map(str.encode)
 @given(st.lists(letters, min_size=1, max_size=3), st.lists(st.binary(max_size=3) | letters, max_size=12))
 def test_a_response_ends_with_the_token_that_completes_a_stop_string(strings, tokens):
     """Whatever the tokens' borders, in text or inside a character."""
-    found = stops_of(strings, [*tokens, b""]).end_of(range(len(tokens)))
+    found = end_of(stops_of(strings, [*tokens, b""]), range(len(tokens)))
     read = (b"".join(tokens[:n]) for n in range(1, len(tokens) + 1))
     expected = next((n for n, text in enumerate(read, 1) if any(string in text for string in strings)), None)
     assert found == expected
@@ -82,25 +92,24 @@ def sentencepiece() -> PreTrainedTokenizerFast:
 
 def test_bytes_of_byte_level_tokens(tokenizer):
     """OPT, BLOOM, GPT-NeoX, LLaMA 3: any text, characters cut anywhere. Special tokens and rows without a token have none."""
-    spelt = token_bytes(tokenizer, len(tokenizer) + 2)
+    spelt = token_bytes(tokenizer, range(len(tokenizer) + 2))
     for text in TEXTS:
         assert b"".join(spelt[token] for token in tokenizer.encode(text, add_special_tokens=False)) == text.encode()
     assert spelt[PAD] == spelt[EOS] == spelt[-1] == b"" and all(spelt[3:-2])
-    assert len(token_bytes(tokenizer, 50)) == 50
 
 
 def test_bytes_of_tokens_that_were_added_as_text(tokenizer_folder):
     """GPT-NeoX has runs of spaces; no byte-level token holds a space."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
     tokenizer.add_tokens([AddedToken("    ", normalized=False)])
-    spelt = token_bytes(tokenizer, len(tokenizer))
+    spelt = token_bytes(tokenizer, range(len(tokenizer)))
     ids = tokenizer.encode("a    b", add_special_tokens=False)
     assert len(tokenizer) - 1 in ids and b"".join(spelt[token] for token in ids) == b"a    b"
 
 
 def test_bytes_of_sentencepiece_tokens():
     tokenizer = sentencepiece()
-    spelt = token_bytes(tokenizer, len(tokenizer))
+    spelt = token_bytes(tokenizer, range(len(tokenizer)))
     for text in TEXTS:
         assert b"".join(spelt[token] for token in tokenizer.encode(text, add_special_tokens=False)) == text.encode()
     assert spelt[:3] == [b""] * 3 and spelt[3 + 10] == b"\n"
@@ -114,8 +123,18 @@ def test_bytes_of_words():
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece(cleanup=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    assert token_bytes(tokenizer, 5) == [b"", b" a", b" dog", b"gy", b" ."]
-    assert Stops.of(tokenizer, ["doggy"], 5).end_of([1, 2, 3, 4]) == 3
+    assert token_bytes(tokenizer, range(5)) == [b"", b" a", b" dog", b"gy", b" ."]
+    assert end_of(Stops.of(tokenizer, ["doggy"], 5), [1, 2, 3, 4]) == 3
+
+
+def test_bytes_of_characters_and_of_words_with_a_sign_at_their_end():
+    """Characters of byte-level BPE may just be characters."""
+    letters = Tokenizer(models.WordLevel({name: n for n, name in enumerate("aéĠ")}, unk_token="a"))
+    letters.decoder = decoders.Fuse()
+    assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=letters), range(3)) == [b"a", "é".encode(), "Ġ".encode()]
+    words = Tokenizer(models.BPE({name: n for n, name in enumerate(["Hum", "an</w>", ":</w>"])}, []))
+    words.decoder = decoders.BPEDecoder("</w>")
+    assert token_bytes(PreTrainedTokenizerFast(tokenizer_object=words), range(3)) == [b"Hum", b"an ", b": "]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
@@ -132,9 +151,9 @@ def test_what_follows_a_stop_string_does_not_hide_it(kind, tokenizer):
         for stop in ("\n\n", "用户"):
             for text in ("🙂😀", "你好", "a"):
                 answer, end = [*begin, *spelt(stop), *spelt(text)], len(begin) + len(spelt(stop))
-                assert {stops.end_of(answer[:n]) for n in range(end, len(answer) + 1)} == {end}
-                assert {stops.end_of(answer[:n]) for n in range(end)} == {None}
-    assert stops.end_of([*spelt("\n"), byte, *spelt("\n\n")]) == len([*spelt("\n"), byte, *spelt("\n\n")])
+                assert {end_of(stops, answer[:n]) for n in range(end, len(answer) + 1)} == {end}
+                assert {end_of(stops, answer[:n]) for n in range(end)} == {None}
+    assert end_of(stops, [*spelt("\n"), byte, *spelt("\n\n")]) == len([*spelt("\n"), byte, *spelt("\n\n")])
 
 
 # --- the engines ------------------------------------------------------------------------------------------------------
@@ -177,17 +196,24 @@ def test_the_decode_engine_samples_nothing_behind_a_stop_string(slots, late, mon
     assert work.stats.rows == int(found.lengths.sum())
 
 
+@pytest.mark.parametrize("steps_more", [0, 6])
 @pytest.mark.parametrize("name", NAMES)
-def test_transformers_generate_ends_at_the_same_tokens(name):
+def test_transformers_generate_ends_at_the_same_tokens(name, steps_more, monkeypatch):
+    """Also where, under ZeRO-3, other ranks have some steps to go."""
+    others = iter([True] * steps_more)
+    has_unfinished = lambda self, done, synced, device: not done or (synced and next(others, False))  # noqa: E731
+    monkeypatch.setattr(GenerationMixin, "_has_unfinished_sequences", has_unfinished)
     model, uniform = actor(name).eval(), uniforms(7, list(range(len(PROMPTS))), 40)
     ids, mask = pad(PROMPTS, PAD, left=True)
-    found = hf.generate(model, ids, mask.sum(1), uniform, pad=PAD, eos=EOS, stops=STOPS)
+    found = hf.generate(model, ids, mask.sum(1), uniform, pad=PAD, eos=EOS, stops=STOPS, together=steps_more > 0)
     options = {"slots": 4, "pad": PAD, "eos": EOS, "stops": STOPS}
     expected = graph.Decoder(network_of(model.hf), model.sampling, PROMPTS, uniform, **options).run()
     width = expected.responses.size(1)
-    assert found.responses.size(1) <= width + 1  # EOS in place of the next token, which is thrown away
+    assert found.responses.size(1) <= width + 1 + steps_more  # EOS in place of the next token, which is thrown away
+    assert next(others, None) is None
     for field in ("responses", "lengths", "ended", "stopped"):
         value = getattr(found, field)
         assert torch.equal(value[:, :width] if field == "responses" else value, getattr(expected, field)), field
+    assert (found.responses[:, width:] == PAD).all()
     torch.testing.assert_close(found.sampled_logprobs[:, :width], expected.sampled_logprobs, rtol=1e-4, atol=1e-5)
     assert found.stopped.any()

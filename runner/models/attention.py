@@ -1,7 +1,7 @@
 """Attention over packed rows, and the forward pass of a model's body on them, for the four families.
 
 Attention runs on the packed row (flash attention) where that kernel exists, otherwise on rows padded on the right, where causality alone
-hides the padding: neither needs a mask. Rows of one length have no padding, and on Hopper cuDNN is the fastest there. It is registered in
+hides the padding: neither needs a mask. Rows of one length have no padding, and cuDNN is faster on Hopper. It is registered in
 transformers as the implementation "packed"; a forward pass without a Layout, as in generation, falls back to "sdpa" ("eager" for BLOOM).
 """
 

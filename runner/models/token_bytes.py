@@ -2,33 +2,31 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedTokenizerBase
 
 from runner.models.tokenizer import special_tokens
 
 # Decoders that turn one token after the other into text, or only change how a text begins
-TOKENWISE = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+TOKENWISE = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace", "BPEDecoder"}
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[bytes]:
-    """Of each number below `rows`. Special tokens, which no text shows, have none, and so have numbers without a token."""
-    found, spell, special = [b""] * rows, _spelling(tokenizer), set(special_tokens(tokenizer)[0])
-    for token, number in tokenizer.get_vocab().items():
-        if number < rows and token not in special:
-            found[number] = spell(token, number)
-    return found
+def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[bytes]:
+    """Of each token. Special tokens, which no text shows, have none, and so have numbers without a token."""
+    spell, special = _spelling(tokenizer), set(special_tokens(tokenizer)[0])
+    names = {number: token for token, number in tokenizer.get_vocab().items() if token not in special}
+    return [spell(names[number], number) if number in names else b"" for number in ids]
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, int], bytes]:
     """(token, its number) -> bytes, by the way in which the tokenizer decodes."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     steps = _steps(json.loads(decoder.__getstate__())) if decoder is not None else []
-    kinds = [step["type"] for step in steps]
-    if kinds and set(kinds) <= {"ByteLevel", "Fuse"}:
+    kinds = {step["type"] for step in steps}
+    if "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}:
         return _byte_level
-    if kinds and set(kinds) <= TOKENWISE and all("String" in step["pattern"] for step in steps if step["type"] == "Replace"):
+    if kinds and kinds <= TOKENWISE and all("String" in step["pattern"] for step in steps if step["type"] == "Replace"):
         return lambda token, number: _tokenwise(token, steps)
     # Words with spaces between them, for instance: what a token adds to a text that another one begins
     before = tokenizer("a", add_special_tokens=False).input_ids
@@ -49,12 +47,14 @@ def _byte_level(token: str, number: int) -> bytes:
 
 
 def _tokenwise(token: str, steps: list[dict]) -> bytes:
-    """SentencePiece (LLaMA 1 and 2): a sign for the space, and <0x0A> for a byte."""
+    """SentencePiece (LLaMA 1 and 2): a sign for the space, and <0x0A> for a byte. Or a sign for the end of a word."""
     for step in steps:
         if step["type"] == "Replace":
             token = token.replace(step["pattern"]["String"], step["content"])
         elif step["type"] == "Metaspace":
             token = token.replace(step["replacement"], " ")
+        elif step["type"] == "BPEDecoder":
+            token = token.replace(step["suffix"], " ")
         elif step["type"] == "ByteFallback" and (byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)):
             return bytes.fromhex(byte[1])
     return token.encode()

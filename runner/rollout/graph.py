@@ -116,7 +116,7 @@ class Decoder:
             if len(looks) <= lag:
                 resting = []
                 continue
-            (positions,) = looks.popleft()()
+            positions = looks.popleft()()
             awake = {lane for lane, position in enumerate(positions.tolist()) if position >= 0}
             if lag:  # the look is older than these prompts
                 awake |= set(admitted)

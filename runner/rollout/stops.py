@@ -5,7 +5,7 @@ Corasick ("Efficient string matching: an aid to bibliographic search", 1975) ove
 A stop string is thus found wherever its bytes stand, in whatever tokens, and no text is decoded.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +32,7 @@ class Stops:
     def of(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], rows: int, device: torch.device | str = "cpu") -> "Stops":
         """rows: of the model's embeddings. The strings are not empty."""
         step = automaton([string.encode() for string in strings])
-        return Stops(strings, torch.from_numpy(table(step, token_bytes(tokenizer, rows))).to(device))
+        return Stops(strings, torch.from_numpy(table(step, token_bytes(tokenizer, range(rows)))).to(device))
 
     def next(self, states: Tensor, tokens: Tensor) -> Tensor:
         """(B,), (B,) -> states (B,)."""
@@ -40,15 +40,6 @@ class Stops:
 
     def reached(self, states: Tensor) -> Tensor:
         return states == self.table.size(1) - 1
-
-    def end_of(self, ids: Iterable[int]) -> int | None:
-        """Number of tokens up to the one that completes a stop string; None if there is none."""
-        state = 0
-        for count, token in enumerate(ids, 1):
-            state = int(self.table[token, state])
-            if state == self.table.size(1) - 1:
-                return count
-        return None
 
     def cut(self, rollout: Rollout, pad: int) -> None:
         """Cut each response behind its first stop string. In place; before log-probabilities are put in."""
