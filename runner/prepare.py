@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -90,6 +91,7 @@ def _check_amounts(cfg: Config, stage: str, data: Path) -> None:
     counts = counts_of(data)
     train, block = counts["train"], getattr(cfg, stage)
     _warn_of_dropped(cfg.model.max_response_tokens, stage, counts)
+    _note_of_marks(stage, counts)
     if stage == cfg.stage and stage in ("sft", "reward"):
         _note_of_split(stage, counts)
     ppo = block if stage == "ppo" else None
@@ -138,6 +140,23 @@ def _warn_of_dropped(limit: int, stage: str, counts: dict) -> None:
         f"With {length} it drops {left[length]}",
         file=sys.stderr,
     )
+
+
+def _note_of_marks(stage: str, counts: dict) -> None:
+    """Say what was taken out of texts, and what looks as if a chat template had been applied to them before."""
+    special, foreign = (Counter(counts.get(name, {})) for name in ("special", "foreign"))
+    if special:
+        tokens = ", ".join(token for token, _ in special.most_common(3))
+        print(
+            f"note: special tokens ({tokens}) were taken out of the texts of {special.total()} rows of {stage}: they would end a response"
+        )
+    if foreign.total() > FEW_DROPPED * (counts["train"] + counts.get("eval", 0)):
+        mark = foreign.most_common(1)[0][0]
+        print(
+            f"warning: {foreign.total()} rows of {stage} hold {mark}, as if another chat template had been applied to them: "
+            "model.chat_template would be a second one. Give the dialogues as lists of messages, or their plain texts",
+            file=sys.stderr,
+        )
 
 
 def _note_of_split(stage: str, counts: dict) -> None:

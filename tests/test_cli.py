@@ -647,6 +647,11 @@ def test_what_a_stage_makes_of_its_data_is_said_before_it_trains(tmp_path, capsy
         long, "stage=sft"
     )
     assert "longer than" not in said(long | {"train": 300}, "stage=sft")
+    marked = {"train": 90, "eval": 10, "special": {"</s>": 3, "<s>": 4}, "foreign": {"[INST]": 60, "<|user|>": 1}}
+    text = said(marked, "stage=sft")
+    assert "special tokens (<s>, </s>) were taken out of the texts of 7 rows of sft" in text
+    assert "61 rows of sft hold [INST], as if another chat template had been applied" in text
+    assert "template" not in said({"train": 90, "eval": 10, "foreign": {"### Response:": 1}}, "stage=sft")
     split = {"train": 80, "elsewhere": {"sft": 40, "ppo": 80}}
     text = said(split, "stage=reward")
     assert "keeps the prompts of 120 comparisons for sft and ppo" in text

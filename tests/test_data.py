@@ -963,6 +963,15 @@ def test_rows_of_special_tokens_alone_are_dropped(stage, data, build):
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_special_tokens_and_the_marks_of_other_templates_are_counted(stage, data, build):
+    """Once per row, wherever they stand."""
+    wrapped = {"prompt": "[INST] Say 21 [/INST]", "chosen": "good", "rejected": "bad"}
+    closed = [{"prompt": f"Say {i}</s>", "chosen": "good <s> 1", "rejected": "bad 1"} for i in (22, 23)]
+    _, _, counts = build(data([*pairs(20), wrapped, *closed], **only(stage)), stage)
+    assert counts["foreign"] == {"[INST]": 1} and counts["special"] == {"</s>": 2}
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_long_prompts_lose_their_beginning(stage, data, build, tokenizer):
     long = [{"prompt": f"{'before ' * 20} Say {i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
     train, held, counts = build(data(long + pairs(20), **only(stage)), stage, prompt=30)

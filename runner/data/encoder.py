@@ -5,6 +5,7 @@ dropped. Everything that is cut or dropped is counted.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 
@@ -13,10 +14,13 @@ from runner.data.dialogue import Example
 from runner.data.examples import Counts, examples
 from runner.data.sources import sources_of
 from runner.errors import UserError
-from runner.models.tokenizer import encode, encode_responses, gap, plain, render_prompt
+from runner.models.tokenizer import encode, encode_responses, gap, plain, render_prompt, special_in
 
 # Lengths are counted in steps of so many tokens
 ROUND = 32
+# What chat templates write around turns: in a text, it shows that one has been applied already
+MARKS = ("[INST]", "<<SYS>>", "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "### Instruction:", "### Response:")
+FOREIGN = re.compile("|".join(map(re.escape, MARKS)))
 
 
 class Encoder:
@@ -33,6 +37,8 @@ class Encoder:
         kept = [(*item, text) for item in useful if (text := self._rendered(item[1])) is not None]
         if not kept:
             return []
+        for _, example, *_ in kept:
+            self._count_marks(example)
         names, used, numbers, texts = zip(*kept, strict=True)
         prompts = [self._cut(ids) for ids in encode(self.tokenizer, list(texts))]
         rows_of = {"sft": self._sft, "reward": self._reward, "ppo": self._ppo}[self.stage]
@@ -51,6 +57,14 @@ class Encoder:
         reason = next((name for name, true in reasons.items() if true), None)
         self.counts.dropped.update([reason] if reason else [])
         return bool(reason)
+
+    def _count_marks(self, example: Example) -> None:
+        """Count a row with a special token, or with another chat template's mark, by the first one."""
+        text = "\n".join([*(turn["content"] for turn in example.prompt), example.chosen or "", example.rejected or ""])
+        if token := special_in(self.tokenizer, text):
+            self.counts.special[token] += 1
+        elif mark := FOREIGN.search(text):
+            self.counts.foreign[mark.group()] += 1
 
     def _rendered(self, example: Example) -> str | None:
         """The prompt as text; None, and counted, if the chat template refuses the dialogue."""
