@@ -306,6 +306,20 @@ def test_what_it_says_to_type_makes_all_stages_fit(model, hardware):
     assert all(fits(changed, stage) for stage in stages)
 
 
+def test_it_says_why_rollouts_are_slow_and_what_makes_them_fast():
+    """Under ZeRO-3, where the whole weights of the actor do not fit beside the rest; not where PPO does not fit at all."""
+    slow = on("model=llama2_13b", "hardware=dgx8")
+    said = fit.slow_rollouts(slow)
+    assert said.startswith("note: ppo samples slowly: no GPU has room for all 26 GB of the actor's weights")
+    words = said.partition(" With ")[2].partition(" each ")[0].split()
+    fast = on("model=llama2_13b", "hardware=dgx8", *words)
+    assert samples_whole(fast) and fits(fast, "ppo") and fit.slow_rollouts(fast) is None
+    assert step_seconds(fast, "ppo", 256, 256) < 0.75 * step_seconds(slow, "ppo", 256, 256)
+    assert fit.slow_rollouts(on("model=opt66b", "hardware=gpu64")).endswith("gathers them anew")
+    assert fit.slow_rollouts(on("model=opt66b", "hardware=dgx8")) is None
+    assert fit.slow_rollouts(on("model=opt1.3b", "hardware=h100")) is None
+
+
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_published_recipe_fits_its_hardware(path):
     cfg = on(f"experiment={path.stem}")

@@ -1,12 +1,13 @@
 """Whether a stage fits into GPU memory, and what to type if it does not."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
 
 from runner.batch_sizes import micro_batch, step_batch
 from runner.config.schema import ENGINES, PARTS, Config, frozen_models
 from runner.errors import UserError
-from runner.forecast.memory import host_bytes, peaks
+from runner.forecast.memory import host_bytes, itemsize, peaks, samples_whole
 from runner.forecast.sizes import model_sizes
 from runner.watch.machine import memory_limit
 
@@ -48,6 +49,16 @@ def warnings(cfg: Config, stages: list[str]) -> list[str]:
     return [*said, cure(cfg, stages)] if said else []
 
 
+def slow_rollouts(cfg: Config) -> str | None:
+    """Why rollouts under ZeRO-3 are slow, and what to type; None if they are not, or if PPO does not fit at all."""
+    if not fits(cfg, "ppo") or samples_whole(cfg):
+        return None
+    weights = gb(model_sizes(cfg)[0].weights * itemsize(cfg))
+    said = f"note: ppo samples slowly: no GPU has room for all {weights} of the actor's weights, so every token gathers them anew"
+    more = _enough(cfg, "ppo", lambda changed, stage: fits(changed, stage) and samples_whole(changed))
+    return said if more is None else f"{said}. With {typed(more)} each rollout gathers them once"
+
+
 def foreseeable(cfg: Config) -> bool:
     """Whether there can be a forecast: not on a CPU, nor for a network of unknown sizes."""
     return cfg.hardware.accelerator == "cuda" and model_sizes(cfg) is not None
@@ -87,11 +98,11 @@ def cure(cfg: Config, stages: list[str]) -> str:
     return said
 
 
-def _enough(cfg: Config, stage: str) -> Overrides | None:
+def _enough(cfg: Config, stage: str, wanted: Callable[[Config, str], bool] | None = None) -> Overrides | None:
     """What makes a stage fit: the cheapest saving that is enough alone, or else as few together as are. None if all are not enough."""
 
     def enough(savings) -> bool:
-        return fits(applied(cfg, _together(cfg, stage, savings)), stage)
+        return (wanted or fits)(applied(cfg, _together(cfg, stage, savings)), stage)
 
     every = [*SAVINGS]
     if cfg.model.actor.lora.dim or cfg.model.reward.lora.dim:  # whoever has adapters in one model will sooner take them in the other

@@ -6,7 +6,7 @@ from pathlib import Path
 from runner.batch_sizes import batches_per_epoch, step_batch, steps_of
 from runner.config.schema import Config
 from runner.forecast.duration import step_seconds, why_no_time
-from runner.forecast.fit import foreseeable, warnings
+from runner.forecast.fit import foreseeable, slow_rollouts, warnings
 from runner.forecast.memory import peaks
 from runner.formatting import print_columns, spell
 from runner.plan import Step
@@ -56,6 +56,8 @@ def show_forecast(cfg: Config, steps: list[Step], inputs: dict[str, dict]) -> No
         )
     for text in warnings(cfg, [step.stage for step in missing]):
         print(text)
+    if missing[-1].stage == "ppo" and (note := slow_rollouts(cfg)):
+        print(note)
 
 
 def forecast(cfg: Config, stage: str, rows: Rows | None, done: int) -> Forecast:
