@@ -83,6 +83,7 @@ OTHER = {
     "adapter": "hh_dialogue",
     "only": "sft",
     "fields": {"prompt": "x"},
+    "targets": ["q_proj"],
     "dataset.sources.toy.fields": {},
     "model.reward.path": "a/b",
     "dataset.sources.mine.path": "a/b",
