@@ -22,6 +22,7 @@ import pytest
 from omegaconf import OmegaConf
 from tiny import configured
 
+from runner.amounts import check_amounts
 from runner.cli.overrides import check_overrides
 from runner.config.loading import load
 from runner.errors import UserError
@@ -633,13 +634,10 @@ def test_too_few_prompts_and_rows_are_said(here, refused):
     assert refused("dataset=jsonl", "dataset.path=none.jsonl") == "none.jsonl holds no rows"
 
 
-def test_what_a_stage_makes_of_its_data_is_said_before_it_trains(tmp_path, capsys):
-    from runner.prepare import _check_amounts
-
+def test_what_a_stage_makes_of_its_data_is_said_before_it_trains(capsys):
     def said(counts: dict, *words: str) -> str:
-        (tmp_path / "counts.json").write_text(json.dumps(counts))
         cfg = configured(*words)
-        _check_amounts(cfg, cfg.stage, tmp_path)
+        check_amounts(cfg, cfg.stage, counts)
         return "".join(capsys.readouterr())
 
     long = {"train": 75, "eval": 5, "needed": {"288": 15, "1024": 5}}
@@ -692,12 +690,9 @@ def test_a_best_checkpoint_that_nobody_kept_is_missed_aloud(tmp_path):
     "words, warned",
     [("", True), ("ppo.epochs=2", True), ("ppo.epochs=3", False), ("ppo.rollout_batch=16", False), ("ppo.max_steps=2", False)],
 )
-def test_a_ppo_of_few_iterations_is_warned_of(words, warned, tmp_path, capsys):
+def test_a_ppo_of_few_iterations_is_warned_of(words, warned, capsys):
     """150 prompts in batches of 64 are two iterations. Who asked for so few has what he wanted."""
-    from runner.prepare import _check_amounts
-
-    (tmp_path / "counts.json").write_text('{"train": 150}')
-    _check_amounts(configured(*words.split()), "ppo", tmp_path)
+    check_amounts(configured(*words.split()), "ppo", {"train": 150})
     said = capsys.readouterr().err
     assert ("too few to learn from. Type ppo.epochs=3 or more" in said) == warned, said
 
@@ -713,11 +708,8 @@ def test_a_ppo_of_few_iterations_is_warned_of(words, warned, tmp_path, capsys):
         ("sft", "sft.warmup=1", False),
     ],
 )
-def test_a_warmup_longer_than_the_run_is_warned_of(stage, words, warned, tmp_path, capsys):
-    from runner.prepare import _check_amounts
-
-    (tmp_path / "counts.json").write_text('{"train": 150}')
-    _check_amounts(configured(*words.split()), stage, tmp_path)
+def test_a_warmup_longer_than_the_run_is_warned_of(stage, words, warned, capsys):
+    check_amounts(configured(*words.split()), stage, {"train": 150})
     said = capsys.readouterr()
     assert (f"a warmup of 1000 steps ({stage}.warmup) only reaches " in said.err) == warned, said.err
     ignored = f"note: {stage}.warmup=1000 has no effect: type {stage}.lr_schedule=constant_with_warmup"
@@ -726,21 +718,15 @@ def test_a_warmup_longer_than_the_run_is_warned_of(stage, words, warned, tmp_pat
 
 @pytest.mark.parametrize(("rows", "noted"), [(31, True), (32, False)])
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
-def test_a_batch_larger_than_the_data_is_noted(stage, rows, noted, tmp_path, capsys):
-    from runner.prepare import _check_amounts
-
-    (tmp_path / "counts.json").write_text(f'{{"train": {rows}}}')
-    _check_amounts(configured(f"stage={stage}", f"{stage}.global_batch=32"), stage, tmp_path)
+def test_a_batch_larger_than_the_data_is_noted(stage, rows, noted, capsys):
+    check_amounts(configured(f"stage={stage}", f"{stage}.global_batch=32"), stage, {"train": rows})
     assert (f"{stage} has 31 rows, fewer than {stage}.global_batch=32" in capsys.readouterr().out) == noted
 
 
-def test_a_warmup_of_the_critic_that_leaves_the_actor_nothing_is_refused(tmp_path):
-    from runner.prepare import _check_amounts
-
-    (tmp_path / "counts.json").write_text('{"train": 640}')
-    _check_amounts(configured("ppo.critic_warmup=9", "ppo.epochs=1"), "ppo", tmp_path)
+def test_a_warmup_of_the_critic_that_leaves_the_actor_nothing_is_refused():
+    check_amounts(configured("ppo.critic_warmup=9", "ppo.epochs=1"), "ppo", {"train": 640})
     with pytest.raises(UserError, match=r"in all of the 10 iterations, and the actor in none: type ppo.critic_warmup=1,"):
-        _check_amounts(configured("ppo.critic_warmup=10", "ppo.epochs=1"), "ppo", tmp_path)
+        check_amounts(configured("ppo.critic_warmup=10", "ppo.epochs=1"), "ppo", {"train": 640})
 
 
 @pytest.mark.parametrize(
