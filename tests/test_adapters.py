@@ -288,6 +288,8 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"instruction": "a", "input": "x", "output": "b"}, {}, Example(turns("a\n\nx"), "b")),
         ({"instruction": "a", "input": "x", "output": "b"}, {"prompt": "instruction", "chosen": "output"}, Example(turns("a\n\nx"), "b")),
         ({"instruction": "a", "context": "x", "response": "b"}, {}, Example(turns("a\n\nx"), "b")),
+        ({"question": "a", "context": "x", "answer": "b"}, {}, Example(turns("a\n\nx"), "b")),
+        ({"question": "a", "context": "x", "answer": "b"}, {"prompt": "context"}, Example(turns("x"), "b")),
         (
             {"instruction": "e", "input": "x", "output": "b", "history": [["a ", "b"], ["c", "d"]]},
             {},
@@ -303,6 +305,7 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"dialog": messages("a", "b"), "prompt": "x"}, {"messages": "dialog"}, SINGLE),
         # Chats
         ({"messages": messages("a", "b")}, {}, SINGLE),
+        ({"system": "Be kind.", "messages": [SYSTEM, *messages("a", "b")]}, {}, Example((SYSTEM, *turns("a")), "b")),
         ({"messages": [SYSTEM, *messages("a", "b", "c", "d")]}, {}, Example((SYSTEM, *turns("a", "b", "c")), "d")),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {}, SINGLE),
         ({"messages": [{"role": "User", "content": "a"}, {"role": "model", "content": "b"}]}, {}, SINGLE),
@@ -326,6 +329,13 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"prompt": "a", "chosen": "b", "rejected": None, "score_chosen": 1, "score_rejected": 2}, {}, SINGLE),
         # Whole dialogues
         (DIALOGUES, {}, PAIR),
+        (DIALOGUES | {"prompt": "\n\nHuman: a\n\nAssistant:"}, {}, PAIR),
+        (DIALOGUES | {"prompt": "a"}, {}, PAIR),
+        ({"prompt": "x", "chosen": DIALOGUES["chosen"]}, {}, Example(turns("x"), DIALOGUES["chosen"].strip())),  # about another question
+        ({"prompt": "a", "chosen": "b", "rejected": " Human: a"}, {}, Example(turns("a"), "b", "Human: a")),  # as some of HH's bad ones do
+        # Answers with a label
+        ({"prompt": "Human: a", "chosen": "Assistant: b", "rejected": "ASSISTANT:c"}, {}, PAIR),
+        ({"prompt": "a", "response": "b Assistant: c"}, {}, Example(turns("a"), "b Assistant: c")),
         ({"good": DIALOGUES["chosen"], "bad": DIALOGUES["rejected"]}, {"chosen": "good", "rejected": "bad"}, PAIR),
         ({"chosen": DIALOGUES["chosen"]}, {}, SINGLE),
     ],

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny import configured
@@ -18,6 +19,7 @@ from runner.metrics import RunLog
 from runner.rollout.stats import Stats
 from runner.schedules import lr_share
 from runner.stages import dpo, ppo, reward, sft
+from runner.stages.ppo_update import Mixture
 
 TRAIN = {
     "sft": (sft.train, {"data", "train"}),
@@ -77,12 +79,22 @@ def rows_of_the_table(folder: Path) -> int:
     return -(-tokens // 64) * 64 if tokens > 256 else 256
 
 
-def test_the_flops_of_a_pass_are_those_of_actor_and_critic():
+def test_the_flops_of_an_update_are_those_of_actor_critic_and_mixture():
+    """The second iteration, of two passes with two minibatches. The text of each step is a row of 5 tokens, of which 4 are predicted."""
     sizes = {"actor": MatrixSizes(100, 100, 10, 10, 7, 0), "critic": MatrixSizes(50, 50, 0, 0, 3, 0)}
     rollout = SimpleNamespace(prompt_lengths=torch.tensor([2, 1]), lengths=torch.tensor([1, 3]))
-    critic = flops.training(sizes["critic"], [3, 4])
-    assert ppo.pass_flops(sizes, rollout, actor_trains=True) == flops.training(sizes["actor"], [3, 4], 4) + critic
-    assert ppo.pass_flops(sizes, rollout, actor_trains=False) == critic
+    actor, critic = flops.training(sizes["actor"], [3, 4], 4), flops.training(sizes["critic"], [3, 4])
+    settings = SimpleNamespace(ppo_epochs=2, minibatches=2, critic_warmup=1)
+    given = {"sizes": sizes, "rollout": rollout, "i": 1}
+    assert ppo.update_flops(settings, mixture=None, taken=range(4), **given) == 2 * (actor + critic)
+    assert ppo.update_flops(settings, mixture=None, taken=range(1, 2), **given) == (actor + critic) / 2
+    assert ppo.update_flops(settings, mixture=None, taken=range(4), **given | {"i": 0}) == 2 * critic
+    mixture, asked = Mixture.__new__(Mixture), []
+    mixture.lengths, mixture.weights = np.array([5, 7]), np.array([4.0, 6.0])
+    mixture.batches = SimpleNamespace(rows=lambda number: asked.append(number) or np.array([0, -1]))
+    texts = 3 * flops.training(sizes["actor"], [5], 4)
+    assert ppo.update_flops(settings, mixture=mixture, taken=range(1, 4), **given) == 1.5 * (actor + critic) + texts
+    assert asked == [5, 6, 7]
 
 
 def test_decoding_is_reported_where_the_engine_counted_and_the_bandwidth_is_known():

@@ -67,9 +67,9 @@ def prompt_turns(named: dict) -> tuple[Turn, ...]:
     if named[prompt] == []:
         raise Dropped("empty prompt")
     turns = chat(named, prompt) if isinstance(named[prompt], list) else parse_dialogue(need(named, prompt))
-    if named.get("instruction") != named[prompt]:  # under that name, or mapped from it
+    if named[prompt] not in (named.get("instruction"), named.get("question")):  # under that name, or mapped from it
         return (*history(named), *turns) if isinstance(named.get("history"), list) else turns
-    extra = pick(named, ("input", "context"))  # Alpaca, Dolly
+    extra = pick(named, ("input", "context"))  # Alpaca, Dolly; a passage that a question is about
     if extra and need(named, extra).strip():
         turns = (*turns[:-1], user(turns[-1]["content"] + "\n\n" + named[extra]))
     return (*history(named), *turns)
@@ -93,14 +93,16 @@ def history(named: dict) -> Iterator[Turn]:
 
 
 def with_system(named: dict, example: Example) -> Example:
-    """The example with the row's system prompt before its turns."""
+    """The example with the row's system prompt before its turns, if they do not begin with it."""
     if not pick(named, ("system",)) or not need(named, "system").strip():
         return example
-    return replace(example, prompt=({"role": "system", "content": named["system"].strip()}, *example.prompt))
+    turn = {"role": "system", "content": named["system"].strip()}
+    return example if example.prompt[:1] == (turn,) else replace(example, prompt=(turn, *example.prompt))
 
 
-# The place of a response that is missing
+# The place of a response that is missing; and what may stand before one
 PLACE = re.compile(r"(?:Assistant|ASSISTANT):\s*$")
+LABEL = re.compile(r"\s*(?:Assistant|ASSISTANT):")
 
 
 def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
@@ -111,8 +113,8 @@ def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ..
         raise Dropped("empty response")
     if isinstance(row.get(key), list):
         turns = chat(row, key)
-    elif prompt:
-        return prompt, need(row, key)
+    elif prompt and not _repeats(prompt, need(row, key)):
+        return prompt, LABEL.sub("", row[key], count=1) if LABEL.match(row[key]) else row[key]
     elif OPENING.match(need(row, key)):
         turns = parse_dialogue(row[key])
     elif null := null_field(row, PROMPTS):
@@ -125,6 +127,12 @@ def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ..
         raise Dropped("empty response" if empty else f"dialogue ends with a {turns[-1]['role']} turn")
     # Messages that begin with the assistant go on from the prompt; others repeat it
     return (prompt if turns[0]["role"] == "assistant" else ()) + turns[:-1], turns[-1]["content"]
+
+
+def _repeats(prompt: tuple[Turn, ...], text: str) -> bool:
+    """Whether the text of an answer is the whole dialogue."""
+    turns = parse_dialogue(text) if OPENING.match(text) else ()
+    return turns[:-1] == prompt and turns[-1]["role"] == "assistant"
 
 
 def compare(row: dict, prompt: tuple[Turn, ...], chosen: str, rejected: str | None) -> Example:

@@ -40,10 +40,12 @@ class Encoder:
         for _, example, *_ in kept:
             self._count_marks(example)
         names, used, numbers, texts = zip(*kept, strict=True)
-        prompts = [self._cut(ids) for ids in encode(self.tokenizer, list(texts))]
+        prompts = encode(self.tokenizer, list(texts))
         rows_of = {"sft": self._sft, "reward": self._reward, "ppo": self._ppo}[self.stage]
-        made = zip(rows_of(used, prompts), names, numbers, strict=True)
-        return [(row | {"source": name}, number) for row, name, number in made if row is not None]
+        made = zip(rows_of(used, [self._cut(ids) for ids in prompts]), prompts, names, numbers, strict=True)
+        rows = [(row | {"source": name}, number, len(whole)) for row, whole, name, number in made if row is not None]
+        self.counts.truncated += sum(length > self.max_prompt for *_, length in rows)
+        return [(row, number) for row, number, _ in rows]
 
     def _is_useless(self, example: Example) -> bool:
         """Drop and count what says nothing, or twice the same, without the special tokens that are taken out of every text."""
@@ -77,7 +79,6 @@ class Encoder:
     def _cut(self, ids: list[int]) -> list[int]:
         if len(ids) <= self.max_prompt:
             return ids
-        self.counts.truncated += 1
         start = [ids[0]] if ids[0] == self.tokenizer.bos_token_id else []
         return start + ids[len(ids) - self.max_prompt + len(start) :]
 

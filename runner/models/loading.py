@@ -66,6 +66,8 @@ def _load(
             setattr(config, name, dropout)
     # OPT can skip layers at random, different ones on each rank: the reduction of gradients would hang
     config.layerdrop = 0.0
+    if config.model_type == "bloom":
+        config.slow_but_exact = False  # that path of transformers leaves biases out
     if attention == "auto":
         attention = family.attention[0]
     elif attention not in family.attention:

@@ -37,9 +37,9 @@ KL_SLACK = 30.0  # nats per rollout
 KL_ROUNDING = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}  # nats per token
 
 # Parameters whose gradient is zero up to rounding, so that in fp32 they may never move. OPT's keys: their bias adds the same number to
-# all attention scores of a query, which softmax cancels. The last norm: with reward.center_coef=0 its bias shifts both scores of a pair
-# by the same amount
-IDLE = ("k_proj.bias", "decoder.final_layer_norm.bias", "gpt_neox.final_layer_norm.bias", "ln_f.bias")
+# all attention scores of a query, which softmax cancels. The last norm, in OPT-350m that of its last layer: with reward.center_coef=0 its
+# bias shifts both scores of a pair by the same amount
+IDLE = ("k_proj.bias", "final_layer_norm.bias", "ln_f.bias")
 
 # Steps of AdamW after which a parameter that never moved is no accident. Before that its gradient may have been zero in fp16, or so far
 # below AdamW's epsilon that the step was lost in rounding

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from runner import engine, flops
-from runner.config.schema import Config
+from runner.config.schema import Config, Ppo
 from runner.data import cache
 from runner.data.batches import Batches
 from runner.deepspeed_config import engine_configs
@@ -32,7 +32,7 @@ from runner.stages import invariants
 from runner.stages.build import Inputs, load_actor, load_reference, load_reward, tokenizer_for
 from runner.stages.export import export, export_options
 from runner.stages.heldout import HeldOut, paired
-from runner.stages.ppo_update import Mixture, Progress, update
+from runner.stages.ppo_update import Mixture, Progress, steps_before, update
 from runner.watch.finite import check_finite
 from runner.watch.stop import Stopped
 
@@ -160,9 +160,9 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
         metrics |= decoding(cfg, models, sizes["actor"], settings.stats)
         watch(done)
         headline = f"score {metrics['objective/scores']:+z.2f}  kl {kl:z.2f}  length {metrics['rollout/response_length_mean']:.0f}"
-        done_here = (state.progress.position - begun) / ppo.minibatches
+        taken = range(begun, state.progress.position)
         tokens = 0 if begun else rollout.tokens()  # 0 if an earlier run sampled them: the time of this one gives no rate
-        log.log(done, metrics, headline, tokens, done_here * pass_flops(sizes, rollout, i >= ppo.critic_warmup), during="update")
+        log.log(done, metrics, headline, tokens, update_flops(ppo, sizes, rollout, mixture, i, taken), during="update")
         log.histogram(done, "rollout/scores", rollout.scores.tolist())
         score = None
         if is_due(ppo.eval_every, done, total):
@@ -269,11 +269,16 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
 # --- efficiency -------------------------------------------------------------------------------------------------------
 
 
-def pass_flops(sizes: dict[str, flops.MatrixSizes], rollout: Rollout, actor_trains: bool) -> float:
-    """FLOPs of one pass of updates over a rollout, without the ptx mixture."""
+def update_flops(ppo: Ppo, sizes: dict[str, flops.MatrixSizes], rollout: Rollout, mixture: Mixture | None, i: int, taken: range) -> float:
+    """FLOPs of the optimizer steps `taken` of iteration i, counted from 0 in it. Each reads one of ppo.minibatches parts of a rollout."""
     lengths = rollout.prompt_lengths + rollout.lengths
-    actor = flops.training(sizes["actor"], lengths, float(rollout.lengths.sum())) if actor_trains else 0.0
-    return actor + flops.training(sizes["critic"], lengths)
+    whole = flops.training(sizes["critic"], lengths)
+    if i < ppo.critic_warmup:
+        return len(taken) / ppo.minibatches * whole
+    whole += flops.training(sizes["actor"], lengths, float(rollout.lengths.sum()))
+    first = steps_before(ppo, i)
+    texts = mixture.work(sizes["actor"], range(first + taken.start, first + taken.stop)) if mixture else 0.0
+    return len(taken) / ppo.minibatches * whole + texts
 
 
 def decoding(cfg: Config, models: Models, actor: flops.MatrixSizes, stats) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runner import engine, ranks
+from runner import engine, flops, ranks
 from runner.batch_sizes import micro_positions, step_batch
 from runner.config.schema import Config, Ppo
 from runner.data import cache
@@ -30,16 +30,21 @@ class Mixture:
     def __init__(self, cfg: Config, folder: str, pad: int):
         self.rows, _, _ = cache.load(Path(folder))
         self.pad = pad
-        lengths, prompts = np.asarray(self.rows["length"]), np.asarray(self.rows["prompt_length"])
-        self.weights = loss_weights(lengths, prompts, 0.0)
+        self.lengths, prompts = np.asarray(self.rows["length"]), np.asarray(self.rows["prompt_length"])
+        self.weights = loss_weights(self.lengths, prompts, 0.0)
         positions = micro_positions(cfg, "ppo")
-        self.batches = Batches(lengths, step_batch(cfg, "ppo"), positions, world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
+        self.batches = Batches(self.lengths, step_batch(cfg, "ppo"), positions, world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
 
     def at(self, number: int) -> tuple[list[dict], float]:
         """Micro batches of this rank for optimizer step `number`, and the tokens of the whole step."""
         here = self.batches.rows(number)
         micros = [sft_batch(pick(self.rows, n), self.pad, 0.0) for n in self.batches.micro_batches(number)]
         return micros, float(self.weights[here[here >= 0]].sum())
+
+    def work(self, actor: flops.MatrixSizes, numbers: range) -> float:
+        """FLOPs of the optimizer steps with these numbers, of all ranks."""
+        rows = [here[here >= 0] for here in map(self.batches.rows, numbers)]
+        return sum(flops.training(actor, self.lengths[here], float(self.weights[here].sum())) for here in rows)
 
 
 @dataclass
@@ -82,6 +87,11 @@ class Progress:
         return facts | {name: float(np.mean(finite)) for name, finite in norms.items() if finite}
 
 
+def steps_before(ppo: Ppo, iteration: int) -> int:
+    """Number of the first optimizer step of an iteration."""
+    return iteration * ppo.ppo_epochs * ppo.minibatches
+
+
 def update(
     cfg: Config, models: Models, rollout: Rollout, mixture: Mixture | None, iteration: int, progress: Progress, guard: Callable[..., None]
 ) -> str | None:
@@ -93,7 +103,7 @@ def update(
     ppo = cfg.ppo
     train_actor = iteration >= ppo.critic_warmup
     models.actor.train(), models.critic.train()
-    number, last = iteration * ppo.ppo_epochs * ppo.minibatches, ppo.ppo_epochs * ppo.minibatches
+    number, last = steps_before(ppo, iteration), steps_before(ppo, 1)
     while progress.position < last and not progress.ended:
         epoch, k = divmod(progress.position, ppo.minibatches)
         order = np.random.default_rng([cfg.seed, iteration, epoch]).permutation(len(rollout))
