@@ -25,7 +25,7 @@ from runner.launch_command import command
 from runner.model_folders import check_result, checked_files
 
 # Increase it when the code changes what a step computes
-VERSION = 7
+VERSION = 8
 
 # Settings that do not shape the result
 NOT_HASHED = ("use", "eval_every", "eval_examples", "eval_prompts")

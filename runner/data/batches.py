@@ -13,13 +13,14 @@ from torch import Tensor
 
 from runner.batch_sizes import batches_per_epoch, steps_of
 
-# Global batches that are sorted by length together: less padding, but still random
-POOL = 16
 EMPTY = -1
 
 
 class Batches:
-    """Shuffled, length-grouped global batches of row numbers, dealt to ranks and micro batches.
+    """Shuffled global batches of row numbers, dealt to ranks and micro batches, neighbours in length together.
+
+    Only the rows of one batch are sorted. Batches of one length each would need even less padding, but a step takes the mean over its
+    tokens: those of a step of short rows would count several times as much. SFT then ends with a higher held-out loss (benchmarks/NOTES.md).
 
     Args:
         lengths: tokens of each row.
@@ -27,10 +28,8 @@ class Batches:
         drop_last: leave out the last rows of an epoch, which do not fill a batch; otherwise its last batch has empty slots (-1).
     """
 
-    def __init__(
-        self, lengths, global_batch: int, positions: int, *, world: int, rank: int, seed: int, drop_last: bool = False, pool: int = POOL
-    ):
-        self.lengths, self.seed, self.pool = np.asarray(lengths), seed, pool
+    def __init__(self, lengths, global_batch: int, positions: int, *, world: int, rank: int, seed: int, drop_last: bool = False):
+        self.lengths, self.seed = np.asarray(lengths), seed
         self.global_batch, self.positions, self.world, self.rank = global_batch, positions, world, rank
         self.per_epoch = batches_per_epoch(len(self.lengths), global_batch, drop_last)
         self._epoch, self._order = -1, np.empty(0)
@@ -52,13 +51,12 @@ class Batches:
         return deal(rows, lengths, self.positions, world=self.world, rank=self.rank)
 
     def _shuffle(self, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.lengths))[: self.per_epoch * self.global_batch]
-        pools = np.split(order, range(self.pool * self.global_batch, len(order), self.pool * self.global_batch))
-        order = np.concatenate([pool[np.argsort(-self.lengths[pool], kind="stable")] for pool in pools])
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))[: self.per_epoch * self.global_batch]
         full = np.full(self.per_epoch * self.global_batch, EMPTY)
         full[: len(order)] = order
-        return full.reshape(self.per_epoch, self.global_batch)[rng.permutation(self.per_epoch)]
+        batches = full.reshape(self.per_epoch, self.global_batch)
+        lengths = np.where(batches == EMPTY, -1, self.lengths[batches])
+        return np.take_along_axis(batches, np.argsort(-lengths, axis=1, kind="stable"), axis=1)
 
 
 def deal(rows: np.ndarray, lengths: np.ndarray, positions: int, *, world: int, rank: int) -> list[np.ndarray]:

@@ -86,7 +86,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     tokenizer = tokenizer_for(cfg, cfg.model.actor, inputs.tokenizer)
     rows, held, counts = cache.load(Path(inputs.data))
     # Every rank holds the whole batch, and only its rows count here: micro batches are made of the rollout
-    batches = Batches(np.asarray(rows["length"]), ppo.rollout_batch, 1, world=1, rank=0, seed=cfg.seed, drop_last=True, pool=1)
+    batches = Batches(np.asarray(rows["length"]), ppo.rollout_batch, 1, world=1, rank=0, seed=cfg.seed, drop_last=True)
     total = batches.steps(ppo.epochs, ppo.max_steps)
     mixture = Mixture(cfg, inputs.ptx, tokenizer.pad_token_id) if ppo.ptx_coef else None
 
