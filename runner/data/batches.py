@@ -20,7 +20,7 @@ class Batches:
     """Shuffled global batches of row numbers, dealt to ranks and micro batches, neighbours in length together.
 
     Only the rows of one batch are sorted. Batches of one length each would need even less padding, but a step takes the mean over its
-    tokens: those of a step of short rows would count several times as much. SFT then ends with a higher held-out loss (benchmarks/NOTES.md).
+    tokens, and those of short rows would count several times as much: SFT ended with a higher held-out loss (benchmarks/NOTES.md).
 
     Args:
         lengths: tokens of each row.
