@@ -161,17 +161,18 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks(n):
 
 
 @fuzz
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=10), st.integers(1, 120))
-def test_micro_batches_are_few_and_even(lengths, positions):
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=10), st.integers(1, 120), st.booleans())
+def test_micro_batches_are_few_and_even(lengths, positions, packed):
     """Against all ways to cut the rows."""
     lengths = np.sort(lengths)[::-1]
-    sizes = micro_sizes(lengths, positions)
+    sizes = micro_sizes(lengths, positions, packed)
     assert sum(sizes) == len(lengths) and min(sizes) >= 1
 
     def largest(sizes: list[int]) -> int:
         starts = np.cumsum([0, *sizes[:-1]])
         # A row that is longer than a micro batch may be has one for itself
-        return max((n * lengths[start] for start, n in zip(starts, sizes, strict=True) if n > 1), default=0)
+        counted = [lengths[start : start + n].sum() if packed else n * lengths[start] for start, n in zip(starts, sizes, strict=True)]
+        return max((count for count, n in zip(counted, sizes, strict=True) if n > 1), default=0)
 
     assert largest(sizes) <= positions
     for cuts in range(len(sizes)):
@@ -181,13 +182,16 @@ def test_micro_batches_are_few_and_even(lengths, positions):
 
 
 def test_micro_batches_of_dialogues():
-    """Worked by hand, counted as rows times the longest."""
-    assert micro_sizes(np.array([40, 30, 20, 20, 20, 5, 5]), 100) == [2, 5]  # 80 and 100
-    assert micro_sizes(np.array([40, 30, 20, 20, 20, 5, 5]), 99) == [2, 4, 1]  # 80, 80 and 5
-    assert micro_sizes(np.array([40, 40, 40, 40]), 100) == [2, 2]
-    assert micro_sizes(np.array([40, 40, 40, 40, 40, 40]), 170) == [3, 3]  # four and two fit as well
-    assert micro_sizes(np.array([300, 10, 10]), 100) == [1, 2]
-    assert micro_sizes(np.array([9, 0, 0]), 9) == [1, 2]  # empty slots
+    """Worked by hand, counted as rows times the longest, and as tokens."""
+    assert micro_sizes(np.array([40, 30, 20, 20, 20, 5, 5]), 100, packed=False) == [2, 5]  # 80 and 100
+    assert micro_sizes(np.array([40, 30, 20, 20, 20, 5, 5]), 99, packed=False) == [2, 4, 1]  # 80, 80 and 5
+    assert micro_sizes(np.array([40, 30, 20, 20, 20, 5, 5]), 100, packed=True) == [2, 5]  # 70 and 70
+    assert micro_sizes(np.array([40, 30, 20, 20, 20, 5, 5]), 69, packed=True) == [1, 2, 4]  # 40, 50 and 50
+    assert micro_sizes(np.array([40, 40, 40, 40]), 100, packed=False) == [2, 2]
+    assert micro_sizes(np.array([40, 40, 40, 40, 40, 40]), 170, packed=False) == [3, 3]  # four and two fit as well
+    assert micro_sizes(np.array([300, 10, 10]), 100, packed=False) == micro_sizes(np.array([300, 10, 10]), 100, packed=True) == [1, 2]
+    assert micro_sizes(np.array([9, 0, 0]), 9, packed=False) == [1, 2]  # empty slots
+    assert micro_sizes(np.array([9, 0, 0]), 9, packed=True) == [3]
 
 
 def test_the_step_is_the_whole_position():

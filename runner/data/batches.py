@@ -24,12 +24,23 @@ class Batches:
 
     Args:
         lengths: tokens of each row.
-        positions: of a micro batch, at most: its rows times the longest of them.
+        positions, packed: the most that a micro batch may have (see micro_sizes).
         drop_last: leave out the last rows of an epoch, which do not fill a batch; otherwise its last batch has empty slots (-1).
     """
 
-    def __init__(self, lengths, global_batch: int, positions: int, *, world: int, rank: int, seed: int, drop_last: bool = False):
-        self.lengths, self.seed = np.asarray(lengths), seed
+    def __init__(
+        self,
+        lengths,
+        global_batch: int,
+        positions: int,
+        *,
+        world: int,
+        rank: int,
+        seed: int,
+        packed: bool = False,
+        drop_last: bool = False,
+    ):
+        self.lengths, self.seed, self.packed = np.asarray(lengths), seed, packed
         self.global_batch, self.positions, self.world, self.rank = global_batch, positions, world, rank
         self.per_epoch = batches_per_epoch(len(self.lengths), global_batch, drop_last)
         self._epoch, self._order = -1, np.empty(0)
@@ -48,7 +59,7 @@ class Batches:
         """Row numbers of this rank's micro batches."""
         rows = self.rows(step)
         lengths = np.where(rows == EMPTY, 0, self.lengths[rows])
-        return deal(rows, lengths, self.positions, world=self.world, rank=self.rank)
+        return deal(rows, lengths, self.positions, self.packed, world=self.world, rank=self.rank)
 
     def _shuffle(self, epoch: int) -> np.ndarray:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))[: self.per_epoch * self.global_batch]
@@ -59,25 +70,31 @@ class Batches:
         return np.take_along_axis(batches, np.argsort(-lengths, axis=1, kind="stable"), axis=1)
 
 
-def deal(rows: np.ndarray, lengths: np.ndarray, positions: int, *, world: int, rank: int) -> list[np.ndarray]:
+def deal(rows: np.ndarray, lengths: np.ndarray, positions: int, packed: bool, *, world: int, rank: int) -> list[np.ndarray]:
     """The rows of one rank out of a global batch, in its micro batches. Neighbours in length share one.
 
     Args: rows: the longest first; lengths: theirs. Ranks get the same number of rows and micro batches, of nearly the same lengths.
     """
-    sizes = micro_sizes(lengths[::world], positions)
+    sizes = micro_sizes(lengths[::world], positions, packed)
     return np.split(rows[rank::world], np.cumsum(sizes)[:-1])
 
 
-def micro_sizes(lengths: np.ndarray, positions: int) -> list[int]:
+def micro_sizes(lengths: np.ndarray, positions: int, packed: bool) -> list[int]:
     """How many rows each micro batch takes: as few micro batches as possible, as even as possible.
 
-    Args: lengths: of the rows, descending; positions: how many a micro batch may have, counted as rows times the longest.
+    Args: lengths: of the rows, descending; positions: how many a micro batch may have, counted as tokens if it is packed, otherwise as
+        rows times the longest.
     """
+    ends = np.cumsum(lengths)
 
     def fill(most: int) -> list[int]:
         sizes, row = [], 0
         while row < len(lengths):
-            sizes.append(min(max(most // max(int(lengths[row]), 1), 1), len(lengths) - row))
+            if packed:
+                fit = int(np.searchsorted(ends, ends[row] - lengths[row] + most, side="right")) - row
+            else:
+                fit = most // max(int(lengths[row]), 1)
+            sizes.append(min(max(fit, 1), len(lengths) - row))
             row += sizes[-1]
         return sizes
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from runner import engine, flops, ranks
-from runner.batch_sizes import micro_positions
+from runner.batch_sizes import micro_positions, packs
 from runner.config.schema import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pick, preference_batch
@@ -39,7 +39,8 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     tokenizer = tokenizer_for(cfg, part, inputs.tokenizer)
     rows, held, counts = cache.load(Path(inputs.data))
     lengths, micro = np.asarray(rows["length"]), cfg.hardware.micro_batch.dpo
-    batches = Batches(lengths, dpo.global_batch, micro_positions(cfg, "dpo"), world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
+    share = {"world": ranks.world(), "rank": ranks.rank()}
+    batches = Batches(lengths, dpo.global_batch, micro_positions(cfg, "dpo"), packed=packs(cfg), seed=cfg.seed, **share)
     total = batches.steps(dpo.epochs, dpo.max_steps)
 
     # 2. The actor in its engine, and its reference

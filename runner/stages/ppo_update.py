@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from runner import engine, flops, ranks
-from runner.batch_sizes import micro_positions, step_batch
+from runner.batch_sizes import micro_positions, packs, step_batch
 from runner.config.schema import Config, Ppo
 from runner.data import cache
 from runner.data.batches import Batches, deal, loss_weights, pick, sft_batch
@@ -32,8 +32,8 @@ class Mixture:
         self.pad = pad
         self.lengths, prompts = np.asarray(self.rows["length"]), np.asarray(self.rows["prompt_length"])
         self.weights = loss_weights(self.lengths, prompts, 0.0)
-        positions = micro_positions(cfg, "ppo")
-        self.batches = Batches(self.lengths, step_batch(cfg, "ppo"), positions, world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
+        sizes, share = (step_batch(cfg, "ppo"), micro_positions(cfg, "ppo")), {"world": ranks.world(), "rank": ranks.rank()}
+        self.batches = Batches(self.lengths, *sizes, packed=packs(cfg), seed=cfg.seed, **share)
 
     def at(self, number: int) -> tuple[list[dict], float]:
         """Micro batches of this rank for optimizer step `number`, and the tokens of the whole step."""
@@ -130,7 +130,7 @@ def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray,
     ordered = chosen[np.argsort(-lengths[chosen], kind="stable")]
     # With padding on both sides, rows are wider than the longest of them
     widths = lengths[ordered] if packed else np.full(len(ordered), rollout.prompts.size(1) + rollout.responses.size(1))
-    micros = deal(ordered, widths, micro_positions(cfg, "ppo"), world=ranks.world(), rank=ranks.rank())
+    micros = deal(ordered, widths, micro_positions(cfg, "ppo"), packed, world=ranks.world(), rank=ranks.rank())
     tokens = float(rollout.lengths[torch.as_tensor(chosen)].sum())
     texts, text_tokens = text or ([], 0.0)
     sums = {name: torch.zeros((), device=models.actor.device) for name in SUMS}

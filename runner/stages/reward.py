@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from runner import engine, flops, ranks
-from runner.batch_sizes import micro_positions
+from runner.batch_sizes import micro_positions, packs
 from runner.config.schema import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pair_batch, pick
@@ -33,7 +33,8 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     rows, held, counts = cache.load(Path(inputs.data))
     lengths = np.asarray(rows["length"])
     micro = cfg.hardware.micro_batch.reward
-    batches = Batches(lengths, rm.global_batch, micro_positions(cfg, "reward"), world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
+    share = {"world": ranks.world(), "rank": ranks.rank()}
+    batches = Batches(lengths, rm.global_batch, micro_positions(cfg, "reward"), packed=packs(cfg), seed=cfg.seed, **share)
     total = batches.steps(rm.epochs, rm.max_steps)
 
     # 2. The model in its engine

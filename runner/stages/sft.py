@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from runner import engine, flops, ranks
-from runner.batch_sizes import micro_positions
+from runner.batch_sizes import micro_positions, packs
 from runner.config.schema import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, loss_weights, pick, sft_batch, shard, subset
@@ -35,7 +35,8 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     weights = loss_weights(lengths, prompts, sft.prompt_loss)
     predictions = loss_weights(lengths, prompts, float(sft.prompt_loss > 0))
     micro = cfg.hardware.micro_batch.sft
-    batches = Batches(lengths, sft.global_batch, micro_positions(cfg, "sft"), world=ranks.world(), rank=ranks.rank(), seed=cfg.seed)
+    share = {"world": ranks.world(), "rank": ranks.rank()}
+    batches = Batches(lengths, sft.global_batch, micro_positions(cfg, "sft"), packed=packs(cfg), seed=cfg.seed, **share)
     total = batches.steps(sft.epochs, sft.max_steps)
 
     # 2. The actor in its engine
