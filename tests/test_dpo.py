@@ -137,7 +137,7 @@ def test_with_adapters_the_reference_is_what_it_was(rest, folder, alone, tmp_pat
     monkeypatch.setattr(dpo, "load_reference", lambda *args: copies.append(load(*args)) or copies[-1])
     found = run(small(replace(ADAPTERS, train_rest=rest), max_steps=2), folder, tmp_path / "work", alone)
     assert (copies[0] is None) == (not rest)
-    assert found[1]["train/loss"] == pytest.approx(math.log(2), rel=1e-6) and found[2]["train/loss"] < 0.69
+    assert found[1]["train/loss"] == pytest.approx(math.log(2), rel=1e-6) and found[2]["train/loss"] < math.log(2) - 1e-4
     result = json.loads((tmp_path / "work" / "result.json").read_text())
     assert result["eval_loss"] < result["eval_loss_before"] == pytest.approx(math.log(2), rel=1e-6)
     assert (tmp_path / "work" / "adapter" / "adapter_config.json").exists()
@@ -202,7 +202,7 @@ def test_it_learns_the_toy_task(alone, tmp_path):
     assert result["accuracy_before"] == 0.5 and result["accuracy_low"] > 0.7
 
     tokenizer = load_tokenizer(inputs["dpo"]["tokenizer"], chat_template=cfg.model.chat_template)
-    prompts = [row["chosen_ids"][: row["prompt_length"]] for row in cache.load(Path(inputs["dpo"]["data"]))[1].select(range(60))]
+    prompts = [row["chosen_ids"][: row["prompt_length"]] for row in cache.load(Path(inputs["dpo"]["data"]))[1].select(range(60))] * 5
 
     def judged(path: str) -> float:
         model = load_causal(path, tokenizer, dtype=torch.float32, attention="auto", dropout=0.0)
