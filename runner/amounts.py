@@ -8,6 +8,8 @@ from runner.batch_sizes import batches_per_epoch, steps_of
 from runner.config.schema import Config, Ppo
 from runner.errors import UserError
 
+# Say so if the KL coefficient cannot change by this share of itself
+NOTICED = 0.5
 # Warn of fewer PPO iterations than this
 FEW_ITERATIONS = 5
 # Warn when more than this share of the rows is too long, and say how long responses may be so that at most the other one is
@@ -46,6 +48,8 @@ def check_amounts(cfg: Config, stage: str, counts: dict) -> None:
             f"ppo.critic_warmup={ppo.critic_warmup} trains only the critic in all of the {total} iterations, and the actor in none: "
             f"type ppo.critic_warmup={total // 10}, or run more iterations"
         )
+    if ppo and ppo.kl_target is not None:
+        _note_of_kl_target(ppo, total)
     if block.lr_schedule == "constant" and block.warmup:
         print(f"note: {stage}.warmup={block.warmup:g} has no effect: type {stage}.lr_schedule=constant_with_warmup, or {stage}.warmup=0")
     elif block.warmup > max(1, total):
@@ -90,13 +94,28 @@ def _note_of_marks(stage: str, counts: dict) -> None:
 
 
 def _note_of_split(stage: str, counts: dict) -> None:
-    """Where one stage is trained alone, say that the split keeps most prompts for the others."""
-    kept = {other: n for other, n in sorted(counts.get("elsewhere", {}).items(), reverse=True) if n}  # SFT before PPO
+    """Where one stage is trained alone, say what the others get: rows that only they can use, and prompts that the split keeps for them."""
+    elsewhere = Counter(counts.get("elsewhere", {}))
+    kept = {other: n for other, n in sorted(elsewhere.items(), reverse=True) if n}  # SFT before PPO
+    single = counts.get("owned", {}).get("sft", 0) - elsewhere["sft"] if stage == "reward" else 0
+    if single:
+        print(f"note: {single} rows have no `rejected`: only SFT can use them")
     if kept:
         alone = ", ".join(f"{share}: {int(share == stage)}" for share in ("sft", "reward", "ppo"))
         print(
             f"note: dataset.split keeps the prompts of {sum(kept.values())} comparisons for {' and '.join(kept)}. If nothing else is to be "
             f"trained on them, dataset.split='{{{alone}}}' gives {stage} all"
+        )
+
+
+def _note_of_kl_target(ppo: Ppo, iterations: int) -> None:
+    """Say so if the controller of the KL coefficient is too slow for this run: it moves by a fifth per ppo.kl_horizon responses."""
+    responses = iterations * ppo.rollout_batch
+    most = math.exp(0.2 * responses / ppo.kl_horizon) - 1
+    if most < NOTICED:
+        print(
+            f"note: ppo.kl_target moves ppo.kl_coef by {most:.2g} times its value at most in the {responses:,} responses of this run: "
+            f"type a smaller ppo.kl_horizon than {ppo.kl_horizon:g}, for example {max(responses // 10, ppo.rollout_batch)}"
         )
 
 

@@ -305,6 +305,8 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"dialog": messages("a", "b"), "prompt": "x"}, {"messages": "dialog"}, SINGLE),
         # Chats
         ({"messages": messages("a", "b")}, {}, SINGLE),
+        ({"messages": messages("a", "b", "thanks")}, {}, SINGLE),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "chosen_score": 7.5, "rejected_score": 7.0}, {}, PAIR),
         ({"system": "Be kind.", "messages": [SYSTEM, *messages("a", "b")]}, {}, Example((SYSTEM, *turns("a")), "b")),
         ({"messages": [SYSTEM, *messages("a", "b", "c", "d")]}, {}, Example((SYSTEM, *turns("a", "b", "c")), "d")),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {}, SINGLE),
@@ -424,10 +426,12 @@ def test_fields_of_broken_rows(row, fields, message):
 @pytest.mark.parametrize(
     "row, why",
     [
-        ({"messages": messages("a", "b", "c")}, "dialogue ends with a user turn"),
+        ({"chosen": messages("a", "b", "c"), "rejected": messages("a", "d")}, "dialogue ends with a user turn"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "chosen-rating": 2, "rejected-rating": 5}, "chosen is rated no higher"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "rating_chosen": "2", "rating_rejected": "2"}, "chosen is rated no higher"),
         ({"messages": [*messages("a"), {"role": "assistant", "content": ""}]}, "empty response"),
         ({"chosen": "\n\nHuman: a\n\nAssistant:"}, "empty response"),
-        ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"}, "dialogue ends with a user turn"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": "d"}, "dialogue ends with a user turn"),
         ({"messages": []}, "empty response"),
         ({"messages": messages("a", "b"), "kto_tag": "false"}, "marked as bad (label: false)"),
         ({"messages": messages("a", "b"), "kto_tag": None, "label": False}, "marked as bad (label: false)"),

@@ -655,6 +655,12 @@ def test_what_a_stage_makes_of_its_data_is_said_before_it_trains(capsys):
     assert "keeps the prompts of 120 comparisons for sft and ppo" in text
     assert "dataset.split='{sft: 0, reward: 1, ppo: 0}' gives reward all" in text
     assert "comparisons" not in said({"train": 80, "elsewhere": {"ppo": 0}}, "stage=sft")
+    single = {"train": 80, "elsewhere": {"sft": 40}, "owned": {"sft": 240, "reward": 80}}
+    assert "200 rows have no `rejected`: only SFT can use them" in said(single, "stage=reward")
+    slow = ("stage=ppo", "ppo.kl_target=6", "ppo.epochs=1")
+    assert "moves ppo.kl_coef by 0.021 times its value at most in the 1,024 responses" in said({"train": 1034}, *slow)
+    assert "type a smaller ppo.kl_horizon than 10000, for example 102" in said({"train": 1034}, *slow)
+    assert "kl_target" not in said({"train": 1034}, *slow, "ppo.kl_horizon=400")
     words = ("stage=reward", "reward.global_batch=16", "reward.epochs=2")
     text = said(split, *words, "reward.max_steps=33")
     assert "reward.max_steps=33 is more than the 10 steps of reward.epochs=2: type reward.epochs=7 for as many" in text

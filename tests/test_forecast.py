@@ -315,7 +315,13 @@ def test_it_says_why_rollouts_are_slow_and_what_makes_them_fast():
     fast = on("model=llama2_13b", "hardware=dgx8", *words)
     assert samples_whole(fast) and fits(fast, "ppo") and fit.slow_rollouts(fast) is None
     assert step_seconds(fast, "ppo", 256, 256) < 0.75 * step_seconds(slow, "ppo", 256, 256)
-    assert fit.slow_rollouts(on("model=opt66b", "hardware=gpu64")).endswith("gathers them anew")
+    many = on("model=opt66b", "hardware=gpu64")
+    said = fit.slow_rollouts(many)
+    word = said.partition(" With ")[2].partition(" more ")[0]
+    more = on("model=opt66b", "hardware=gpu64", word)
+    assert word.startswith("hardware.micro_batch.rollout=") and fits(more, "ppo")
+    assert step_seconds(more, "ppo", 256, 256) < 0.7 * step_seconds(many, "ppo", 256, 256)
+    assert fit.slow_rollouts(more).endswith("gathers them anew")
     assert fit.slow_rollouts(on("model=opt66b", "hardware=dgx8")) is None
     assert fit.slow_rollouts(on("model=opt1.3b", "hardware=h100")) is None
 

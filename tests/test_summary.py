@@ -5,7 +5,7 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -719,3 +719,11 @@ def test_the_table_is_shown_once(tmp_path, monkeypatch, capsys):
     callback.on_multirun_start(config, config_name="config")
     callback.on_multirun_end(config, config_name="config")
     assert pending == [] and capsys.readouterr().out.count("Sweep of") == 1
+
+
+@pytest.mark.parametrize("dim", [0, 8])
+def test_advice_on_the_learning_rate_names_the_one_that_trains(dim, tmp_path):
+    sft = SFT | {"loss_after": SFT["loss_before"] + 1}
+    step = replace(make_step(tmp_path, "sft", sft), facts={"model": {"actor": {"lora": {"dim": dim}}}})
+    said = summary([step], tmp_path)
+    assert f"Try a smaller {'model.actor.lora.lr' if dim else 'sft.lr'}" in " ".join(said.split())

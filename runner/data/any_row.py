@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from runner.data.dialogue import OPENING, BadRow, Dropped, Example, Turn, Unmapped, chat, need, parse_dialogue, user
@@ -32,12 +33,17 @@ def is_bad(row: dict, single: bool) -> bool:
     return label is False or (single and str(label).strip().lower() in ("false", "0", "0.0"))
 
 
+# Names of the ratings beside a pair, which UltraFeedback and its descendants spell in several ways
+RATINGS = [(f"{word}{sign}chosen", f"{word}{sign}rejected") for word in ("score", "rating") for sign in "_-"]
+RATINGS += [(f"chosen{sign}{word}", f"rejected{sign}{word}") for word in ("score", "rating") for sign in "_-"]
+
+
 def is_rated_no_higher(row: dict) -> bool:
-    """Whether the ratings beside a pair, as UltraFeedback's has them, do not prefer the chosen answer."""
-    try:
-        return float(row["score_chosen"]) <= float(row["score_rejected"])  # numbers, or their digits in a table of texts
-    except (KeyError, TypeError, ValueError):
-        return False
+    """Whether the ratings beside a pair do not prefer the chosen answer."""
+    for chosen, rejected in RATINGS:
+        with suppress(KeyError, TypeError, ValueError):
+            return float(row[chosen]) <= float(row[rejected])  # numbers, or their digits in a table of texts
+    return False
 
 
 def prompts(row: dict, fields: dict) -> Example:
@@ -105,8 +111,11 @@ PLACE = re.compile(r"(?:Assistant|ASSISTANT):\s*$")
 LABEL = re.compile(r"\s*(?:Assistant|ASSISTANT):")
 
 
-def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], str]:
-    """(prompt, response) of an answer field: the bare response to `prompt`, or a dialogue (text or messages) that ends with it."""
+def reply(row: dict, key: str, prompt: tuple[Turn, ...], single: bool = False) -> tuple[tuple[Turn, ...], str]:
+    """(prompt, response) of an answer field: the bare response to `prompt`, or a dialogue (text or messages) that ends with it.
+
+    single: no other answer is compared with it; then a dialogue may go on with words of the user that nobody answers.
+    """
     if is_message(row.get(key)):  # LLaMA-Factory
         row = row | {key: [row[key]]}
     if isinstance(row.get(key), str) and not row[key].strip():
@@ -122,6 +131,8 @@ def reply(row: dict, key: str, prompt: tuple[Turn, ...]) -> tuple[tuple[Turn, ..
     else:
         missing = no_field(row, "prompt", PROMPTS)
         raise Unmapped(f"field {key} is not a dialogue (it does not begin with 'Human:'), and there is {missing}", row, PAIR)
+    if single and any(turn["role"] == "assistant" for turn in turns):
+        turns = turns[: max(n for n, turn in enumerate(turns, 1) if turn["role"] == "assistant")]
     if not turns or turns[-1]["role"] != "assistant":
         empty = not turns or PLACE.search(str(row[key]))
         raise Dropped("empty response" if empty else f"dialogue ends with a {turns[-1]['role']} turn")
@@ -137,7 +148,7 @@ def _repeats(prompt: tuple[Turn, ...], text: str) -> bool:
 
 def compare(row: dict, prompt: tuple[Turn, ...], chosen: str, rejected: str | None) -> Example:
     """Example of the answer fields called `chosen` and `rejected`, which must answer the same prompt."""
-    before, good = reply(row, chosen, prompt)
+    before, good = reply(row, chosen, prompt, single=rejected is None)
     other, bad = reply(row, rejected, prompt) if rejected else (before, None)
     if before != other:
         raise Dropped("prompts differ")

@@ -55,8 +55,13 @@ def slow_rollouts(cfg: Config) -> str | None:
         return None
     weights = gb(model_sizes(cfg)[0].weights * itemsize(cfg))
     said = f"note: ppo samples slowly: no GPU has room for all {weights} of the actor's weights, so every token gathers them anew"
-    more = _enough(cfg, "ppo", lambda changed, stage: fits(changed, stage) and samples_whole(changed))
-    return said if more is None else f"{said}. With {typed(more)} each rollout gathers them once"
+    if more := _enough(cfg, "ppo", lambda changed, stage: fits(changed, stage) and samples_whole(changed)):
+        return f"{said}. With {typed(more)} each rollout gathers them once"
+    at_once, sizes = cfg.hardware.micro_batch.rollout, []
+    while (at_once := 2 * at_once) <= cfg.ppo.rollout_batch // cfg.hardware.world_size:
+        sizes.append({"hardware.micro_batch.rollout": at_once})
+    roomy = [size for size in sizes if fits(applied(cfg, size), "ppo")]
+    return f"{said}. With {typed(roomy[-1])} more responses share each gathering" if roomy else said
 
 
 def foreseeable(cfg: Config) -> bool:

@@ -14,7 +14,7 @@ from statistics import median
 
 from rich.console import Console
 
-from runner.config.schema import PARENTS, STAGES, Model
+from runner.config.schema import PARENTS, STAGES, Model, rate_key
 from runner.durable.resume import ORIGIN
 from runner.formatting import duration, num, pct, short, with_error
 from runner.plan import Step
@@ -155,7 +155,8 @@ def sft_sections(t: Trained) -> list[Section]:
         change_row("loss", r["loss_before"], r["loss_after"], t.curves.get("eval/loss", ())),
     ]
     worse = r["loss_after"] > r["loss_before"]
-    notes = ["Training made it worse: the held-out loss rose. Try a smaller sft.lr, or fewer sft.epochs if it fell first."] if worse else []
+    smaller = f"Try a smaller {actor_rate(t.step)}, or fewer sft.epochs if it fell first."
+    notes = [f"Training made it worse: the held-out loss rose. {smaller}"] if worse else []
     return [Section("SFT on held-out answers", header=CHANGE_HEADER, rows=rows, notes=notes)]
 
 
@@ -166,15 +167,21 @@ def reward_sections(t: Trained) -> list[Section]:
 
 def dpo_sections(t: Trained) -> list[Section]:
     below = "Choosing the longer answer does better: more pairs or more training may help."
-    return [pair_section("DPO", "implicit reward", t, [*verdict(t.result, below), *dpo_notes(t.result)])]
+    return [pair_section("DPO", "implicit reward", t, [*verdict(t.result, below), *dpo_notes(t.result, actor_rate(t.step))])]
 
 
-def dpo_notes(r: dict) -> list[str]:
-    """How far the actor has moved: ranking pairs well says nothing about what it writes itself."""
+def actor_rate(step: Step) -> str:
+    """The key of the learning rate at which most of the actor trained: its adapters', where it has some."""
+    actor = step.facts.get("model", {}).get("actor", {})  # a model that was given has none of it
+    return "model.actor.lora.lr" if actor.get("lora", {}).get("dim") else rate_key(step.stage, "actor")
+
+
+def dpo_notes(r: dict, rate: str) -> list[str]:
+    """How far the actor has moved: ranking pairs well says nothing about what it writes itself. rate: the key of its learning rate."""
     chosen, rejected = r["chosen_logratio"], r["rejected_logratio"]
     notes = [f"The log-probability of a chosen answer moved by {num(chosen, '+')} nats, that of a rejected one by {num(rejected, '+')}."]
     if chosen < -FALLEN * r["chosen_tokens"]:
-        notes.append("Chosen answers have become unlikely too: read what it writes. Try a smaller dpo.lr or a larger dpo.beta.")
+        notes.append(f"Chosen answers have become unlikely too: read what it writes. Try a smaller {rate} or a larger dpo.beta.")
     return notes
 
 
@@ -237,7 +244,7 @@ def ppo_sections(t: Trained, sft_steps: int | None) -> list[Section]:
     notes = ["Held-out scores are without ppo.score_clip and ppo.missing_eos_penalty; the progress lines include both."]
     if both(errors_of("score", before, after)):
         notes.append("± is one standard error, over the held-out prompts.")
-    notes += ppo_notes(before, after, prompts, sft_steps)
+    notes += ppo_notes(before, after, prompts, sft_steps, actor_rate(t.step))
     return [Section(f"PPO on {num(prompts)} held-out prompts", header=CHANGE_HEADER, rows=rows, notes=notes), *sample_sections(t.result)]
 
 
@@ -254,13 +261,13 @@ def change_of(key: str, before: dict, after: dict, prompts: int) -> float:
     return change if sure else 0.0
 
 
-def ppo_notes(before: dict, after: dict, prompts: int, sft_steps: int | None) -> list[str]:
+def ppo_notes(before: dict, after: dict, prompts: int, sft_steps: int | None, rate: str) -> list[str]:
     """What an experienced eye would see in these numbers."""
     score, judge, length = (change_of(key, before, after, prompts) for key in ("score", "judge", "length"))
     notes = []
     if score < 0:
         fall = with_error(num(-score), both(errors_of("score", before, after)))
-        notes.append(f"The score fell by {fall}: try a smaller ppo.actor_lr or ppo.kl_coef, or more iterations.")
+        notes.append(f"The score fell by {fall}: try a smaller {rate} or ppo.kl_coef, or more iterations.")
     if score > 0 > judge:
         notes.append("The score rose while the judge fell: the actor exploits the reward model. Try a larger ppo.kl_coef.")
     if score > 0 and length > 0.5 * before["length"]:
