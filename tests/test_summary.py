@@ -562,6 +562,17 @@ def test_a_sweep_says_how_much_was_held_out_and_tells_close_rows_apart(tmp_path)
     assert "3.251    21.9" in row(text, "0 ") and "3.254    21.9" in row(text, "2 ")  # lengths are the same, and are not told apart
 
 
+def test_a_sweep_over_other_sft_models_says_that_scores_do_not_compare(tmp_path):
+    make_sweep(tmp_path)
+    for other, said in ((2.0, False), (3.0, True)):
+        for number, std in ((0, 2.0), (2, other)):
+            path = tmp_path / str(number) / "summary.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"ppo/score_mean": 0.5, "ppo/score_std": std}))
+        console, raw = words()
+        show_sweep(tmp_path, console)
+        assert ("relative to each job's own SFT" in " ".join(raw.getvalue().decode().split())) == said
+
+
 def test_errors_stand_under_the_table_of_a_sweep(tmp_path):
     make_sweep(tmp_path)
     (tmp_path / "0" / "error.txt").write_text("of an earlier command\n")

@@ -157,7 +157,7 @@ def sweep_section(sweep_dir: Path, jobs: Sequence[Job]) -> Section:
     places += [(f"job {job.number} {job.state}", short(job.folder)) for job in left]
     header = ("job", *short_names(keys), *(name for name, _, _ in columns), "time")
     errors = [f"job {job.number}: {clip(job.error, ERROR_LIMIT)}" for job in left if job.error]
-    return Section(title, header=header, rows=rows, notes=[*held_out(jobs), *errors], literal=places)
+    return Section(title, header=header, rows=rows, notes=[*held_out(jobs), *units(jobs), *errors], literal=places)
 
 
 def wanted_jobs(sweep_dir: Path) -> int:
@@ -183,6 +183,14 @@ def held_out(jobs: Sequence[Job]) -> list[str]:
     counts = {name: {job.facts[key] for job in jobs if job.facts and job.facts.get(key)} for name, key in COUNTED.items()}
     said = [name.format(" to ".join(dict.fromkeys((num(min(n)), num(max(n)))))) for name, n in counts.items() if n]
     return [f"Held out: {', '.join(said)}."] if said else []
+
+
+def units(jobs: Sequence[Job]) -> list[str]:
+    """That scores do not compare where jobs have other SFT or reward models: a broken one may well gain the most over itself."""
+    scales = {(job.facts["ppo/score_mean"], job.facts["ppo/score_std"]) for job in jobs if job.facts and "ppo/score_std" in job.facts}
+    if len(scales) < 2:
+        return []
+    return ["Scores are relative to each job's own SFT and reward model: compare jobs that share both, or read the judge and the samples."]
 
 
 def shown(facts: dict, keys: Sequence[str], show: Callable) -> str:
