@@ -56,11 +56,6 @@ def accumulation(cfg: Config, stage: str) -> int:
     )
 
 
-def packs(cfg: Config) -> bool:
-    """Whether models compute no padding (runner/models/packing.py)."""
-    return cfg.model.attention in ("auto", "packed")
-
-
 def micro_positions(cfg: Config, stage: str) -> int:
     """Tokens of a micro batch, at most: `micro_batch` rows of maximum length, or more rows that are shorter."""
     return micro_batch(cfg, stage) * (cfg.model.max_prompt_tokens + cfg.model.max_response_tokens)

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import actor
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
+from runner.models import attention
 from runner.models.attention import _cudnn, _flash, _is_even, alibi_bias, attend
 from runner.models.packing import among_real, lay_out, spread
 
@@ -83,3 +85,14 @@ def test_alibi_is_that_of_transformers(heads):
     future = torch.ones(5, 5, dtype=torch.bool).triu(1)
     assert bias.masked_select(future).eq(-torch.inf).all()
     torch.testing.assert_close(bias.softmax(-1), expected.masked_fill(future, -torch.inf).softmax(-1))
+
+
+@pytest.mark.parametrize(("name", "change", "free"), [("opt", {}, True), ("bloom", {}, False), ("opt", {"attention_dropout": 0.1}, False)])
+def test_a_micro_batch_costs_its_tokens_where_not_even_attention_pads(name, change, free, monkeypatch):
+    """Elsewhere one long row among short ones would take the memory of as many long rows."""
+    model = actor(name)
+    for key, value in change.items():
+        setattr(model.hf.config, key, value)
+    assert not model.pads_nothing  # on a CPU
+    monkeypatch.setattr(attention, "_has_flash", lambda device, dtype: True)
+    assert model.pads_nothing == free

@@ -92,6 +92,13 @@ def is_packed(model: nn.Module) -> bool:
     return model.config._attn_implementation == PACKED
 
 
+def pads_nothing(model: nn.Module) -> bool:
+    """Whether not even attention computes padding while the model trains, as it stands on its device."""
+    config = model.config
+    flash = config.model_type != "bloom" and not getattr(config, "attention_dropout", 0.0) and _has_flash(model.device, model.dtype)
+    return is_packed(model) and flash
+
+
 def adopt(model: nn.Module) -> None:
     """Prepare a model that was loaded as "packed" for `body`: BLOOM's attention does not use transformers' attention interface."""
     for module in model.modules():

@@ -38,6 +38,11 @@ class Wrapper(nn.Module):
         """Whether forward passes leave the padding out (runner/models/packing.py)."""
         return attention.is_packed(self.hf)
 
+    @property
+    def pads_nothing(self) -> bool:
+        """Whether a micro batch costs its tokens; otherwise it is attention that pads, and its rows times the longest count."""
+        return attention.pads_nothing(self.hf)
+
     def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Hidden states of the N real tokens, row after row, after the last layer norm. (B, T) -> (N, H)."""
         device = self.hf.device

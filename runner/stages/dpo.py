@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from runner import engine, flops, ranks
-from runner.batch_sizes import micro_positions, packs
+from runner.batch_sizes import micro_positions
 from runner.config.schema import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pick, preference_batch
@@ -39,9 +39,6 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     tokenizer = tokenizer_for(cfg, part, inputs.tokenizer)
     rows, held, counts = cache.load(Path(inputs.data))
     lengths, micro = np.asarray(rows["length"]), cfg.hardware.micro_batch.dpo
-    share = {"world": ranks.world(), "rank": ranks.rank()}
-    batches = Batches(lengths, dpo.global_batch, micro_positions(cfg, "dpo"), packed=packs(cfg), seed=cfg.seed, **share)
-    total = batches.steps(dpo.epochs, dpo.max_steps)
 
     # 2. The actor in its engine, and its reference
     configs = engine_configs(cfg, "dpo")
@@ -52,6 +49,9 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     ref = load_reference(cfg, inputs.parents["sft"], tokenizer, configs.get("ref", {}), device)
     sizes = flops.matrix_sizes(wrapper.hf)
     ref_sizes = flops.matrix_sizes(ref.hf) if ref else replace(sizes, body=sizes.body - sizes.body_trained)  # without its adapters
+    share = {"world": ranks.world(), "rank": ranks.rank(), "packed": wrapper.pads_nothing}
+    batches = Batches(lengths, dpo.global_batch, micro_positions(cfg, "dpo"), seed=cfg.seed, **share)
+    total = batches.steps(dpo.epochs, dpo.max_steps)
 
     # 3. Resume from the newest checkpoint, if there is one
     checkpoints = Checkpoints(inputs.folder, inputs.key, cfg, {"actor": actor}, log)

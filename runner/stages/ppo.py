@@ -88,10 +88,10 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     # Every rank holds the whole batch, and only its rows count here: micro batches are made of the rollout
     batches = Batches(np.asarray(rows["length"]), ppo.rollout_batch, 1, world=1, rank=0, seed=cfg.seed, drop_last=True)
     total = batches.steps(ppo.epochs, ppo.max_steps)
-    mixture = Mixture(cfg, inputs.ptx, tokenizer.pad_token_id) if ppo.ptx_coef else None
 
     # 2. Four models: the actor and its frozen reference, the critic and the reward model that it starts from
     models = build(cfg, inputs, tokenizer, device)
+    mixture = Mixture(cfg, inputs.ptx, tokenizer.pad_token_id, models.actor.module.pads_nothing) if ppo.ptx_coef else None
     sizes = {name: flops.matrix_sizes(e.module.hf) for name, e in (("actor", models.actor), ("critic", models.critic))}
     ema = Ema(models.actor.module, ppo.ema_decay) if ppo.ema_decay else None
     settings = rollout_settings(cfg, models, tokenizer, log)

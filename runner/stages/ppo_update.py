@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from runner import engine, flops, ranks
-from runner.batch_sizes import micro_positions, packs, step_batch
+from runner.batch_sizes import micro_positions, step_batch
 from runner.config.schema import Config, Ppo
 from runner.data import cache
 from runner.data.batches import Batches, deal, loss_weights, pick, sft_batch
@@ -27,13 +27,13 @@ SUMS = ("policy_loss", "value_loss", "ptx_loss", "ratio", "ratio_error", "clipfr
 class Mixture:
     """The ptx mixture: pretraining text or demonstrations, as many rows per optimizer step as PPO has responses."""
 
-    def __init__(self, cfg: Config, folder: str, pad: int):
+    def __init__(self, cfg: Config, folder: str, pad: int, packed: bool):
         self.rows, _, _ = cache.load(Path(folder))
         self.pad = pad
         self.lengths, prompts = np.asarray(self.rows["length"]), np.asarray(self.rows["prompt_length"])
         self.weights = loss_weights(self.lengths, prompts, 0.0)
         sizes, share = (step_batch(cfg, "ppo"), micro_positions(cfg, "ppo")), {"world": ranks.world(), "rank": ranks.rank()}
-        self.batches = Batches(self.lengths, *sizes, packed=packs(cfg), seed=cfg.seed, **share)
+        self.batches = Batches(self.lengths, *sizes, packed=packed, seed=cfg.seed, **share)
 
     def at(self, number: int) -> tuple[list[dict], float]:
         """Micro batches of this rank for optimizer step `number`, and the tokens of the whole step."""
@@ -130,7 +130,7 @@ def minibatch(cfg: Config, models: Models, rollout: Rollout, chosen: np.ndarray,
     ordered = chosen[np.argsort(-lengths[chosen], kind="stable")]
     # With padding on both sides, rows are wider than the longest of them
     widths = lengths[ordered] if packed else np.full(len(ordered), rollout.prompts.size(1) + rollout.responses.size(1))
-    micros = deal(ordered, widths, micro_positions(cfg, "ppo"), packed, world=ranks.world(), rank=ranks.rank())
+    micros = deal(ordered, widths, micro_positions(cfg, "ppo"), models.actor.module.pads_nothing, world=ranks.world(), rank=ranks.rank())
     tokens = float(rollout.lengths[torch.as_tensor(chosen)].sum())
     texts, text_tokens = text or ([], 0.0)
     sums = {name: torch.zeros((), device=models.actor.device) for name in SUMS}

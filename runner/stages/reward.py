@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from runner import engine, flops, ranks
-from runner.batch_sizes import micro_positions, packs
+from runner.batch_sizes import micro_positions
 from runner.config.schema import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, pair_batch, pick
@@ -33,9 +33,6 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     rows, held, counts = cache.load(Path(inputs.data))
     lengths = np.asarray(rows["length"])
     micro = cfg.hardware.micro_batch.reward
-    share = {"world": ranks.world(), "rank": ranks.rank()}
-    batches = Batches(lengths, rm.global_batch, micro_positions(cfg, "reward"), packed=packs(cfg), seed=cfg.seed, **share)
-    total = batches.steps(rm.epochs, rm.max_steps)
 
     # 2. The model in its engine
     ds_config = engine_configs(cfg, "reward")["reward"]
@@ -45,6 +42,9 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     )
     options = {"weight_decay": rm.weight_decay, "betas": rm.betas, "eps": rm.eps}
     model = engine.trainable(wrapper, ds_config, lr=rm.lr, lora_lr=part.lora.lr, **options)
+    share = {"world": ranks.world(), "rank": ranks.rank(), "packed": wrapper.pads_nothing}
+    batches = Batches(lengths, rm.global_batch, micro_positions(cfg, "reward"), seed=cfg.seed, **share)
+    total = batches.steps(rm.epochs, rm.max_steps)
 
     # 3. Resume from the newest checkpoint, if there is one
     sizes = flops.matrix_sizes(wrapper.hf)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from runner import engine, flops, ranks
-from runner.batch_sizes import micro_positions, packs
+from runner.batch_sizes import micro_positions
 from runner.config.schema import Config
 from runner.data import cache
 from runner.data.batches import EMPTY, Batches, loss_weights, pick, sft_batch, shard, subset
@@ -28,23 +28,23 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     """Train the actor and export it to <step folder>/model."""
     sft, part = cfg.sft, cfg.model.actor
 
-    # 1. Data: the seed and the number of an optimizer step fix its rows
+    # 1. Data
     tokenizer = tokenizer_for(cfg, part, inputs.tokenizer)
     rows, held, counts = cache.load(Path(inputs.data))
     lengths, prompts = np.asarray(rows["length"]), np.asarray(rows["prompt_length"])
     weights = loss_weights(lengths, prompts, sft.prompt_loss)
     predictions = loss_weights(lengths, prompts, float(sft.prompt_loss > 0))
     micro = cfg.hardware.micro_batch.sft
-    share = {"world": ranks.world(), "rank": ranks.rank()}
-    batches = Batches(lengths, sft.global_batch, micro_positions(cfg, "sft"), packed=packs(cfg), seed=cfg.seed, **share)
-    total = batches.steps(sft.epochs, sft.max_steps)
 
-    # 2. The actor in its engine
+    # 2. The actor in its engine. The seed and the number of an optimizer step fix its rows
     ds_config = engine_configs(cfg, "sft")["actor"]
     checkpointing = cfg.hardware.gradient_checkpointing.actor
     wrapper = load_actor(cfg, inputs.base, tokenizer, ds_config, dropout=sft.dropout, lora=part.lora, checkpointing=checkpointing)
     options = {"weight_decay": sft.weight_decay, "betas": sft.betas, "eps": sft.eps}
     actor = engine.trainable(wrapper, ds_config, lr=sft.lr, lora_lr=part.lora.lr, **options)
+    share = {"world": ranks.world(), "rank": ranks.rank(), "packed": wrapper.pads_nothing}
+    batches = Batches(lengths, sft.global_batch, micro_positions(cfg, "sft"), seed=cfg.seed, **share)
+    total = batches.steps(sft.epochs, sft.max_steps)
 
     # 3. Resume from the newest checkpoint, if there is one
     sizes = flops.matrix_sizes(wrapper.hf)

@@ -161,7 +161,7 @@ def ppo_results(cfg: Config, folder: Path, device: torch.device) -> dict:
     models.actor.train(), models.critic.train()
     for one in (models.actor, models.critic):
         engine.set_learning_rate(one, 1.0)
-    text = ppo_update.Mixture(cfg, step.ptx, PAD).at(0)
+    text = ppo_update.Mixture(cfg, step.ptx, PAD, packed=False).at(0)
     sums, norms = ppo_update.minibatch(cfg, models, fixed_rollout(), np.array([3, 1, 7, 0, 2, 6, 4, 5]), text, train_actor=True)
     found["ppo/sums"] = torch.tensor(list(ranks.all_reduce_sum(sums, device).values()))
     found["ppo/norms"] = torch.tensor([norms[n] for n in sorted(norms)])
