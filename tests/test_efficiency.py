@@ -13,6 +13,7 @@ from workers import update
 
 from runner import flops, metrics
 from runner.config.schema import Lora
+from runner.data.batches import EMPTY, Batches
 from runner.errors import UserError
 from runner.flops import MatrixSizes
 from runner.metrics import RunLog
@@ -65,7 +66,8 @@ def test_the_phases_of_every_stage_sum_to_the_step(stage, folder, alone, tmp_pat
 def test_the_utilisation_of_sft_counts_real_tokens_and_the_logits_that_are_made(folder, alone, tmp_path):
     """All 11 rows are 102 tokens long; with a loss on prompts, all but the first token of each are predicted."""
     rows, _ = run("sft", folder, tmp_path, alone)
-    first, second = (sorted(update.LENGTHS, reverse=True)[:8], sorted(update.LENGTHS, reverse=True)[8:])
+    batches = Batches(update.LENGTHS, 8, 100, world=1, rank=0, seed=update.configuration(1, 0).seed)
+    first, second = ([update.LENGTHS[n] for n in batches.rows(step) if n != EMPTY] for step in (0, 1))
     body, head, attention = 2 * (4 * 32 * 32 + 2 * 32 * 64), 32 * rows_of_the_table(folder), 2 * 32
     sizes = MatrixSizes(body, body, head, head, attention, 0)
     found = sorted(row["perf/mfu"] * row["time/step"] * 0.1e12 for row in rows)

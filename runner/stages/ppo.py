@@ -269,16 +269,21 @@ def fill_rewards(cfg: Config, rollout: Rollout, state: State) -> dict[str, float
 # --- efficiency -------------------------------------------------------------------------------------------------------
 
 
+def pass_flops(sizes: dict[str, flops.MatrixSizes], rollout: Rollout, actor_trains: bool) -> float:
+    """FLOPs of one pass of updates over a rollout, without the ptx mixture."""
+    lengths = rollout.prompt_lengths + rollout.lengths
+    actor = flops.training(sizes["actor"], lengths, float(rollout.lengths.sum())) if actor_trains else 0.0
+    return actor + flops.training(sizes["critic"], lengths)
+
+
 def update_flops(ppo: Ppo, sizes: dict[str, flops.MatrixSizes], rollout: Rollout, mixture: Mixture | None, i: int, taken: range) -> float:
     """FLOPs of the optimizer steps `taken` of iteration i, counted from 0 in it. Each reads one of ppo.minibatches parts of a rollout."""
-    lengths = rollout.prompt_lengths + rollout.lengths
-    whole = flops.training(sizes["critic"], lengths)
-    if i < ppo.critic_warmup:
-        return len(taken) / ppo.minibatches * whole
-    whole += flops.training(sizes["actor"], lengths, float(rollout.lengths.sum()))
+    actor_trains = i >= ppo.critic_warmup
+    done = len(taken) / ppo.minibatches * pass_flops(sizes, rollout, actor_trains)
+    if not mixture or not actor_trains:
+        return done
     first = steps_before(ppo, i)
-    texts = mixture.work(sizes["actor"], range(first + taken.start, first + taken.stop)) if mixture else 0.0
-    return len(taken) / ppo.minibatches * whole + texts
+    return done + mixture.work(sizes["actor"], range(first + taken.start, first + taken.stop))
 
 
 def decoding(cfg: Config, models: Models, actor: flops.MatrixSizes, stats) -> dict[str, float]:
