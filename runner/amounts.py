@@ -7,6 +7,7 @@ from collections import Counter
 from runner.batch_sizes import batches_per_epoch, steps_of
 from runner.config.schema import Config, Ppo
 from runner.errors import UserError
+from runner.schedules import KL_STEP
 
 # Say so if the KL coefficient cannot change by this share of itself
 NOTICED = 0.5
@@ -111,7 +112,7 @@ def _note_of_split(stage: str, counts: dict) -> None:
 def _note_of_kl_target(ppo: Ppo, iterations: int) -> None:
     """Say so if the controller of the KL coefficient is too slow for this run: it moves by a fifth per ppo.kl_horizon responses."""
     responses = iterations * ppo.rollout_batch
-    most = math.exp(0.2 * responses / ppo.kl_horizon) - 1
+    most = math.exp(KL_STEP * responses / ppo.kl_horizon) - 1
     if most < NOTICED:
         print(
             f"note: ppo.kl_target moves ppo.kl_coef by {most:.2g} times its value at most in the {responses:,} responses of this run: "

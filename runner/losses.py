@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runner.schedules import KL_STEP
 from runner.triton_support import why_no_triton
 
 # Logits that exist in fp32 at one time: 128 MB
@@ -275,5 +276,5 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, responses: int, horizon: int) -> float:
     """Proportional controller (arXiv 1909.08593): raise the coefficient when the KL per response exceeds the target."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
+    error = min(max(kl / target - 1, -KL_STEP), KL_STEP)
     return kl_coef * (1 + error * responses / horizon)

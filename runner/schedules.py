@@ -1,6 +1,9 @@
-"""How the learning rate moves over a stage. Names are transformers', and mean the same curves."""
+"""How the learning rate moves over a stage (names are transformers', and mean the same curves), and how far the KL coefficient may."""
 
 import math
+
+# How far the controller of the KL coefficient goes at most, as a share of it, in ppo.kl_horizon responses (arXiv 1909.08593)
+KL_STEP = 0.2
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from runner.families import FAMILIES, no_layer
-from runner.schedules import SCHEDULES
+from runner.schedules import KL_STEP, SCHEDULES
 
 # Keys of a shape that are sizes, in all families
 SIZES = {"vocab_size", "hidden_size", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim"}
@@ -241,7 +241,7 @@ def check_ppo(ppo) -> None:
     check_least(ppo, 0, "actor_weight_decay", "critic_weight_decay", "critic_warmup")
     check_least(ppo, 0, "kl_coef", "score_clip", "missing_eos_penalty", "ptx_coef", "min_response_tokens")
     check(all(ppo.stop), f"ppo.stop={ppo.stop} holds an empty string, which every response contains: leave it out")
-    largest = 0.2 * ppo.rollout_batch  # the controller's step, as a share of kl_coef, is at most largest / kl_horizon
+    largest = KL_STEP * ppo.rollout_batch  # the controller's step, as a share of kl_coef, is at most largest / kl_horizon
     check(
         ppo.kl_target is None or ppo.kl_horizon > largest,
         f"ppo.kl_horizon={ppo.kl_horizon} is so short that one iteration of ppo.rollout_batch={ppo.rollout_batch} responses could turn "
