@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 # Set by a surrounding torchrun or srun: our workers must not inherit them
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Prefixes of the variables that workers need on every machine. Over ssh DeepSpeed passes on PYTHONPATH, NCCL's and little else
-INHERITED = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "OMP_", "DS_ACCELERATOR", "GLOO_", "TORCH_", "PYTORCH_", "TRITON_")
+INHERITED = ("HF_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "OMP_", "GOMP_", "DS_ACCELERATOR", "GLOO_", "TORCH_", "PYTORCH_", "TRITON_")
 INHERITED += ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
@@ -127,6 +127,9 @@ def _environment(cfg: Config) -> dict[str, str]:
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     # With more threads than cores, gloo ranks are 5 to 10 times slower
     environment.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // cfg.hardware.gpus)))
+    # Threads of OpenMP wait spinning, which takes the cores from another run on this machine (benchmarks/NOTES.md has the times)
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", "1000")
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     # torchrun passes these signals on and gives the workers 600 s to save. By default: no SIGUSR1, and 30 s
     environment["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"

@@ -422,6 +422,14 @@ def test_cores_are_those_that_we_may_use(allotted, quota, expected, tmp_path, mo
     assert launch._environment(configured("hardware=cpu2"))["OMP_NUM_THREADS"] == str(max(1, expected // 2))
 
 
+def test_threads_that_wait_leave_the_cores_to_other_runs(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert launch.inherited(launch._environment(configured()))["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # what the user asks for, GOMP_SPINCOUNT would overrule
+    assert "GOMP_SPINCOUNT" not in launch._environment(configured())
+
+
 def test_finite_numbers_pass_and_so_does_an_overflow_of_fp16(tmp_path):
     finite.check_finite(configured(), tmp_path, "sft", 1, 0.5, 1.0, (), None)
     fp16 = configured("hardware=v100")
