@@ -6,98 +6,17 @@ forgotten. /clear starts over, /quit or Ctrl-D ends, Ctrl-C cuts an answer short
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.checks.paths import no_checkpoint
-from runner.checks.secrets import redact
 from runner.errors import UserError
+from runner.exported import as_trained, find, load_actor
 
 if TYPE_CHECKING:  # it imports torch, which takes its time
     from runner.rollout.stops import Stops
 
 CHAT = "python -m runner.chat"
-TEMPLATE = Path(__file__).parent.parent / "conf" / "model" / "family" / "base.yaml"
-
-
-def find(path: str) -> str:
-    """The checkpoint that `path` means: itself, the model/ of a step folder, the newest actor of a run's folder, or a hub id."""
-    folder = Path(path).expanduser()
-    if not folder.exists() and path.count("/") < 2 and not path.startswith((".", "/", "~", "runs")):
-        return path
-    commands = sorted(folder.glob("????-??-??_??-??-??"), reverse=True)  # of runs/NAME; a sweep has many actors, so it is left out
-    actors = [place / stage / "model" for place in (folder, *commands) for stage in ("ppo", "dpo", "sft")]
-    inside = [place for place in (folder, folder / "model", *actors) if (place / "config.json").is_file()]
-    if not inside:
-        if folder.is_dir() and (jobs := of_sweep(folder)):
-            some = "".join(f"\n  {CHAT} {actor}" for actor in jobs)
-            raise UserError(f"{path} holds a sweep, whose jobs have an actor each. Type one of:{some}")
-        why = no_checkpoint(folder, f"type {CHAT} ") if folder.exists() else "does not exist"
-        raise UserError(f"{path} {why}" + ("" if CHAT in why else f". {instead(path)}"))
-    if inside[0] != folder:
-        print(f"using {inside[0]}", file=sys.stderr)
-    return str(inside[0])
-
-
-def of_sweep(folder: Path) -> list[Path]:
-    """The actor of each job of a sweep: of this one, or of the newest in a run's folder that has any."""
-    for sweep in (folder, *sorted(folder.glob("*_sweep"), reverse=True)):
-        jobs = sorted((job for job in sweep.glob("*") if job.name.isdigit()), key=lambda job: int(job.name))
-        models = [[job / stage / "model" for stage in ("ppo", "dpo", "sft")] for job in jobs]
-        found = [next((model for model in of_job if (model / "config.json").is_file()), None) for of_job in models]
-        if any(found):
-            return list(filter(None, found))
-    return []
-
-
-def instead(path: str) -> str:
-    """What to type instead of `path`: the most recently trained actor under runs/store, if there is another one."""
-    found = [p.parent for stage in ("ppo", "dpo", "sft") for p in Path("runs/store").glob(f"{stage}-*/model/config.json")]
-    actors = [actor for actor in found if actor.resolve() != Path(path).resolve()]
-    newest = max(actors, key=lambda p: p.stat().st_mtime, default="FOLDER (the model/ of an SFT, DPO or PPO step)")
-    return f"Type {CHAT} {newest}"
-
-
-def load(path: str):
-    """Tokenizer and model, on the GPU if there is one. Raises UserError for anything that one cannot chat with."""
-    from runner.preflight import hub_answers
-
-    if not Path(path).exists() and "HF_HUB_OFFLINE" not in os.environ and not hub_answers():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's client would retry for half a minute
-    import torch
-    import transformers
-    import yaml
-
-    from runner.checks.trust import refuse_code
-    from runner.models.loading import load_weights
-    from runner.models.tokenizer import NoEos, check_template, load_tokenizer, set_template
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)  # half precision is slow on most CPUs
-    try:
-        refuse_code(path, None, remedy="load it with transformers yourself; runner.chat runs no code but its own")
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
-            raise UserError("it is a reward model or critic, which scores dialogues and writes none")
-        try:
-            tokenizer = load_tokenizer(path)
-        except NoEos as error:  # it advises a key of the configuration, which a chat does not have
-            raise UserError(
-                "its tokenizer has no EOS: no answer would ever end. Name eos_token in the tokenizer_config.json of a local copy"
-            ) from error
-        model = load_weights(transformers.AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=False).to(device).eval()
-    except Exception as error:  # whatever transformers, safetensors and the hub raise
-        why = redact((str(error) or repr(error)).splitlines()[0]).rstrip(".")
-        raise UserError(f"cannot chat with {path}: {why}. {instead(path)}") from error
-    # A model that was not trained here may have no template: use ours
-    if not tokenizer.chat_template:
-        set_template(tokenizer, yaml.safe_load(TEMPLATE.read_text())["chat_template"])
-    check_template(tokenizer, f"the chat template of {path}")
-    return tokenizer, model
 
 
 def fit(turns: list[dict[str, str]], tokenizer, room: float) -> tuple[list[dict[str, str]], list[int]]:
@@ -163,21 +82,6 @@ def answer(ids: list[int], tokenizer, model, longest: int, temperature: float | 
     return written[:end].decode(errors="replace").strip()
 
 
-def as_trained(path: str) -> tuple[float, list[str]]:
-    """Tokens of the longest prompt in training, and PPO's stop strings, from the config.yaml of the model's step.
-
-    Infinite and none for a model that was not trained here.
-    """
-    import yaml
-
-    file = Path(path).resolve().parent / "config.yaml"
-    config = yaml.safe_load(file.read_text()) if file.exists() else None
-    model, ppo = ((config.get(name) if isinstance(config, dict) else None) or {} for name in ("model", "ppo"))
-    if "max_prompt_tokens" not in model:  # another program's
-        return math.inf, []
-    return model["max_prompt_tokens"], ppo.get("stop") or []
-
-
 def hear() -> str:
     """The next message; echoed if it comes through a pipe, where nobody sees it typed."""
     message = input("\nHuman: ").strip()
@@ -227,8 +131,8 @@ def main() -> None:
     if sys.stdin.isatty():
         import readline  # noqa: F401  arrow keys and history in input()
     try:
-        path = find(args.path)
-        talk(*load(path), args.max_new_tokens, None if args.greedy else args.temperature, *as_trained(path))
+        path = find(args.path, CHAT)
+        talk(*load_actor(path, CHAT), args.max_new_tokens, None if args.greedy else args.temperature, *as_trained(path))
     except UserError as error:
         sys.exit(f"error: {error}")
     except (EOFError, KeyboardInterrupt):

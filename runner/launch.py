@@ -127,9 +127,7 @@ def _environment(cfg: Config) -> dict[str, str]:
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     # With more threads than cores, gloo ranks are 5 to 10 times slower
     environment.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // cfg.hardware.gpus)))
-    # Threads of OpenMP wait spinning, which takes the cores from another run on this machine (benchmarks/NOTES.md has the times)
-    if "OMP_WAIT_POLICY" not in environment:
-        environment.setdefault("GOMP_SPINCOUNT", "1000")
+    machine.share_cores(environment)
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     # torchrun passes these signals on and gives the workers 600 s to save. By default: no SIGUSR1, and 30 s
     environment["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import SHAPES
 
-from runner import chat
+from runner import chat, exported
 from runner.errors import UserError
 from runner.models.tokenizer import encode_prompts, render_prompt
 from runner.rollout.stops import Stops
@@ -64,15 +64,15 @@ def given(monkeypatch) -> list[list[int]]:
 
 def test_a_step_folder_and_a_run_folder_lead_to_their_actor(step, tmp_path, capsys):
     (tmp_path / "ppo").symlink_to(step)
-    assert chat.find(str(step / "model")) == str(step / "model")
-    assert chat.find(str(step)) == str(step / "model")
-    assert chat.find(str(tmp_path)) == str(tmp_path / "ppo" / "model")
+    assert exported.find(str(step / "model"), chat.CHAT) == str(step / "model")
+    assert exported.find(str(step), chat.CHAT) == str(step / "model")
+    assert exported.find(str(tmp_path), chat.CHAT) == str(tmp_path / "ppo" / "model")
     (tmp_path / "ppo").unlink()
     (tmp_path / "sft").symlink_to(step)
     (tmp_path / "dpo").symlink_to(step)
-    assert chat.find(str(tmp_path)) == str(tmp_path / "dpo" / "model")
+    assert exported.find(str(tmp_path), chat.CHAT) == str(tmp_path / "dpo" / "model")
     assert capsys.readouterr().err.count("using") == 3  # it says so when it looks further
-    assert chat.find("facebook/opt-125m") == "facebook/opt-125m"
+    assert exported.find("facebook/opt-125m", chat.CHAT) == "facebook/opt-125m"
 
 
 def test_the_folder_of_a_run_means_the_newest_command_that_has_an_actor(step, tmp_path):
@@ -81,7 +81,7 @@ def test_the_folder_of_a_run_means_the_newest_command_that_has_an_actor(step, tm
         (tmp_path / command / stage).symlink_to(step)
     (tmp_path / "2026-02-01_12-00-00").mkdir()
     (tmp_path / "2026-02-01_12-00-00" / "ppo").symlink_to(tmp_path / "interrupted")
-    assert chat.find(str(tmp_path)) == str(tmp_path / "2026-01-31_12-00-00" / "sft" / "model")
+    assert exported.find(str(tmp_path), chat.CHAT) == str(tmp_path / "2026-01-31_12-00-00" / "sft" / "model")
 
 
 def test_of_a_run_that_has_only_sweeps_the_actors_of_the_newest_are_named(step, tmp_path):
@@ -98,7 +98,7 @@ def test_of_a_run_that_has_only_sweeps_the_actors_of_the_newest_are_named(step, 
     actors = [f"  python -m runner.chat {newest}/{actor}/model" for actor in ("0/ppo", "2/dpo", "10/ppo")]
     for path in (tmp_path, newest):
         with pytest.raises(UserError, match="holds a sweep") as raised:
-            chat.find(str(path))
+            exported.find(str(path), chat.CHAT)
         assert str(raised.value).splitlines()[1:] == actors
 
 
@@ -111,7 +111,7 @@ def test_what_is_advised_is_what_a_chat_can_do(step, tmp_path, monkeypatch):
     config = tmp_path / "model" / "tokenizer_config.json"
     config.write_text(json.dumps({key: value for key, value in json.loads(config.read_text()).items() if key != "eos_token"}))
     with pytest.raises(UserError, match=r"has no EOS: .* Name eos_token in the tokenizer_config.json") as raised:
-        chat.load(str(tmp_path / "model"))
+        exported.load_actor(str(tmp_path / "model"), chat.CHAT)
     assert "model.end_token" not in str(raised.value)
 
     def unreachable(*_, **__):
@@ -119,18 +119,18 @@ def test_what_is_advised_is_what_a_chat_can_do(step, tmp_path, monkeypatch):
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
     with pytest.raises(UserError, match=r"Try later\. Type "):
-        chat.load(str(step / "model"))
+        exported.load_actor(str(step / "model"), chat.CHAT)
 
 
 @pytest.mark.parametrize("path, why", [("/nowhere/model", "does not exist"), (".", "no config.json")])
 def test_what_is_no_checkpoint_is_named_with_what_to_type(path, why, step, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"{why}.* Type python -m runner.chat FOLDER"):
-        chat.find(path)
+        exported.find(path, chat.CHAT)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "store").symlink_to(step.parent)
     with pytest.raises(UserError, match=r"Type python -m runner.chat runs/store/ppo-0123456789/model$"):
-        chat.find(path)
+        exported.find(path, chat.CHAT)
 
 
 def test_beside_adapters_the_merged_model_is_named(step, tmp_path):
@@ -139,23 +139,23 @@ def test_beside_adapters_the_merged_model_is_named(step, tmp_path):
     (adapter / "adapter_config.json").write_text("{}")
     (tmp_path / "step" / "model").symlink_to(step / "model")
     with pytest.raises(UserError, match=r"holds adapters, .*: type python -m runner.chat .*step/model$"):
-        chat.find(str(adapter))
+        exported.find(str(adapter), chat.CHAT)
 
 
 def test_a_reward_model_and_broken_weights_are_refused_in_one_line(step, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=r"^error: cannot chat with .*critic: it is a reward model[^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^error: cannot load .*critic: it is a reward model[^\n]*$"):
         typed(monkeypatch, "Hello\n", step / "critic")
     for file in (step / "model").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[:100] if file.suffix == ".safetensors" else file.read_bytes())
-    with pytest.raises(SystemExit, match=r"^error: cannot chat with .*: [^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^error: cannot load .*: [^\n]*$"):
         typed(monkeypatch, "Hello\n", tmp_path)
     weights = load_file(step / "model" / "model.safetensors")
     lost = next(name for name in weights if "layers" in name)
     save_file({name: w for name, w in weights.items() if name != lost}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SystemExit, match=rf"cannot chat with .*: .* lacks 1 of the weights [^\n]*{lost}[^\n]*$"):
+    with pytest.raises(SystemExit, match=rf"cannot load .*: .* lacks 1 of the weights [^\n]*{lost}[^\n]*$"):
         typed(monkeypatch, "Hello\n", tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(SystemExit, match=r"cannot chat with .*: model folder .* has no tokenizer: none of tokenizer.json, "):
+    with pytest.raises(SystemExit, match=r"cannot load .*: model folder .* has no tokenizer: none of tokenizer.json, "):
         typed(monkeypatch, "Hello\n", tmp_path)
 
 
@@ -163,8 +163,8 @@ def test_a_folder_that_cannot_talk_is_not_recommended(step, tmp_path, monkeypatc
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "store").symlink_to(step.parent)
     monkeypatch.chdir(tmp_path)
-    assert chat.instead("elsewhere").endswith(" runs/store/ppo-0123456789/model")
-    assert "FOLDER" in chat.instead(str(step / "model"))
+    assert exported.instead("elsewhere", chat.CHAT).endswith(" runs/store/ppo-0123456789/model")
+    assert "FOLDER" in exported.instead(str(step / "model"), chat.CHAT)
 
 
 def test_a_model_without_a_template_gets_ours_with_the_bos_that_its_tokenizer_adds(step, tmp_path):
@@ -180,7 +180,7 @@ def test_a_model_without_a_template_gets_ours_with_the_bos_that_its_tokenizer_ad
     tokenizer.chat_template = None
     (tmp_path / "base" / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(tmp_path / "base")
-    loaded, _ = chat.load(str(tmp_path / "base"))
+    loaded, _ = exported.load_actor(str(tmp_path / "base"), chat.CHAT)
     ids = encode_prompts(loaded, [[{"role": "user", "content": "Hello."}]])[0]
     assert ids[0] == bos[1] and ids.count(bos[1]) == 1
 
@@ -235,7 +235,7 @@ def test_answers_need_room(step, monkeypatch):
 def test_answers_stream_and_are_what_the_model_says(step, capsys, monkeypatch):
     import torch
 
-    tokenizer, model = chat.load(str(step / "model"))
+    tokenizer, model = exported.load_actor(str(step / "model"), chat.CHAT)
     ids = encode_prompts(tokenizer, [[{"role": "user", "content": "Please describe the river."}]])[0]
     expected, row = [], list(ids)
     with torch.no_grad():
@@ -254,7 +254,7 @@ def test_answers_stream_and_are_what_the_model_says(step, capsys, monkeypatch):
 
 def test_an_answer_ends_at_a_stop_string_of_ppo(step, capsys):
     """It is shown, and no part of the dialogue."""
-    tokenizer, model = chat.load(str(step / "model"))
+    tokenizer, model = exported.load_actor(str(step / "model"), chat.CHAT)
     ids = encode_prompts(tokenizer, [[{"role": "user", "content": "Please describe the river."}]])[0]
     whole = chat.answer(ids, tokenizer, model, 8, None)
     stop = whole[len(whole) // 2]
@@ -266,19 +266,19 @@ def test_an_answer_ends_at_a_stop_string_of_ppo(step, capsys):
 
 
 def test_what_a_step_says_of_its_training(tmp_path):
-    assert chat.as_trained(str(tmp_path / "model")) == (math.inf, [])
+    assert exported.as_trained(str(tmp_path / "model")) == (math.inf, [])
     (tmp_path / "config.yaml").write_text("of: another program\n")
-    assert chat.as_trained(str(tmp_path / "model")) == (math.inf, [])
+    assert exported.as_trained(str(tmp_path / "model")) == (math.inf, [])
     (tmp_path / "config.yaml").write_text("model: {max_prompt_tokens: 7}\nppo: null\n")
-    assert chat.as_trained(str(tmp_path / "model")) == (7, [])
+    assert exported.as_trained(str(tmp_path / "model")) == (7, [])
     (tmp_path / "config.yaml").write_text('model: {max_prompt_tokens: 7}\nppo: {stop: ["a\\n"]}\n')
-    assert chat.as_trained(str(tmp_path / "model")) == (7, ["a\n"])
+    assert exported.as_trained(str(tmp_path / "model")) == (7, ["a\n"])
 
 
 def test_an_answer_that_ends_is_not_said_to_be_cut_off(step, capsys, monkeypatch):
     import torch
 
-    tokenizer, model = chat.load(str(step / "model"))
+    tokenizer, model = exported.load_actor(str(step / "model"), chat.CHAT)
     monkeypatch.setattr(model, "generate", lambda ids, **_: torch.cat([ids, torch.tensor([[5, tokenizer.eos_token_id]])], 1))
     chat.answer([5, 6, 7], tokenizer, model, 2, None)
     assert "cut off" not in capsys.readouterr().out
@@ -289,7 +289,7 @@ def test_an_answer_stands_one_space_behind_its_name(text, step, capsys, monkeypa
     """Whatever the chat template puts before an answer, which the model has learnt to write."""
     import torch
 
-    tokenizer, model = chat.load(str(step / "model"))
+    tokenizer, model = exported.load_actor(str(step / "model"), chat.CHAT)
     said = torch.tensor(tokenizer([text], add_special_tokens=False).input_ids)
 
     def generate(ids, streamer, **_):
@@ -307,7 +307,7 @@ def test_answers_are_sampled_from_the_whole_vocabulary(step, monkeypatch):
     """generate would take the 50 likeliest tokens only, unless told otherwise."""
     import torch
 
-    tokenizer, model = chat.load(str(step / "model"))
+    tokenizer, model = exported.load_actor(str(step / "model"), chat.CHAT)
     likeliest = set(model(torch.tensor([[5, 6, 7]])).logits[0, -1].topk(50).indices.tolist())
     drawn = []
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: drawn.extend(torch.as_tensor(ids).flatten().tolist()[-1:]) or "")

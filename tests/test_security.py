@@ -134,11 +134,11 @@ def test_an_adapter_that_is_a_pickle_does_not_run(model, ran, tokenizer):
 
 
 def test_chat_refuses_such_a_model_in_words(model, ran):
-    from runner import chat
+    from runner import chat, exported
 
     to_pickle(model, hostile=ran)
     with pytest.raises(UserError, match=r"pytorch_model.bin holds code that would run"):
-        chat.load(str(model))
+        exported.load_actor(str(model), chat.CHAT)
 
 
 def test_everything_that_unpickles_says_weights_only():
@@ -239,10 +239,10 @@ def test_code_of_a_model_is_refused_before_anything_is_trained(where, with_code,
 
 
 def test_chat_and_workers_refuse_it_too(with_code, no_questions, tokenizer):
-    from runner import chat
+    from runner import chat, exported
     from runner.models.tokenizer import load_tokenizer
 
-    for load in (chat.load, load_tokenizer, lambda path: loaded(Path(path), tokenizer)):
+    for load in (lambda path: exported.load_actor(path, chat.CHAT), load_tokenizer, lambda path: loaded(Path(path), tokenizer)):
         with pytest.raises(UserError, match="brings Python code of its own"):
             load(str(with_code))
 
@@ -277,11 +277,11 @@ def test_a_chat_template_cannot_reach_python(tokenizer):
 
 
 def test_chat_says_so_before_the_first_message(model):
-    from runner import chat
+    from runner import chat, exported
 
     (model / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(UserError, match=r"the chat template of .* is refused by the template engine: access to attribute"):
-        chat.load(str(model))
+        exported.load_actor(str(model), chat.CHAT)
 
 
 # --- presets and overrides --------------------------------------------------------------------------------------------

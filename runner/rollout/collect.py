@@ -12,6 +12,7 @@ from runner.batch_sizes import PROBE
 from runner.data.batches import pad
 from runner.device import send
 from runner.losses import masked_sum
+from runner.models.wrappers import Actor
 from runner.rollout import graph, hf
 from runner.rollout.families import network_of
 from runner.rollout.record import CPU, Rollout, widen
@@ -87,27 +88,42 @@ def sample(
 ) -> Rollout:
     """Sample responses to this rank's prompts."""
     models.actor.eval()
-    parts, settings.stats = [], Stats()
-    ends = {"pad": settings.pad, "eos": settings.eos, "stops": settings.stops}
+    settings.stats = Stats()
     with engine.whole_weights(models.actor) as (actor, whole):
-        network = network_of(actor.hf) if whole and settings.engine != "hf" else None
-        if network is not None:
-            network = graph.folded(network)
-        together = settings.rollout_micro * (WAVE if network else 1)
-        for start in range(0, len(prompts), together):
-            if stoppable and (reason := stop.asked()):
-                raise stop.Stopped(reason)
-            rows = prompts[start : start + together]
-            uniform = uniforms(seed, episodes[start : start + together], settings.max_response)
-            if network is None:
-                ids, mask = (x.to(settings.device) for x in pad(rows, settings.pad, left=True))
-                parts.append(hf.generate(actor, ids, mask.sum(dim=1), uniform, **ends, together=not whole))
-                continue
-            options = {"slots": settings.rollout_micro, "min_tokens": actor.min_tokens, "vocabulary": actor.vocabulary}
-            decoder = graph.Decoder(network, actor.sampling, rows, uniform, **ends, **options)
-            parts.append(decoder.run())
-            settings.stats.add(decoder.stats)
-            del decoder  # frees its cache before the next one allocates as much
+        return respond(actor, settings, prompts, seed, episodes, whole=whole, stoppable=stoppable)
+
+
+@torch.no_grad()
+def respond(
+    actor: Actor,
+    settings: RolloutSettings,
+    prompts: list[list[int]],
+    seed: int,
+    episodes: list[int],
+    *,
+    whole: bool = True,
+    stoppable: bool = False,
+) -> Rollout:
+    """Sample a response to each prompt. whole: the actor has all its weights; see engine.whole_weights."""
+    parts, ends = [], {"pad": settings.pad, "eos": settings.eos, "stops": settings.stops}
+    network = network_of(actor.hf) if whole and settings.engine != "hf" else None
+    if network is not None:
+        network = graph.folded(network)
+    together = settings.rollout_micro * (WAVE if network else 1)
+    for start in range(0, len(prompts), together):
+        if stoppable and (reason := stop.asked()):
+            raise stop.Stopped(reason)
+        rows = prompts[start : start + together]
+        uniform = uniforms(seed, episodes[start : start + together], settings.max_response)
+        if network is None:
+            ids, mask = (x.to(settings.device) for x in pad(rows, settings.pad, left=True))
+            parts.append(hf.generate(actor, ids, mask.sum(dim=1), uniform, **ends, together=not whole))
+            continue
+        options = {"slots": settings.rollout_micro, "min_tokens": actor.min_tokens, "vocabulary": actor.vocabulary}
+        decoder = graph.Decoder(network, actor.sampling, rows, uniform, **ends, **options)
+        parts.append(decoder.run())
+        settings.stats.add(decoder.stats)
+        del decoder  # frees its cache before the next one allocates as much
     return join(parts, settings.pad)
 
 

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,6 +30,15 @@ def memory_limit() -> int:
         with suppress(OSError, ValueError):  # "max": none
             return min(machine, int(path.read_text()))
     return machine
+
+
+def share_cores(environment: MutableMapping[str, str]) -> None:
+    """Threads of OpenMP wait spinning, which takes the cores from another run on this machine: have them sleep soon.
+
+    benchmarks/NOTES.md has the times. Before torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def cores() -> int:
