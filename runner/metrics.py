@@ -171,9 +171,11 @@ class RunLog:
         """Write result.json, from which the summary is made, and close W&B."""
         if not self.writes:
             return
-        common = {"stage": self.stage, "seconds": time.monotonic() - self.started, "phases": dict(self.phases), "world_size": ranks.world()}
+        seconds = time.monotonic() - self.started
+        common = {"stage": self.stage, "seconds": seconds, "phases": dict(self.phases), "world_size": ranks.world()}
         rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        if advice := advise(self.cfg, self.stage, [row for row in rows if "time/step" in row], dict(self.phases)):
+        whole = self.phases | {"start": max(0.0, seconds - sum(self.phases.values()))}  # as the summary's table of times has it
+        if advice := advise(self.cfg, self.stage, [row for row in rows if "time/step" in row], whole):
             common["advice"] = advice
             self.say(f"advice: {advice}")
         write_text(self.folder / "result.json", json.dumps(common | {"resumed_from": self.first} | facts, indent=2))

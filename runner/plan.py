@@ -125,7 +125,7 @@ def _check_share(cfg: Config, stage: str) -> None:
     alone = all(source.only in ("ppo", "eval") for source in sources_of(dataset).values())
     if stage == "ppo" and cfg.ppo.ptx_coef and not dataset.pretrain and alone:
         raise UserError(
-            f"ppo.ptx_coef={cfg.ppo.ptx_coef:g} mixes in demonstrations, of which there are none: give text, dataset.pretrain=[FILE]"
+            f"ppo.ptx_coef={cfg.ppo.ptx_coef:g} mixes in demonstrations, of which there are none: give text, dataset.pretrain='[FILE]'"
         )
     if has_rows_for(dataset, share):
         return

@@ -138,13 +138,26 @@ def test_a_single_nan_or_infinity_is_found_on_padding_too(name, bad):
     rollout = whole_record()
     for other in invariants.SUSPECTS:
         setattr(rollout, other, torch.zeros(5) if other == "scores" else torch.zeros(5, 4))
-    assert invariants.finite_rollout(rollout) is None
+    assert invariants.finite_rollout(rollout, "") is None
     getattr(rollout, name).view(5, -1)[1, -1] = bad
-    assert invariants.finite_rollout(rollout).startswith(f"{name} of 1 of 5 responses")
+    assert invariants.finite_rollout(rollout, "").startswith(f"{name} of 1 of 5 responses")
 
 
 def test_what_is_not_computed_yet_is_no_fault():
-    assert invariants.finite_rollout(whole_record()) is None
+    assert invariants.finite_rollout(whole_record(), "") is None
+
+
+def test_the_advice_names_the_rate_that_trains():
+    """Of a run of adapters theirs, not ppo.actor_lr, which has no effect."""
+    rollout = whole_record()
+    rollout.logprobs = torch.full((5, 4), math.nan)
+    adapters = configured("model.actor.lora.dim=4", "model.actor.lora.lr=1e-3")
+    settings = collect.RolloutSettings(PAD, EOS, 4, 8, 8, torch.device("cpu"))
+    rollout.sampled_logprobs = rollout.ref_logprobs = rollout.mismatch = torch.zeros(5, 4)
+    rollout.recomputed = torch.ones(5, dtype=torch.bool)
+    rollout.scores = torch.arange(5.0)
+    found = invariants.of_rollout(adapters, settings, rollout)["finite_rollout"]
+    assert "the actor has diverged: lower the learning rate (model.actor.lora.lr=0.0001 ppo.critic_lr=" in found
 
 
 def test_scores_must_differ_where_eight_responses_do():

@@ -40,10 +40,10 @@ ALIASES = (
     ("model_name_or_path", "model.{part}.path", "model=... is the preset of its size"),
     (
         "eval_dataset eval_path eval_file test_path test_file heldout",
-        "dataset.eval_only=[FILE]",
+        "dataset.eval_only='[FILE]'",
         "dataset.holdout is the share kept without",
     ),
-    ("prompt_data prompt_dataset prompts", "dataset.ppo_only=[FILE]", "or, where models are given, dataset=prompts dataset.path=FILE"),
+    ("prompt_data prompt_dataset prompts", "dataset.ppo_only='[FILE]'", "or, where models are given, dataset=prompts dataset.path=FILE"),
     ("ppo.beta init_kl_coef", "ppo.kl_coef", "it weighs the KL penalty"),
     ("gae_lambda", "ppo.lam", ""),
     ("num_mini_batches", "ppo.minibatches", ""),

@@ -201,7 +201,7 @@ def check_training(block) -> None:
     )
     check(block.warmup >= 0, f"{where}.warmup={block.warmup} must be 0 or more: steps, or below 1 a share of the run")
     check(block.grad_clip > 0, f"{where}.grad_clip={block.grad_clip} must be above 0 (1e9 for none)")
-    check(len(block.betas) == 2, f"{where}.betas={block.betas} must be two numbers: type {where}.betas=[0.9,0.95]")
+    check(len(block.betas) == 2, f"{where}.betas={block.betas} must be two numbers: type {where}.betas='[0.9,0.95]'")
     check(all(0 <= beta < 1 for beta in block.betas), f"{where}.betas={block.betas} must be 0 or more, and below 1")
     check_positive(block, "epochs", "max_steps", "eps")
     check_least(block, 0, "eval_every", "lr_end")

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -122,11 +123,12 @@ def _check_kind(key: str, value: object, kind: type) -> None:
             _check_kind(f"{key}.{name}", text, str)
     if get_origin(kind) is list:
         if not isinstance(value, list) and kind == list[float]:  # betas
-            raise UserError(f"{key}={shown} must be two numbers: type {key}=[0.9,0.95]")
+            raise UserError(f"{key}={shown} must be two numbers: type {key}='[0.9,0.95]'")
         if value == "all-linear":  # peft's word for lora.targets
             raise UserError(f"{key}={value} is the default: leave it out")
         if not isinstance(value, list):
-            raise UserError(f"{key}={shown} must be a list: type {key}=[{'...' if value is None else value}]")
+            items = "..." if value is None else value
+            raise UserError(f"{key}={shown} must be a list: type {key}={shlex.quote(f'[{items}]')}")
         if any(part is None or isinstance(part, dict | list) for part in value):
             raise UserError(f"{key}={value} must be a list of plain values")
     if kind in PLAIN and (value is None or isinstance(value, dict | list)):

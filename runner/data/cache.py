@@ -171,7 +171,7 @@ def _why_empty(dataset: Dataset, stage: str, counts: Counts) -> str:
         return "the rows of dataset.eval_only have all of its prompts"
     every = [(source, example) for source in sources if source.only != "eval" for example in adapted(dataset, source, Counts())]
     if stage != "sft" and every and not any(only_use(*one) in (None, share) for one in every):
-        beside = f"give pairs and put these rows beside them: dataset.sft_only=[{dataset.path or 'FILE'}]"
+        beside = f"give pairs and put these rows beside them: dataset.sft_only='[{dataset.path or 'FILE'}]'"
         return f"none of its rows has a `rejected`: only SFT can use them. Type stage=sft, or {beside}"
     if all(source.only == "eval" for source in sources):
         return "all its sources are to evaluate on (only=eval)"

@@ -33,7 +33,7 @@ def why_no_map(row: dict) -> str | None:
     """Why no map makes comparisons or demonstrations of such rows, and what to do instead. None if one may."""
     found, texts = _guessed(row), _texts(row)
     if texts == ["text"]:
-        return "A text alone has no prompt and no answer to it: dataset.pretrain=[FILE] ppo.ptx_coef=27.8 mixes it into PPO"
+        return "A text alone has no prompt and no answer to it: dataset.pretrain='[FILE]' ppo.ptx_coef=27.8 mixes it into PPO"
     rewrite = "and no map reads that: write the rows as prompt, chosen and rejected first"
     if rated := next((name for name in row if _is_rated(row[name])), None):
         return f"Field {rated} is a list of rated answers, {rewrite}"

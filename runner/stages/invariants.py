@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from runner import ranks
-from runner.config.schema import Config
+from runner.config.schema import Config, lower_rate
 from runner.durable.shards import shards, steps_taken
 from runner.errors import UserError
 from runner.losses import masked_mean
@@ -70,7 +70,7 @@ def of_rollout(cfg: Config, settings: RolloutSettings, rollout: Rollout) -> Find
     precision, mask = cfg.hardware.precision, rollout.mask
     findings = {
         "eos_and_pad": eos_and_pad(rollout, settings.pad, settings.eos, settings.max_response),
-        "finite_rollout": finite_rollout(rollout),
+        "finite_rollout": finite_rollout(rollout, lower_rate(cfg, "ppo")),
         "rollout_weights": rollout_weights(rollout.mismatch, mask * rollout.recomputed.unsqueeze(1), precision),
         "kl_not_negative": kl_not_negative(rollout.sampled_logprobs, rollout.ref_logprobs, mask, precision, cfg.ppo.top_p),
         "scores_not_constant": scores_not_constant(rollout.scores, rollout.responses),
@@ -121,25 +121,25 @@ def eos_and_pad(rollout: Rollout, pad: int, eos: int, limit: int) -> str | None:
 
 
 SUSPECTS = {
-    "sampled_logprobs": "the actor has diverged while sampling: lower ppo.actor_lr",
-    "logprobs": "the actor has diverged: lower ppo.actor_lr",
+    "sampled_logprobs": "the actor has diverged while sampling: lower the learning rate ({})",
+    "logprobs": "the actor has diverged: lower the learning rate ({})",
     "ref_logprobs": "the SFT model is damaged: look at its loss, or give another with sft.use=",
-    "values": "the critic has diverged: lower ppo.critic_lr",
+    "values": "the critic has diverged: lower the learning rate ({})",
     "scores": "the reward model is damaged: look at its loss, or give another with reward.use=",
     "rewards": "scores or KL are out of range: raise ppo.kl_coef or set ppo.score_clip=5",
-    "advantages": "rewards or values are out of range: set ppo.score_clip=5, or lower ppo.critic_lr",
-    "returns": "rewards or values are out of range: set ppo.score_clip=5, or lower ppo.critic_lr",
+    "advantages": "rewards or values are out of range: set ppo.score_clip=5, or lower the learning rate ({})",
+    "returns": "rewards or values are out of range: set ppo.score_clip=5, or lower the learning rate ({})",
 }
 
 
-def finite_rollout(rollout: Rollout) -> str | None:
-    """No NaN or infinity in any result, padding included: GAE multiplies padding by 0, and 0 * NaN is NaN."""
+def finite_rollout(rollout: Rollout, rates: str) -> str | None:
+    """No NaN or infinity in any result, padding included: GAE multiplies padding by 0, and 0 * NaN is NaN. rates: lower ones, to type."""
     for name, suspect in SUSPECTS.items():
         value = getattr(rollout, name)
         if value is not None and not value.isfinite().all():
             bad = ~value.isfinite().flatten(1) if value.dim() > 1 else ~value.isfinite().unsqueeze(1)
             return (
-                f"{name} of {int(bad.any(1).sum())} of {len(rollout)} responses are NaN or infinite. Most likely {suspect}; "
+                f"{name} of {int(bad.any(1).sum())} of {len(rollout)} responses are NaN or infinite. Most likely {suspect.format(rates)}; "
                 "fp16 also overflows where hardware.precision=bf16 does not"
             )
     return None
