@@ -1069,7 +1069,7 @@ def test_demonstrations_cannot_train_the_other_stages(data, build):
     for stage in ("reward", "dpo", "ppo"):
         with pytest.raises(
             UserError,
-            match=rf"stage {stage} has no rows .*none of its rows has a `rejected`.*Type stage=sft, or .*dataset.sft_only=\[FILE\]$",
+            match=rf"stage {stage} has no rows .*none of its rows has a `rejected`.*Type stage=sft, or .*dataset.sft_only='\[FILE\]'$",
         ):
             build(alone, stage)
 
