@@ -310,6 +310,10 @@ def main() -> None:
         print_sections(parts, Console())
     except UserError as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        sys.exit("error: the GPU's memory is full: lower --batch or --max-new-tokens")
     except KeyboardInterrupt:
         sys.exit(130)
 

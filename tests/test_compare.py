@@ -155,6 +155,15 @@ def test_what_cannot_be_compared_is_refused_in_words(store, tokenizer_folder, tm
         assert raised.value.code == 2
 
 
+def test_a_full_gpu_is_told_in_words(store, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(compare, "answered", full)
+    with pytest.raises(SystemExit, match="the GPU's memory is full: lower --batch"):
+        typed(monkeypatch, store / "sft-0123456789", "--reward", store / "reward-0123456789")
+
+
 def test_models_are_called_by_their_steps(tmp_path):
     for place in ("a/sft-1/model", "b/sft-1/model", "c/ppo-2/model", "plain"):
         (tmp_path / place).mkdir(parents=True)
