@@ -7,7 +7,6 @@ known, the chosen ones of the pairs, are scored too.
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from runner.errors import UserError
-from runner.exported import REWARD, as_trained, device, find, load_actor, load_reward
+from runner.exported import REWARD, as_trained, find, load_actor, load_reward
 from runner.files import read_json
 from runner.formatting import duration, num, pct, with_error
 from runner.reporting.report import Section, print_sections
@@ -56,10 +55,8 @@ def compare(args: argparse.Namespace) -> tuple[list[Section], list[dict]]:
     """The report, and a row for each prompt. Raises UserError."""
     # 1. The models, by what was typed
     paths = named([find(typed, COMPARE) for typed in args.models])
-    args.max_new_tokens = args.max_new_tokens or trained_to_write(*paths.values())
+    args.max_new_tokens = args.max_new_tokens or trained_to_write(next(iter(paths.values())))
     judge = find(args.reward, f"{COMPARE} {shlex.join(args.models)} --reward", REWARD)
-    if device() == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, once it is imported, says that it found no GPU
     tokenizer, reward = load_reward(judge, f"{COMPARE} --reward")
 
     # 2. The questions
@@ -95,9 +92,9 @@ def named(paths: list[str]) -> dict[str, str]:
     return {path if short.count(name) > 1 or name == KNOWN else name: path for name, path in zip(short, paths, strict=True)}
 
 
-def trained_to_write(first: str, *_) -> int:
-    """Tokens of an answer at most, as the first model's generation_config.json has it; 256 if it says nothing."""
-    file = Path(first) / "generation_config.json"
+def trained_to_write(path: str) -> int:
+    """Tokens of an answer at most, as a model's generation_config.json has it; 256 if it says nothing."""
+    file = Path(path) / "generation_config.json"
     return (read_json(file) if file.exists() else {}).get("max_new_tokens") or 256
 
 

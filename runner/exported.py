@@ -137,6 +137,8 @@ def prepare(path: str) -> None:
 
     if not Path(path).exists() and "HF_HUB_OFFLINE" not in os.environ and not hub_answers():
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if device() == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, when it is imported, says that it found no GPU
     import transformers
 
     transformers.logging.set_verbosity_error()
