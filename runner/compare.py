@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from runner.errors import UserError
-from runner.exported import REWARD, as_trained, find, load_actor, load_reward
+from runner.exported import REWARD, as_trained, context_of, find, load_actor, load_reward
 from runner.files import read_json
 from runner.formatting import duration, num, pct, with_error
 from runner.reporting.report import Section, print_sections
@@ -61,6 +61,7 @@ def compare(args: argparse.Namespace) -> tuple[list[Section], list[dict]]:
 
     # 2. The questions
     questions, whence = asked_in(args.prompts, tokenizer) if args.prompts else held_out_of(judge, tokenizer)
+    questions, left_out = that_fit(questions, args.max_new_tokens, paths | {"the reward model": judge})
     questions = picked(questions, args.count)
 
     # 3. Each model answers; one is in memory at a time
@@ -77,7 +78,7 @@ def compare(args: argparse.Namespace) -> tuple[list[Section], list[dict]]:
     how = "likeliest tokens" if args.greedy else f"temperature {args.temperature:g}"
     title = f"{num(len(questions))} prompts of {whence}: {how}, at most {args.max_new_tokens} tokens"
     prompts = [tokenizer.decode(question.prompt, skip_special_tokens=True).strip() for question in questions]
-    return [table(title, found), *samples(prompts, found)], list(rows_of(prompts, found))
+    return [table(title, found, left_out), *samples(prompts, found)], list(rows_of(prompts, found))
 
 
 def named(paths: list[str]) -> dict[str, str]:
@@ -144,6 +145,24 @@ def asked_in(path: str, tokenizer) -> tuple[list[Question], str]:
     return [Question(ids, next(answers) if e.chosen else None) for ids, e in zip(prompts, examples, strict=True)], path
 
 
+def that_fit(questions: list[Question], answer: int, paths: dict[str, str]) -> tuple[list[Question], str]:
+    """The questions that all models can read with an answer; and, if there are others, how many, in words."""
+    limits = {name: limit for name, path in paths.items() if (limit := context_of(path))}
+    name = min(limits, key=limits.get, default=None)
+    if name is None:
+        return questions, ""
+    kept = [q for q in questions if len(q.prompt) + max(answer, len(q.answer or ())) <= limits[name]]
+    if not kept:
+        raise UserError(f"{name} reads {limits[name]} tokens, and no prompt leaves room for an answer of {answer}: lower --max-new-tokens")
+    dropped = len(questions) - len(kept)
+    return (
+        kept,
+        f"Left out: {num(dropped)} prompts that {name} cannot read with an answer, as it reads {num(limits[name])} tokens."
+        if dropped
+        else "",
+    )
+
+
 def picked(questions: list[Question], count: int) -> list[Question]:
     """At most `count` of them, always the same ones."""
     from runner.data.batches import subset
@@ -168,12 +187,6 @@ def answered(path: str, name: str, tokenizer, questions: list[Question], args: a
     check_family(path, model.config.model_type)
     if not same_tokens(own, tokenizer):
         raise UserError(f"{name} and the reward model do not have the same tokenizer and chat template: it could not read the answers")
-    context = getattr(model.config, "max_position_embeddings", None)  # ALiBi has no limit
-    longest = max(len(question.prompt) for question in questions) + args.max_new_tokens
-    if context and longest > context:
-        raise UserError(
-            f"{name} reads {context} tokens at most, and the longest prompt and its answer have {longest}: lower --max-new-tokens"
-        )
     sampling = {"top_k": 1} if args.greedy else {"temperature": args.temperature}
     actor = Actor(model, model.config.model_type, 0, **sampling, vocabulary=max(own.get_vocab().values()) + 1)
     sizes = (args.max_new_tokens, args.batch, args.batch)
@@ -215,7 +228,7 @@ def scored(name: str, rollout: "Rollout", tokenizer, reward, most: int) -> Answe
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def table(title: str, found: Sequence[Answers]) -> Section:
+def table(title: str, found: Sequence[Answers], left_out: str = "") -> Section:
     """Scores, and how often each model's answer is scored higher than the first one's."""
     first = found[0]
     mean, unit = first.scores.mean(), scale(first)
@@ -224,6 +237,7 @@ def table(title: str, found: Sequence[Answers]) -> Section:
         notes.append(
             f"Difference and better: against {first.name}'s answer to the same prompt, with the 95 % interval; a tie counts as half."
         )
+    notes += [left_out] if left_out else []
     return Section(title, header=HEADER, rows=[table_row(one, first, float(mean), unit) for one in found], notes=notes)
 
 

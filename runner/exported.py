@@ -158,6 +158,16 @@ def dtype():
     return "auto" if torch.cuda.is_available() else torch.float32
 
 
+def context_of(path: str) -> int | None:
+    """Tokens that a model reads at most; None without a limit, as with ALiBi. Also for what cannot be loaded: loading it says why."""
+    from runner.model_folders import positions_of
+
+    try:
+        return positions_of(_config(path).to_dict())
+    except Exception:  # the hub's, or of a broken file
+        return None
+
+
 def _config(path: str):
     import transformers
 

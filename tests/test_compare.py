@@ -118,6 +118,12 @@ def test_prompts_of_a_file_with_and_without_answers(store, tokenizer, tmp_path, 
     file.write_text('{"prompt": "What is a lake?"}\n{"prompt": 3}\n')
     with pytest.raises(SystemExit, match=r"^error: .*prompts.jsonl:2: "):
         typed(monkeypatch, store / "sft-0123456789", "--reward", store / "reward-0123456789", "--prompts", file)
+    file.write_text('{"prompt": "What is a lake?"}\n' + json.dumps({"prompt": "What is a lake? " * 40}) + "\n")
+    typed(monkeypatch, store / "sft-0123456789", "--reward", store / "reward-0123456789", "--prompts", file)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "1 prompts of" in shown and "Left out: 1 prompts that sft-0123456789 cannot read with an answer, as it reads 128 tokens." in shown
+    )
     file.write_text('{"prompt": " "}\n')
     with pytest.raises(UserError, match="holds no prompts"):
         compare.asked_in(str(file), tokenizer)
@@ -137,8 +143,15 @@ def test_what_cannot_be_compared_is_refused_in_words(store, tokenizer_folder, tm
         "--reward",
         sft,
     )
-    refused(r"cannot load .*: it is a reward model or critic", reward, "--reward", reward)
-    refused(r"sft-0123456789 reads 128 tokens at most, .*: lower --max-new-tokens", sft, "--reward", reward, "--max-new-tokens", 128)
+    refused(r"cannot load .*: it is a reward model or critic", reward, "--reward", reward, "--max-new-tokens", 12)
+    refused(
+        r"sft-0123456789 reads 128 tokens, and no prompt leaves room for an answer of 128: lower --max-new-tokens",
+        sft,
+        "--reward",
+        reward,
+        "--max-new-tokens",
+        128,
+    )
     shutil.copytree(reward / "model", tmp_path / "elsewhere")
     refused(
         r".*elsewhere has no held-out prompts, as it was not trained here: type --prompts FILE", sft, "--reward", tmp_path / "elsewhere"

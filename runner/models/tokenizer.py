@@ -191,7 +191,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids, without special tokens but those in the texts. Not verbose: a text beyond the context is cut or dropped later."""
-    return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []  # of none, transformers raises IndexError
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Sequence[Turn]]) -> list[list[int]]:
