@@ -148,7 +148,7 @@ def test_pairwise_loss_of_extreme_scores_is_finite():
     close(losses.pairwise_loss(torch.tensor([0.0]), torch.tensor([1000.0]), 0.0), 1000.0)
 
 
-# --- PPO --------------------------------------------------------------------------------------------------------------
+# --- DPO --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,6 +173,9 @@ def test_the_gradient_of_dpo_is_how_sure_it_is_of_the_wrong_order_less_the_share
     losses.dpo_loss(chosen, rejected, 0.2).backward()
     assert chosen.grad.tolist() == pytest.approx([0.2 - 0.2689414, 0.0], abs=1e-6)
     assert torch.equal(chosen.grad, -rejected.grad)
+
+
+# --- PPO --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator, expected", [("k1", 0.5), ("k2", 0.125), ("k3", 0.1065307)])  # k3: e^-0.5 - 1 + 0.5

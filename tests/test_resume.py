@@ -49,6 +49,27 @@ def test_the_same_configuration_goes_on_in_its_folder(tmp_path):
     assert planned(tmp_path, "hardware=cpu2", "checkpoint.every=3", "sft.eval_every=7").folder == step.folder
 
 
+def test_a_step_of_an_earlier_program_is_told_from_one_with_other_settings(tmp_path, monkeypatch):
+    """No file has changed, and nobody can type the old version."""
+
+    def dpo(*overrides: str) -> tuple[Config, Step]:
+        cfg = configured("stage=dpo", f"store={tmp_path}", *overrides)
+        return cfg, plan(cfg)[-1]
+
+    cfg, step = dpo()
+    interrupt(step)
+    (step.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(cfg))))
+    monkeypatch.setattr("runner.plan.VERSION", 1000)
+    for overrides, lines in (((), []), (("dpo.beta=0.2",), ["  dpo.beta: 0.1 -> 0.2"])):
+        now, step = dpo(*overrides)
+        with pytest.raises(UserError) as caught:
+            refuse_changed_config(now, "dpo", step.earlier)
+        head, *shown, last = str(caught.value).splitlines()
+        assert head.endswith(", and since then this program has changed what its steps mean:")
+        assert shown[:-1] == lines and shown[-1].startswith("  version: ") and shown[-1].endswith(" -> 1000")
+        assert last.startswith("To resume it, use the program as it was, and the old values. To continue from its checkpoint")
+
+
 def test_a_changed_one_is_shown_with_the_difference(tmp_path):
     interrupt(planned(tmp_path))
     step = planned(tmp_path, "sft.lr=0.5", "model.max_response_tokens=20")

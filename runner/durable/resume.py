@@ -115,12 +115,17 @@ def refuse_changed_config(cfg: Config, stage: str, earlier: Unfinished) -> None:
     onward = "To continue from its checkpoint with the new ones, add resume=force, which the result records"
     if unfit := _unfit(cfg, stage, earlier):
         onward = f"Its checkpoint cannot be continued with the new ones: {unfit[1]}"
+    what, exactly = "this command has another configuration", "type the old values"
+    if VERSIONS & earlier.differences.keys():
+        what, exactly = "since then this program has changed what its steps mean", "use the program as it was, and the old values"
     raise UserError(
-        f"stage {stage} was interrupted at step {earlier.steps} in {earlier.folder}, and this command has another configuration:\n{lines}\n"
-        f"To resume it, type the old values. {onward}. To leave it where it is and start over, add resume=new"
+        f"stage {stage} was interrupted at step {earlier.steps} in {earlier.folder}, and {what}:\n{lines}\n"
+        f"To resume it, {exactly}. {onward}. To leave it where it is and start over, add resume=new"
     )
 
 
+# Facts that change with the code: of the plan and of the data
+VERSIONS = {"version", "dataset.version"}
 # Parts of keys that do not shape the result, or that show up again under the keys that read them
 UNTOLD = {"name", "recipe", "eval_every", "eval_examples", "eval_prompts", "trust_remote_code"}
 
@@ -140,6 +145,8 @@ def in_settings(cfg: Config, stage: str, earlier: Unfinished) -> list[str]:
     told = {key: pair for key, pair in told.items() if blocks & {"parents", key.partition(".")[0]}}
     lines = [_line(key, *pair) for key, pair in told.items() if not UNTOLD & set(key.split("."))]
     facts = {key: pair for key, pair in earlier.differences.items() if key != ORIGIN and not _explains(lines, key)}
+    if VERSIONS & facts.keys():  # which is in the parents' keys too
+        facts = {key: pair for key, pair in facts.items() if not key.startswith("parents.")}
     return lines + [_unexplained(key, *pair) for key, pair in facts.items()]
 
 
