@@ -290,6 +290,29 @@ PARTS = [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]
         ({"instruction": "a", "context": "x", "response": "b"}, {}, Example(turns("a\n\nx"), "b")),
         ({"question": "a", "context": "x", "answer": "b"}, {}, Example(turns("a\n\nx"), "b")),
         ({"question": "a", "context": "x", "answer": "b"}, {"prompt": "context"}, Example(turns("x"), "b")),
+        ({"prompt": "a", "input": "x", "output": "b"}, {}, Example(turns("a\n\nx"), "b")),
+        ({"query": "a", "context": "x", "response": "b"}, {}, Example(turns("a\n\nx"), "b")),
+        ({"prompt": "a x", "context": "x", "response": "b"}, {}, Example(turns("a x"), "b")),  # it is in there already
+        ({"prompt": "\n\nHuman: a\n\nAssistant:", "context": "x", "response": "b"}, {}, SINGLE),
+        ({"prompt": "a", "context": {"id": 3}, "response": "b"}, {}, SINGLE),
+        ({"text": "a", "input": "x", "output": "b"}, {"prompt": "text", "response": "output"}, SINGLE),  # the map says what the prompt is
+        # A prompt that was made of the instruction, with the answer in it or in the format of Alpaca
+        ({"instruction": "a", "input": "x", "output": "b", "prompt": "Do: a\nWith: x\nSo: b"}, {}, Example(turns("a\n\nx"), "b")),
+        ({"instruction": "a", "output": "b", "prompt": "### Instruction:\na\n\n### Response:"}, {}, SINGLE),
+        ({"question": "a", "answer": "b", "prompt": "Please say: a"}, {}, Example(turns("Please say: a"), "b")),
+        *[
+            ({name: "Be kind.", "question": "a", "response": "b"}, {}, Example((SYSTEM, *turns("a")), "b"))
+            for name in ("system_prompt", "system_message")
+        ],
+        ({"system_prompt": None, "question": "a", "response": "b"}, {}, SINGLE),
+        # A subject called label, and KTO's
+        ({"prompt": "a", "messages": messages("a", "b"), "label": "maths"}, {}, SINGLE),
+        ({"messages": messages("a", "b"), "label": True}, {}, SINGLE),
+        # Messages in a table
+        ({"messages": json.dumps(messages("a", "b"))}, {}, SINGLE),
+        ({"prompt": json.dumps(messages("a")), "chosen": "b", "rejected": json.dumps(messages("a", "c"))}, {}, PAIR),
+        ({"prompt": "a", "response": "[1, 2]"}, {}, Example(turns("a"), "[1, 2]")),
+        ({"prompt": "a", "response": '[{"x": 1}]'}, {}, Example(turns("a"), '[{"x": 1}]')),
         (
             {"instruction": "e", "input": "x", "output": "b", "history": [["a ", "b"], ["c", "d"]]},
             {},
@@ -352,6 +375,12 @@ def test_fields(row, fields, example):
         ({"prompt": "Hi?"}, {}, [user("Hi?")]),
         ({"prompt": "\n\nHuman: Hi?\n\nAssistant:", "chosen": None, "rejected": 3}, {}, [user("Hi?")]),
         ({"instruction": "Add", "input": "1 2", "output": ""}, {}, [user("Add\n\n1 2")]),
+        # no_robots and UltraChat: the messages hold more than the field prompt, also for SFT
+        ({"prompt": "a", "messages": [SYSTEM, *messages("a", "b")]}, {}, [SYSTEM, *turns("a")]),
+        ({"prompt": "a", "messages": messages("a", "b", "c", "d")}, {}, turns("a", "b", "c")),
+        ({"prompt": "a", "chosen": [SYSTEM, *messages("a", "b")], "rejected": [SYSTEM, *messages("a", "c")]}, {}, [SYSTEM, *turns("a")]),
+        ({"prompt": "a", "response": messages("x", "b")[1:]}, {}, turns("a")),
+        ({"prompt": json.dumps(messages("a"))}, {}, turns("a")),
         ({"frage": "Hi?", "system": "Be brief."}, {"prompt": "frage"}, [{"role": "system", "content": "Be brief."}, user("Hi?")]),
         ({"messages": TURNS[:1]}, {}, [user("a")]),
         ({"conversations": TURNS[:1], "chosen": GOOD, "rejected": GOOD}, {}, [user("a")]),
@@ -399,6 +428,11 @@ def test_the_map_for_a_prompt_alone_has_no_answers():
         ({"prompt": "a", "chosen": 3}, {}, "field chosen is of type int, not a string"),
         ({"prompt": {"x": 1}, "chosen": "b"}, {}, "field prompt is of type dict, not a string"),
         ({"messages": ["a", "b"]}, {}, r"messages\[0\] is of type str"),
+        (
+            {"prompt": "a", "chosen": "[{'content': 'a', 'role': 'user'}\n {'content': 'b', 'role': 'assistant'}]"},
+            {},
+            "chosen holds a list of messages as text",
+        ),
         ({"messages": [{"role": "Narrator", "content": "a"}]}, {}, r"messages\[0\] has role 'Narrator'"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, {}, "has role"),
         ({"messages": [{"role": "user", "content": None}]}, {}, r"messages\[0\] has content null, not a string"),

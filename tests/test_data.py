@@ -483,6 +483,22 @@ def test_end_token(cfg, tmp_path):
     assert load_tokenizer(path, end_token="<s>").eos_token_id == 1
 
 
+def test_a_vocabulary_that_merges_a_line_break_with_what_follows_loses_nothing():
+    """As BLOOM's pre-tokenizer allows it. The template's opening ends with a line break."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(["x\n(a)\n(b)\n(c)"] * 50, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>\n{% endif %}"
+    )
+    assert len(tokenizer("\n(").input_ids) == 1
+    assert [decode_response(tokenizer, ids) for ids in encode_responses(tokenizer, ["(a) yes", "yes"])] == ["(a) yes", "yes"]
+
+
 @pytest.mark.parametrize(
     "core, end",
     [(train_tokenizer(ALPHABET, 300).backend_tokenizer, "</s>"), (Tokenizer(models.WordLevel({"a": 0, "<pad>": 1}, "a")), "<|endoftext|>")],

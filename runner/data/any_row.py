@@ -1,12 +1,13 @@
 """Adapters for rows of any data set, by the names of their fields: `fields` for answers, `prompts` for prompts alone."""
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
 from runner.data.dialogue import OPENING, BadRow, Dropped, Example, Turn, Unmapped, chat, need, parse_dialogue, user
-from runner.data.field_names import CHATS, PAIR, PROMPTS, RESPONSES, is_message
+from runner.data.field_names import CHATS, PAIR, PROMPTS, RESPONSES, SYSTEMS, is_message
 
 
 def any_fields(row: dict, fields: dict) -> Example:
@@ -24,7 +25,7 @@ def any_fields(row: dict, fields: dict) -> Example:
         raise Dropped("marked as bad (label: false)")
     if rejected and is_rated_no_higher(row):
         raise Dropped("chosen is rated no higher")
-    return with_system(named, compare(named, prompt_turns(named), answer, rejected))
+    return with_system(named, compare(named, prompt_turns(named, fields, answer), answer, rejected))
 
 
 def is_bad(row: dict, single: bool) -> bool:
@@ -49,9 +50,11 @@ def is_rated_no_higher(row: dict) -> bool:
 def prompts(row: dict, fields: dict) -> Example:
     """The prompt of any row, for PPO: found as `fields` does. Answers are left out, also one at the end of a dialogue."""
     named = under_our_names(row, fields)
-    turns, answer = prompt_turns(named), pick(named, RESPONSES)
-    if not turns and answer in CHATS and isinstance(named[answer], list):
-        turns = chat(named, answer)
+    answer = pick(named, RESPONSES)
+    turns = prompt_turns(named, fields, answer)
+    if isinstance(named.get(answer), list):
+        whole = chat(named, answer)  # repeats the prompt, or goes on from it
+        turns = whole if whole and whole[0]["role"] != "assistant" else turns
     elif not turns and answer:
         turns, _ = reply(named, answer, ())
     elif not turns:
@@ -62,23 +65,55 @@ def prompts(row: dict, fields: dict) -> Example:
 
 
 def under_our_names(row: dict, fields: dict) -> dict:
-    """The row, and beside its own names those of the map `fields` (ours -> theirs)."""
-    return row | {ours: need(row, theirs, kind=object) for ours, theirs in fields.items()}
+    """The row, and beside its own names those of the map `fields` (ours -> theirs). Messages that were written as text are messages."""
+    named = row | {ours: need(row, theirs, kind=object) for ours, theirs in fields.items()}
+    return named | {name: messages for name in (*PROMPTS, *RESPONSES, "rejected") if (messages := messages_in(name, named.get(name)))}
 
 
-def prompt_turns(named: dict) -> tuple[Turn, ...]:
+# How Python, and `datasets` in a CSV file, write a list of messages
+PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{\s*'(?:role|content|from|value)':")
+
+
+def messages_in(name: str, value: object) -> list | None:
+    """The messages of a text that holds a list of them, as JSON, and as a table must."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return None
+    if PYTHON_MESSAGES.match(value):
+        raise BadRow(f"field {name} holds a list of messages as text, which cannot be read back: save the rows as .jsonl or .parquet")
+    with suppress(ValueError):
+        messages = json.loads(value)
+        return messages if isinstance(messages, list) and messages and all(map(is_message, messages)) else None
+    return None
+
+
+def prompt_turns(named: dict, fields: dict, answer: str | None) -> tuple[Turn, ...]:
     """Turns of the field that holds the prompt, or of a chat beside an answer; none if the row has no such field."""
     if not (prompt := pick(named, PROMPTS)):
         return asked(named)
+    if "prompt" not in fields and (inner := instruction_in(named, answer)):
+        prompt = inner
     if named[prompt] == []:
         raise Dropped("empty prompt")
     turns = chat(named, prompt) if isinstance(named[prompt], list) else parse_dialogue(need(named, prompt))
-    if named[prompt] not in (named.get("instruction"), named.get("question")):  # under that name, or mapped from it
-        return (*history(named), *turns) if isinstance(named.get("history"), list) else turns
+    asks = named[prompt] in (named.get("instruction"), named.get("question"))  # under that name, or mapped from it
+    earlier = tuple(history(named)) if asks or isinstance(named.get("history"), list) else ()
+    whole = isinstance(named[prompt], list) or OPENING.match(named[prompt]) or "prompt" in fields  # a dialogue, or what the map says
+    if whole and not asks:
+        return (*earlier, *turns)
     extra = pick(named, ("input", "context"))  # Alpaca, Dolly; a passage that a question is about
-    if extra and need(named, extra).strip():
+    if extra and (asks or isinstance(named[extra], str)) and need(named, extra).strip() and named[extra] not in named[prompt]:
         turns = (*turns[:-1], user(turns[-1]["content"] + "\n\n" + named[extra]))
-    return (*history(named), *turns)
+    return (*earlier, *turns)
+
+
+def instruction_in(named: dict, answer: str | None) -> str | None:
+    """The field of the bare instruction, where `prompt` is a whole text that was made of it, perhaps with the answer at its end."""
+    prompt, said = named.get("prompt"), named.get(answer)
+    name = pick(named, ("instruction", "question"))
+    if not (name and isinstance(prompt, str) and isinstance(named[name], str) and named[name].strip() in prompt):
+        return None
+    answered = isinstance(said, str) and said.strip() and prompt.rstrip().endswith(said.strip())
+    return name if answered or "### Instruction:" in prompt else None
 
 
 def asked(named: dict) -> tuple[Turn, ...]:
@@ -100,9 +135,10 @@ def history(named: dict) -> Iterator[Turn]:
 
 def with_system(named: dict, example: Example) -> Example:
     """The example with the row's system prompt before its turns, if they do not begin with it."""
-    if not pick(named, ("system",)) or not need(named, "system").strip():
+    name = pick(named, SYSTEMS)
+    if not name or not need(named, name).strip():
         return example
-    turn = {"role": "system", "content": named["system"].strip()}
+    turn = {"role": "system", "content": named[name].strip()}
     return example if example.prompt[:1] == (turn,) else replace(example, prompt=(turn, *example.prompt))
 
 

@@ -5,7 +5,8 @@ import re
 # Names of the fields that `fields` looks for, in this order, and ours, which its map may give to others
 PROMPTS = ("prompt", "instruction", "question", "query")
 CHATS = ("messages", "conversations")
-RESPONSES = ("chosen", "response", "output", "answer", "completion", "label", *CHATS)
+RESPONSES = ("chosen", "response", "output", "answer", "completion", *CHATS, "label")
+SYSTEMS = ("system", "system_prompt", "system_message")
 PAIR = ("prompt", "chosen", "rejected")
 OURS = ("prompt", "chosen", "response", "rejected", "system", "messages")
 # Words in the names of fields that other people choose

@@ -18,7 +18,7 @@ from runner.data.file_formats import BrokenRow, file_rows
 from runner.errors import UserError
 
 # Increase it when an adapter, the encoder, the split or the order of the sources changes what becomes of a row
-VERSION = 11
+VERSION = 12
 
 # A folder that datasets' save_to_disk has written holds one of these
 SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")

@@ -201,13 +201,17 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Seque
 def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> list[list[int]]:
     """Tokens of gap + response + EOS, as they follow the prompt.
 
-    Tokenised after a text that merges with neither, which is then cut off: otherwise SentencePiece would add a space of its own.
+    Tokenised after a short text, which is then cut off: otherwise SentencePiece would add a space of its own. Where a vocabulary merges
+    that text with the response, the response is tokenised alone.
     """
     between = gap(tokenizer)
     before = "a" if between else "\n"
-    anchor = len(tokenizer(before, add_special_tokens=False).input_ids)
-    texts = [before + between + plain(tokenizer, response).strip() for response in responses]
-    return [[*ids[anchor:], tokenizer.eos_token_id] for ids in encode(tokenizer, texts)]
+    (anchor,) = encode(tokenizer, [before])
+    texts = [between + plain(tokenizer, response).strip() for response in responses]
+    rows = encode(tokenizer, [before + text for text in texts])
+    for n, ids in enumerate(rows):
+        rows[n] = ids[len(anchor) :] if ids[: len(anchor)] == anchor else encode(tokenizer, [texts[n]])[0]
+    return [[*ids, tokenizer.eos_token_id] for ids in rows]
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
