@@ -25,6 +25,8 @@ def check_amounts(cfg: Config, stage: str, counts: dict) -> None:
     train, block = counts["train"], getattr(cfg, stage)
     _warn_of_dropped(cfg.model.max_response_tokens, stage, counts)
     _note_of_marks(stage, counts)
+    if stage == "sft" and counts.get("earlier") and not cfg.dataset.every_answer:
+        print(f"note: {counts['earlier']} answers before the last one of their dialogue are not trained on: dataset.every_answer=true does")
     if stage == cfg.stage and stage in ("sft", "reward"):
         _note_of_split(stage, counts)
     ppo = block if stage == "ppo" else None

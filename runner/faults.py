@@ -88,7 +88,7 @@ class Crash:
         if note:
             return f"{name}, {place(note)},"
         seen = next((beat for beat in self.beats if beat["rank"] == rank), None)
-        return f"{name}, last seen {place(seen)}," if seen else name
+        return f"{name}, last seen {place(seen)} or later," if seen else name  # a heartbeat is up to a second old
 
     def last_lines(self, count: int) -> list[str]:
         """The last lines of the failing rank, without torchrun's report about it."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from runner.batch_sizes import accumulation
 from runner.checks.paths import is_local
-from runner.config.schema import PARENTS, SHARES, Config, Source
+from runner.config.schema import ENGINES, PARENTS, SHARES, Config, Source, rate_key
 from runner.data.adapters import check_adapter
 from runner.data.sources import content_key, data_key, has_rows_for, sources_of
 from runner.deepspeed_config import check_raw
@@ -155,6 +155,8 @@ def _facts(cfg: Config, stage: str, parents: dict[str, Step]) -> dict:
     else:
         shapes |= _first_weights(cfg, "actor" if stage == "sft" else "reward")
     block = {k: v for k, v in asdict(getattr(cfg, stage)).items() if k not in NOT_HASHED}
+    if "actor" in ENGINES[stage] and model.actor.adapters_only:
+        del block[rate_key(stage, "actor").partition(".")[2]]  # nothing trains at it
     facts = {"version": VERSION, "seed": cfg.seed, "model": shapes, "dataset": data, stage: block}
     facts["hardware"] = {"precision": cfg.hardware.precision}  # the rest is to change speed, not the result
     if stage == "ppo":

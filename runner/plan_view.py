@@ -37,10 +37,17 @@ def show(cfg: Config, steps: list[Step]) -> None:
 
 def results_at_hand(cfg: Config, steps: list[Step]) -> Iterator[str]:
     """Results that a user may not have meant to pass over, or to stop at."""
-    last = steps[-1]
+    last, further = steps[-1], {"sft": "model.actor.path", "reward": "model.reward.path", "dpo": "sft.use", "ppo": "sft.use"}
     if last.pinned:
-        further = {"sft": "model.actor.path", "reward": "model.reward.path"}.get(last.stage, "sft.use")
-        yield f"{last.stage}.use={last.pinned} is the result itself, so nothing is trained. To train that model further: {further}=..."
+        yield (
+            f"{last.stage}.use={last.pinned} is the result itself, so nothing is trained. To train that model further: "
+            f"{further[last.stage]}=..."
+        )
+    if cfg.resume == "force" and last.state() == "run":
+        yield (
+            f"resume=force continues what was interrupted, which no {last.stage} of name={cfg.name} is: it starts from the beginning. "
+            f"To train a finished model further: {further[last.stage]}=..."
+        )
     for step in steps:
         if cfg.checkpoint.keep_best and step.state() == "reused" and not read_yaml(step.folder / "config.yaml")["checkpoint"]["keep_best"]:
             yield (
@@ -70,7 +77,7 @@ def without_effect(cfg: Config, stages: list[str]) -> Iterator[str]:
         yield f"{head}: the adapters train at model.reward.lora.lr={cfg.model.reward.lora.lr:g}"
     if "dpo" in stages and cfg.dataset.split.ppo:
         share = f"dataset.split.ppo={cfg.dataset.split.ppo:g}"
-        yield f"stage=dpo leaves PPO's share of the prompts ({share}) unused; with 0 the other stages get it"
+        yield f"stage=dpo leaves PPO's share of the prompts ({share}) unused; with 0 the other stages get it, and SFT is another than PPO's"
     if "ppo" in stages and cfg.dataset.pretrain and not cfg.ppo.ptx_coef:
         yield "dataset.pretrain has no effect: ppo.ptx_coef=0 mixes in no text. InstructGPT uses ppo.ptx_coef=27.8"
     for stage in stages if cfg.checkpoint.keep_best else ():

@@ -650,6 +650,11 @@ def test_what_a_stage_makes_of_its_data_is_said_before_it_trains(capsys):
     assert "special tokens (<s>, </s>) were taken out of the texts of 7 rows of sft" in text
     assert "61 rows of sft hold [INST], as if another chat template had been applied" in text
     assert "template" not in said({"train": 90, "eval": 10, "foreign": {"### Response:": 1}}, "stage=sft")
+    dialogues = {"train": 90, "eval": 10, "earlier": 200}
+    assert "200 answers before the last one of their dialogue are not trained on: dataset.every_answer=true does" in said(
+        dialogues, "stage=sft"
+    )
+    assert "every_answer" not in said(dialogues, "stage=sft", "dataset.every_answer=true")
     split = {"train": 80, "elsewhere": {"sft": 40, "ppo": 80}}
     text = said(split, "stage=reward")
     assert "keeps the prompts of 120 comparisons for sft and ppo" in text

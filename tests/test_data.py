@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -682,6 +683,31 @@ def test_unreadable_files(name, content, message, tmp_path):
         read(folder)
 
 
+def test_a_folder_as_the_hub_keeps_it_is_read_shard_by_shard(tmp_path):
+    """README and the notes of a download are no part of it, nor are other splits."""
+    import datasets
+
+    folder = tmp_path / "set" / "data"
+    folder.mkdir(parents=True)
+    for name, rows in {"train-00000-of-00002": (1, 2), "train-00001-of-00002": (3,), "test-00000-of-00001": (4,)}.items():
+        datasets.Dataset.from_list([{"prompt": f"Say {n}", "response": "yes"} for n in rows]).to_parquet(folder / f"{name}.parquet")
+
+    def said(split: str) -> list[str]:
+        return [row["prompt"] for _, row in sources.rows(Source(str(tmp_path / "set"), split=split), 0)]
+
+    assert said("train") == ["Say 1", "Say 2", "Say 3"] and said("test") == ["Say 4"]
+    key = sources.content_key(Source(str(tmp_path / "set")), 0)
+    (tmp_path / "set" / "README.md").write_text("changed")
+    assert (
+        sources.content_key(Source(str(tmp_path / "set")), 0) == key != sources.content_key(Source(str(tmp_path / "set"), split="test"), 0)
+    )
+    with pytest.raises(UserError, match="was not written by datasets' save_to_disk"):
+        said("validation")
+    shutil.copytree(folder, tmp_path / "set" / "other")
+    with pytest.raises(UserError, match=r"holds several data sets: name one of .*data, .*other"):
+        said("train")
+
+
 def test_a_folder_of_other_things_is_no_data_set(tmp_path):
     for name in ("state.json", "dataset_info.json"):
         (tmp_path / name).write_text("{}")
@@ -778,6 +804,7 @@ def test_every_answer_of_a_dialogue_can_be_trained_on(data, build, tokenizer):
         train, held, counts = build(data(rows, every_answer=answers), "sft")
         every[answers] = [[tokenizer.decode(row["input_ids"]) for row in part] for part in (train, held)]
         assert counts["train"] == len(train) and all(row["input_ids"][-1] == tokenizer.eos_token_id for row in train)
+        assert counts["earlier"] == len(rows)  # which a note counts unless they are trained on
     last, (train, held) = every[False], every[True]
     assert (len(train), len(held)) == (2 * len(last[0]), 2 * len(last[1])) and held
     assert set(last[0]) < set(train) and set(last[1]) < set(held)

@@ -177,6 +177,19 @@ def test_the_list_of_excuses_names_keys_that_there_are(cfg):
     assert UNKEYED.keys() <= {key for key, _, _ in leaves(cfg)}
 
 
+@pytest.mark.parametrize("stage, rate", [("sft", "sft.lr"), ("dpo", "dpo.lr"), ("ppo", "ppo.actor_lr")])
+def test_a_rate_at_which_nothing_trains_is_in_no_key(stage, rate):
+    """Or a sweep over it would train the same adapters again and again."""
+
+    def key(*overrides: str) -> str:
+        return plan(configured(f"stage={stage}", *overrides))[-1].key
+
+    adapters = "model.actor.lora.dim=4"
+    assert key(adapters) == key(adapters, f"{rate}=0.5")
+    assert key() != key(f"{rate}=0.5")
+    assert key(adapters, "model.actor.lora.train_rest=true") != key(adapters, "model.actor.lora.train_rest=true", f"{rate}=0.5")
+
+
 def test_the_same_key_means_the_same_rows_in_the_same_order(cfg):
     dataset = cfg.dataset
     turned = replace(dataset, sources=dict(reversed(dataset.sources.items())))

@@ -207,6 +207,16 @@ def test_force_goes_on_from_there_and_says_so_in_the_key(tmp_path):
     assert not [*results_at_hand(configured(*changed, "resume=new"), [planned(tmp_path, *changed, "resume=new")])]
 
 
+def test_force_says_so_where_nothing_was_interrupted(tmp_path):
+    step = planned(tmp_path)
+    interrupt(step)
+    finish(step)
+    longer = ("sft.epochs=9", "resume=force")
+    (note,) = results_at_hand(configured("stage=sft", *longer), [planned(tmp_path, *longer)])
+    assert note.startswith("resume=force continues what was interrupted, which no sft of name=demo is: it starts from the beginning")
+    assert note.endswith("To train a finished model further: model.actor.path=...")
+
+
 def test_an_unfinished_rollout_is_not_adopted(tmp_path, capsys):
     """It is of the old configuration: its divisor, its prompts, its reward model."""
     old = planned(tmp_path)

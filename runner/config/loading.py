@@ -197,13 +197,15 @@ def unknown(key: str, stage: str | None) -> str:
         return f"unknown key {key}: {instead}"
     block, _, leaf = key.rpartition(".")
     known = known_keys()
+    others = set(STAGES) - {stage, *PARENTS[stage], block} if stage in STAGES else set()
     if source := re.match(r"dataset\.sources\.[^.]+", key):
         known = [name.replace("dataset.sources.*", source[0]) for name in known]
     beside = [name.removeprefix(f"{block}.") for name in known if name.startswith(f"{block}.")]
     beside = [name for name in beside if "." not in name and name != "*"]
     if 0 < len(beside) <= 8 and not difflib.get_close_matches(leaf, beside, n=1):
         return f"unknown key {key}; there are {', '.join(beside)}"
-    return f"unknown key {key}{did_you_mean(key, known)}"
+    read = [name for name in known if name.partition(".")[0] not in others]  # by this stage
+    return f"unknown key {key}{did_you_mean(key, read) or did_you_mean(key, known)}"
 
 
 def _bare(kind):

@@ -39,6 +39,8 @@ class Encoder:
             return []
         for _, example, *_ in kept:
             self._count_marks(example)
+            if example.rejected is None:  # of a pair, the earlier answers are no better than others
+                self.counts.earlier += sum(turn["role"] == "assistant" for turn in example.prompt)
         names, used, numbers, texts = zip(*kept, strict=True)
         prompts = encode(self.tokenizer, list(texts))
         rows_of = {"sft": self._sft, "reward": self._reward, "ppo": self._ppo}[self.stage]

@@ -27,6 +27,7 @@ class Counts:
     owned: Counter = field(default_factory=Counter)  # examples per stage, before the encoder drops any
     elsewhere: Counter = field(default_factory=Counter)  # comparisons whose prompts the split gives to another stage
     needed: Counter = field(default_factory=Counter)  # tokens that dropped responses need, rounded up -> how many
+    earlier: int = 0  # answers before the last one of dialogues that are no pairs
     special: Counter = field(default_factory=Counter)  # special token -> rows that it was taken out of
     foreign: Counter = field(default_factory=Counter)  # mark of another chat template -> rows that hold it
 

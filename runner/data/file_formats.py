@@ -22,12 +22,19 @@ class BrokenRow(Exception):
 def file_rows(path: Path, split: str) -> Iterator[tuple[str, dict | BrokenRow]]:
     """Yield (where, row). A line that cannot be read comes as a BrokenRow. split: of a folder that has several."""
     if path.is_dir():
-        return _saved_rows(path, split)
+        shards = shards_of(path, split)
+        return (row for shard in shards for row in _parquet_rows(shard)) if shards else _saved_rows(path, split)
     if path.suffix == ".parquet":
         return _parquet_rows(path)
     if path.suffix in (".csv", ".tsv"):
         return _table_rows(path)
     return _line_rows(path) if ".jsonl" in path.suffixes else _json_rows(path)
+
+
+def shards_of(folder: Path, split: str) -> list[Path]:
+    """The Parquet files of a split, as the hub keeps data sets: data/train-00000-of-00002.parquet."""
+    name = f"{split}-*-of-*.parquet"
+    return sorted([*folder.glob(name), *folder.glob(f"*/{name}")])  # no deeper: the folder may be a whole disk
 
 
 def _line_rows(path: Path) -> Iterator[tuple[str, dict | BrokenRow]]:

@@ -14,7 +14,7 @@ from runner.checks.paths import SEVERAL, SUFFIXES, is_local
 from runner.checks.secrets import redact
 from runner.config.schema import Dataset, Source
 from runner.data import toy
-from runner.data.file_formats import BrokenRow, file_rows
+from runner.data.file_formats import BrokenRow, file_rows, shards_of
 from runner.errors import UserError
 
 # Increase it when an adapter, the encoder, the split or the order of the sources changes what becomes of a row
@@ -78,7 +78,7 @@ def content_key(source: Source, toy_rows: int) -> str:
     path = _existing(source)
     # datasets leaves the results of a filter or map beside the data
     saved = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith("cache-")) if path.is_dir() else [path]
-    files = sorted(saved)
+    files = shards_of(path, source.split) or sorted(saved)
     return _digest(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
@@ -111,6 +111,10 @@ def _existing(source: Source) -> Path:
         if (value := getattr(source, name)) is not None:
             raise UserError(f"{name}={value}: {path} lies on this disk, and only data sets of the hub have one: leave {name} out")
     if found.is_dir():  # checked before its files are hashed: it may be a whole disk
+        if shards := shards_of(found, source.split):
+            if len(places := sorted({str(shard.parent) for shard in shards})) > 1:
+                raise UserError(f"folder {path} holds several data sets: name one of {', '.join(places)}")
+            return found
         if not any((found / name).is_file() for name in SAVED_BY_DATASETS):
             inside = sorted(p.name for p in found.iterdir() if p.name.endswith(SUFFIXES))
             hint = (

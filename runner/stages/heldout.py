@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import torch
 
 from runner import ranks
 from runner.config.schema import Config
@@ -49,11 +50,12 @@ class HeldOut:
         judged = [toy.judge(r) for r in responses] if self.judged else [None] * len(responses)
         facts = {
             "score": float(scores.mean()),
-            "score_se": float(scores.std()) / len(scores) ** 0.5 if len(scores) > 1 else 0.0,
+            "score_se": standard_error(scores),
             "kl": float(((rollout.logprobs - rollout.ref_logprobs) * rollout.mask).sum(1).mean()),
             "length": float(rollout.lengths.float().mean()),
             "truncated_rate": 1 - float(rollout.finished.float().mean()),
             "judge": float(np.mean(judged)) if self.judged else None,
+            "judge_se": standard_error(torch.tensor(judged)) if self.judged else None,
         }
         judge = f"  judge {facts['judge']:+.3f}" if self.judged else ""
         headline = f"held-out score {facts['score']:+z.2f}  kl {facts['kl']:z.2f}  length {facts['length']:.0f}{judge}"
@@ -66,6 +68,11 @@ class HeldOut:
     def ask_again(self, done: int, state) -> tuple[dict, list[dict]]:
         """`evaluate` on the prompts that the SFT actor was asked, even if a resumed run has other ppo.eval_prompts. Collective."""
         return self.evaluate(done, state, self.sample(done, len(state.sft_rows)))
+
+
+def standard_error(values: torch.Tensor) -> float:
+    """Of the mean of (N,) values; 0 for a single one."""
+    return float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def prompt_of(turns: str) -> dict[str, str]:
