@@ -520,6 +520,14 @@ def test_the_readme_of_an_adapter_loads_it(kind, spare, tokenizer_folder, tmp_pa
     torch.testing.assert_close(found[real][..., :known], expected[real][..., :known], rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_on_random_weights_have_nothing_to_be_loaded_onto(tokenizer, tmp_path):
+    causal("llama").config.save_pretrained(tmp_path / "base")
+    model = add_lora(load_causal(str(tmp_path / "base"), tokenizer, **options(attention="sdpa")), lora())
+    save_adapter(Actor(model, "llama", 0), tmp_path / "adapter", tokenizer)
+    told = (tmp_path / "adapter" / "README.md").read_text()
+    assert "```" not in told and "only `../model`" in told
+
+
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from runner import ranks
+from runner.checks.trust import has_weights
 from runner.files import whole_folder
 from runner.models.wrappers import Actor, Wrapper
 from runner.models.zero3 import gathered
@@ -112,6 +113,8 @@ if len(tokenizer) > model.get_input_embeddings().num_embeddings:
 model = PeftModel.from_pretrained(model, {folder!r})
 ```
 """
+# The same where there is no base to load
+NO_BASE = "Adapters on random weights, which are kept nowhere else: only `../model`, which holds both in one, can be used.\n"
 
 
 def save_adapter(wrapper: Wrapper, folder: Path, tokenizer) -> None:
@@ -123,11 +126,12 @@ def save_adapter(wrapper: Wrapper, folder: Path, tokenizer) -> None:
             # Only now: peft would otherwise wrap the model in a class for that task
             config.task_type = "CAUSAL_LM" if isinstance(wrapper, Actor) else "SEQ_CLS"
             # Where peft finds it from any folder
-            if Path(config.base_model_name_or_path).is_dir():
-                config.base_model_name_or_path = str(Path(config.base_model_name_or_path).absolute())
+            base = Path(config.base_model_name_or_path)
+            if base.is_dir():
+                config.base_model_name_or_path = str(base.absolute())
             with whole_folder(folder) as work:
                 _save_tokenizer(tokenizer, wrapper, work)
                 wrapper.model.save_pretrained(work, state_dict={n: p.detach().clone() for n, p in wanted.items()})
                 auto, more = AUTO[config.task_type]
                 text = HOW_TO_LOAD.format(auto=auto, more=more, base=config.base_model_name_or_path, folder=str(folder.absolute()))
-                (work / "README.md").write_text(text, encoding="utf-8")
+                (work / "README.md").write_text(NO_BASE if base.is_dir() and not has_weights(base) else text, encoding="utf-8")
