@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.config.loading import read_yaml
-from runner.config.schema import ENGINES, PARTS, Config, rate_key
+from runner.config.schema import ENGINES, PARTS, Config, lora_rate_key, rate_key
 from runner.deepspeed_config import engine_configs
 from runner.durable.resume import forced
 from runner.formatting import print_columns, short
@@ -70,11 +71,11 @@ def without_effect(cfg: Config, stages: list[str]) -> Iterator[str]:
     rates = [rate_key(stage, "actor") for stage in stages if "actor" in ENGINES[stage]]
     if rates and cfg.model.actor.adapters_only:
         no_effect = f"{' and '.join(rates)} ha{'s' if len(rates) == 1 else 've'} no effect"
-        yield f"{no_effect}: only adapters train, at model.actor.lora.lr={cfg.model.actor.lora.lr:g}"
+        yield f"{no_effect}: only adapters train, at {adapters(cfg, stages, 'actor')}"
     heads = [rate_key(stage, "critic") for stage in stages if "critic" in ENGINES[stage]]
     if heads and cfg.model.reward.adapters_only:
         head = f"{' and '.join(heads)} move{'s' * (len(heads) == 1)} only the head"
-        yield f"{head}: the adapters train at model.reward.lora.lr={cfg.model.reward.lora.lr:g}"
+        yield f"{head}: the adapters train at {adapters(cfg, stages, 'critic')}"
     if "dpo" in stages and cfg.dataset.split.ppo:
         share = f"dataset.split.ppo={cfg.dataset.split.ppo:g}"
         yield f"stage=dpo leaves PPO's share of the prompts ({share}) unused; with 0 the other stages get it, and SFT is another than PPO's"
@@ -83,6 +84,12 @@ def without_effect(cfg: Config, stages: list[str]) -> Iterator[str]:
     for stage in stages if cfg.checkpoint.keep_best else ():
         if not getattr(cfg, stage).eval_every:
             yield f"checkpoint.keep_best={cfg.checkpoint.keep_best} has no effect on {stage}: {stage}.eval_every=0 scores no checkpoint"
+
+
+def adapters(cfg: Config, stages: list[str], engine: str) -> str:
+    """The learning rates of an engine's adapters, as they would be typed."""
+    keys = [lora_rate_key(stage, engine) for stage in stages if engine in ENGINES[stage]]
+    return " and ".join(f"{key}={attrgetter(key)(cfg):g}" for key in keys)
 
 
 def show_details(cfg: Config, steps: list[Step]) -> None:

@@ -53,7 +53,7 @@ def with_dropout(seed: int, lora: bool):
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
             module.dropout = 0.1
     if lora:
-        model = add_lora(model, Lora(dim=2, alpha=4, dropout=0.1, lr=0.3, targets=[], train_rest=False))
+        model = add_lora(model, Lora(dim=2, alpha=4, dropout=0.1, targets=[], train_rest=False))
     return Actor(model, "opt", 0)
 
 

@@ -166,13 +166,15 @@ def test_what_other_settings_switch_off_is_noted(tmp_path, capsys):
     cfg = configured("model.actor.lora.train_rest=true", "model.actor.lora.dim=8", "dataset.pretrain=[x/y]", "ppo.ptx_coef=1")
     assert not list(without_effect(cfg, ["sft", "reward", "ppo"]))
     (note,) = without_effect(configured("model.reward.lora.dim=8", "reward.lr=1e-4"), ["sft", "reward", "ppo"])
-    assert note == "reward.lr and ppo.critic_lr move only the head: the adapters train at model.reward.lora.lr=0.0002"
+    assert (
+        note == "reward.lr and ppo.critic_lr move only the head: the adapters train at reward.lora_lr=0.0002 and ppo.critic_lora_lr=0.0002"
+    )
     dpo = configured("stage=dpo", "dataset.split.ppo=3")
     (note,) = without_effect(dpo, ["sft", "dpo"])
     assert "PPO's share of the prompts (dataset.split.ppo=3) unused" in note
     assert not list(without_effect(configured("stage=dpo", "dataset.split.ppo=0"), ["sft", "dpo"]))
     (note,) = without_effect(configured("model.actor.lora.dim=8"), ["sft", "reward", "ppo"])
-    assert note == "sft.lr and ppo.actor_lr have no effect: only adapters train, at model.actor.lora.lr=0.0002"
+    assert note == "sft.lr and ppo.actor_lr have no effect: only adapters train, at sft.lora_lr=0.0002 and ppo.actor_lora_lr=0.0002"
 
 
 def test_a_plan_says_that_the_run_would_be_refused(here, monkeypatch, capsys):
@@ -220,7 +222,7 @@ WRONG = {
     "mistyped option": ("model=opt13", "model=opt13 does not exist (did you mean opt13b?). There are: bloom176b, "),
     "mistyped experiment": ("experiment=debog", "did you mean debug?"),
     "no group option": ("stage=null", "stage=null does not exist"),
-    "end of another key": ("ppo.lr=1e-5", "unknown key ppo.lr (did you mean ppo.actor_lr or ppo.critic_lr?)"),
+    "end of another key": ("ppo.lr=1e-5", "unknown key ppo.lr (did you mean ppo.actor_lr or ppo.critic_lr or"),
     "key and value apart": ("ppo.kl_coef 0.1", "'ppo.kl_coef' has no value: type ppo.kl_coef=0.1"),
     "key alone": ("seed name=x", "'seed' has no value: type seed=..."),
     "key with dashes": ("--model opt1.3b", "--model: overrides have no dashes. Type model=opt1.3b"),
@@ -387,7 +389,7 @@ WRONG = {
     ),
     "no learning rate": ("sft.lr=0", "sft.lr=0.0 must be above 0"),
     "no learning rate of a part": ("ppo.critic_lr=0", "ppo.critic_lr=0.0 must be above 0"),
-    "no learning rate of adapters": ("model.actor.lora.lr=0", "model.actor.lora.lr=0.0 must be above 0"),
+    "no learning rate of adapters": ("sft.lora_lr=0", "sft.lora_lr=0.0 must be above 0"),
     "horizon of a step": ("ppo.kl_target=6 ppo.kl_horizon=12", "kl_coef to zero or below: type more than 12.8, by default 10000"),
     "target of no coefficient": ("ppo.kl_target=6 ppo.kl_coef=0", "would stay there: type ppo.kl_coef=0.05"),
     "adapters of all layers": ("model.actor.lora.targets=[all-linear]", "targets=[all-linear] is the default: leave it out"),

@@ -126,7 +126,7 @@ def test_every_family_begins_at_log_2_and_moves(name, folder, alone, tmp_path, t
     assert first["grad_norm"] > 0 and after["eval/loss"] < before["eval/loss"]
 
 
-ADAPTERS = Lora(dim=2, alpha=4, dropout=0.3, lr=1e-2, targets=[], train_rest=False)
+ADAPTERS = Lora(dim=2, alpha=4, dropout=0.3, targets=[], train_rest=False)
 
 
 @pytest.mark.parametrize("rest", [False, True])
@@ -135,7 +135,7 @@ def test_with_adapters_the_reference_is_what_it_was(rest, folder, alone, tmp_pat
     copies = []
     load = dpo.load_reference
     monkeypatch.setattr(dpo, "load_reference", lambda *args: copies.append(load(*args)) or copies[-1])
-    found = run(small(replace(ADAPTERS, train_rest=rest), max_steps=2), folder, tmp_path / "work", alone)
+    found = run(small(replace(ADAPTERS, train_rest=rest), max_steps=2, lora_lr=1e-2), folder, tmp_path / "work", alone)
     assert (copies[0] is None) == (not rest)
     assert found[1]["train/loss"] == pytest.approx(math.log(2), rel=1e-6) and found[2]["train/loss"] < math.log(2) - 1e-4
     result = json.loads((tmp_path / "work" / "result.json").read_text())

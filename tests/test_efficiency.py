@@ -42,7 +42,8 @@ def run(stage: str, folder: Path, work: Path, device: torch.device, lora: Lora |
     cfg = update.configuration(1, 0)
     if lora:
         parts = {name: replace(getattr(cfg.model, name), lora=lora) for name in ("actor", "reward")}
-        cfg = replace(cfg, model=replace(cfg.model, **parts))
+        trained = {} if stage == "ppo" else {stage: replace(getattr(cfg, stage), lora_lr=1.5)}
+        cfg = replace(cfg, model=replace(cfg.model, **parts), **trained)
     short = {"max_steps": 2, "rollout_batch": 8, "minibatches": 1, "ptx_coef": 0.0, "eps": 1e-5, "actor_lr": 1e-4, "eval_every": 0}
     cfg = replace(cfg, hardware=replace(cfg.hardware, tflops=0.1), ppo=replace(cfg.ppo, **short))
     TRAIN[stage][0](cfg, update.inputs(folder, stage, work), RunLog(cfg, stage, work, {}, device), device)
@@ -120,7 +121,7 @@ def test_the_advice_of_a_run_is_said_and_kept(alone, tmp_path, capsys, monkeypat
         log.log(step, {"train/loss": 1.0})
     log.record(2, {"eval/loss": 1.0})
     log.result({})
-    assert json.loads((tmp_path / "result.json").read_text())["advice"] == "2 steps of sft, ['other', 'train']"
+    assert json.loads((tmp_path / "result.json").read_text())["advice"] == "2 steps of sft, ['other', 'start', 'train']"
     assert "[sft] advice: 2 steps of sft" in capsys.readouterr().out
 
 
@@ -133,7 +134,7 @@ def test_a_checkpoint_past_the_end_is_not_passed_off_as_a_shorter_run(alone, tmp
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
 def test_the_rate_that_is_logged_is_the_adapters_where_they_train(stage, folder, alone, tmp_path):
-    lora = Lora(dim=2, alpha=4, dropout=0.0, lr=1.5, targets=[], train_rest=False)
+    lora = Lora(dim=2, alpha=4, dropout=0.0, targets=[], train_rest=False)
     rows, _ = run(stage, folder, tmp_path, alone, lora)
     block = getattr(update.configuration(1, 0), stage)
     shares = [lr_share(s, 2, block.lr_schedule, block.warmup, block.lr_end) for s in range(2)]

@@ -350,7 +350,7 @@ def updated(cfg, models, rollout, iteration: int) -> dict[str, float]:
 @pytest.mark.parametrize("adapters", [False, True])
 def test_the_ratio_of_the_first_minibatch_is_1(adapters, folder, alone):
     """Scoring and updating compute the same numbers; dropout is off, that of the adapters too."""
-    lora = Lora(dim=4, alpha=8, dropout=0.5, lr=1e-2, targets=[], train_rest=False) if adapters else None
+    lora = Lora(dim=4, alpha=8, dropout=0.5, targets=[], train_rest=False) if adapters else None
     cfg, models, rollout = ppo_models(folder, alone, lora, ppo_epochs=2, early_stop_kl=None)
     assert (models.ref is None) == adapters
     torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs, rtol=1e-5, atol=1e-5)
@@ -479,7 +479,7 @@ def test_in_the_warmup_of_the_critic_the_actor_rests(folder, alone):
 
 def test_set_learning_rate(alone):
     """Every group gets its share of its own peak."""
-    model = Actor(add_lora(causal("llama"), Lora(dim=2, alpha=4, dropout=0, lr=0.3, targets=[], train_rest=True)), "llama", 0)
+    model = Actor(add_lora(causal("llama"), Lora(dim=2, alpha=4, dropout=0, targets=[], train_rest=True)), "llama", 0)
     trained = trainable(model)
     for share in (0.5, 0.1):
         engine.set_learning_rate(trained, share)
@@ -574,7 +574,7 @@ def test_lora_under_deepspeed_trains_adapters_only_and_exports_the_merged_model(
     tokenizer_like = type("Tokens", (), {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 1, "__len__": lambda self: 96})()
     with engine.building(ds_config):
         model = load_causal(str(tmp_path), tokenizer_like, dtype=torch.float32, attention="auto", dropout=0.0, seed=5)
-    model = Actor(add_lora(model, Lora(dim=2, alpha=4, dropout=0, lr=0.3, targets=["q_proj", "v_proj"], train_rest=False)), "llama", 0)
+    model = Actor(add_lora(model, Lora(dim=2, alpha=4, dropout=0, targets=["q_proj", "v_proj"], train_rest=False)), "llama", 0)
     trained = trainable(model, zero)
     before = bits(trained)
     train(trained, 2)

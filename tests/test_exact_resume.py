@@ -34,7 +34,7 @@ def folder(tmp_path_factory, tokenizer) -> Path:
 def configuration(zero: int, adapters: bool) -> Config:
     """Everything that has a state: dropout, averaged weights, the text mixture, the KL controller, evaluations, the best checkpoint."""
     cfg = update.configuration(1, zero)
-    lora = Lora(dim=2, alpha=4, dropout=0.1, lr=1e-2, targets=[], train_rest=False)
+    lora = Lora(dim=2, alpha=4, dropout=0.1, targets=[], train_rest=False)
     model = replace(cfg.model, actor=replace(cfg.model.actor, lora=lora)) if adapters else cfg.model
     small = {"rollout_batch": 8, "minibatches": 2, "ppo_epochs": 2, "max_steps": 3, "eval_prompts": 4, "eval_every": 2}
     ppo_block = replace(

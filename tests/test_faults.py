@@ -441,8 +441,8 @@ def test_finite_numbers_pass_and_so_does_an_overflow_of_fp16(tmp_path):
 def test_the_rate_to_lower_is_one_that_is_read():
     assert finite.lower_rate(configured("ppo.actor_lr=4e-3", "ppo.critic_lr=2e-3"), "ppo") == "ppo.actor_lr=0.0004 ppo.critic_lr=0.0002"
     cfg = configured("model.actor.lora.dim=4", "model.reward.lora.dim=4", "reward.lr=2e-3")
-    assert finite.lower_rate(cfg, "sft") == "model.actor.lora.lr=2e-05"
-    assert finite.lower_rate(cfg, "reward") == "model.reward.lora.lr=2e-05 reward.lr=0.0002"
+    assert finite.lower_rate(cfg, "sft") == "sft.lora_lr=2e-05"
+    assert finite.lower_rate(cfg, "reward") == "reward.lora_lr=2e-05 reward.lr=0.0002"
 
 
 @pytest.mark.slow

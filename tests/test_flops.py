@@ -71,7 +71,7 @@ def test_a_reward_model_has_no_matrix_for_logits():
 def test_below_adapters_nothing_trains():
     from runner.models.lora import add_lora
 
-    lora = Lora(dim=8, alpha=16, dropout=0.0, lr=1e-4, targets=[], train_rest=False)
+    lora = Lora(dim=8, alpha=16, dropout=0.0, targets=[], train_rest=False)
     found = flops.matrix_sizes(add_lora(model("gpt_neox"), lora).get_base_model())
     adapters = 24 * 8 * ((H + 3 * H) + (H + H) + 2 * (H + 4 * H))
     assert (found.body_trained, found.body) == (adapters, BY_HAND["gpt_neox"][0] + adapters)

@@ -215,7 +215,7 @@ def test_the_next_rollout_sees_an_update(name):
 
 def adapted(name: str) -> Actor:
     torch.manual_seed(0)
-    lora = Lora(dim=4, alpha=16.0, dropout=0.0, lr=1e-3, targets=[], train_rest=False)
+    lora = Lora(dim=4, alpha=16.0, dropout=0.0, targets=[], train_rest=False)
     made = Actor(add_lora(causal(name), lora), family(name), 0).eval()
     for key, parameter in made.named_parameters():
         if "lora_B" in key:
@@ -327,7 +327,7 @@ def test_it_says_why_it_cannot_sample(monkeypatch):
     assert graph.why_not(causal("llama"), cpu) is None
     assert "this variant of bloom" in graph.why_not(causal("bloom", apply_residual_connection_post_layernorm=True), cpu)
     assert "this variant of opt" in graph.why_not(causal("opt", layer_norm_elementwise_affine=False), cpu)
-    lora = Lora(dim=4, alpha=16.0, dropout=0.0, lr=1e-3, targets=["embed_tokens"], train_rest=False)
+    lora = Lora(dim=4, alpha=16.0, dropout=0.0, targets=["embed_tokens"], train_rest=False)
     assert "this variant of llama" in graph.why_not(add_lora(causal("llama"), lora).get_base_model(), cpu)
     monkeypatch.setattr(graph, "why_no_triton", lambda: "Triton is missing")
     assert graph.why_not(causal("llama"), cpu) is None

@@ -151,13 +151,13 @@ def test_the_advice_names_the_rate_that_trains():
     """Of a run of adapters theirs, not ppo.actor_lr, which has no effect."""
     rollout = whole_record()
     rollout.logprobs = torch.full((5, 4), math.nan)
-    adapters = configured("model.actor.lora.dim=4", "model.actor.lora.lr=1e-3")
+    adapters = configured("model.actor.lora.dim=4", "ppo.actor_lora_lr=1e-3")
     settings = collect.RolloutSettings(PAD, EOS, 4, 8, 8, torch.device("cpu"))
     rollout.sampled_logprobs = rollout.ref_logprobs = rollout.mismatch = torch.zeros(5, 4)
     rollout.recomputed = torch.ones(5, dtype=torch.bool)
     rollout.scores = torch.arange(5.0)
     found = invariants.of_rollout(adapters, settings, rollout)["finite_rollout"]
-    assert "the actor has diverged: lower the learning rate (model.actor.lora.lr=0.0001 ppo.critic_lr=" in found
+    assert "the actor has diverged: lower the learning rate (ppo.actor_lora_lr=0.0001 ppo.critic_lr=" in found
 
 
 def test_scores_must_differ_where_eight_responses_do():
@@ -340,7 +340,7 @@ def test_every_parameter_of_every_family_moves(name, alone):
 
 
 def test_the_first_matrix_of_an_adapter_moves_from_the_second_step_on(alone):
-    lora = Lora(dim=2, alpha=4, dropout=0.0, lr=1e-3, targets=[], train_rest=False)
+    lora = Lora(dim=2, alpha=4, dropout=0.0, targets=[], train_rest=False)
     model = Actor(add_lora(causal("llama"), lora), "llama", 0)
     learning = {n for n, p in model.named_parameters() if p.requires_grad}
     start, first, second = adamw_steps(model, 2, lr=1e-3)
@@ -464,7 +464,7 @@ def test_with_warn_a_corrupted_run_goes_on(folder, tmp_path, alone, monkeypatch,
 @pytest.mark.parametrize("zero, adapters", [(0, False), (2, False), (3, False), (0, True), (3, True)])
 def test_weights_are_watched_through_the_engines(zero, adapters, alone, tmp_path):
     """A run in which all is well passes; a frozen parameter that is written to is named."""
-    lora = Lora(dim=2, alpha=4, dropout=0.0, lr=0.1, targets=[], train_rest=False)
+    lora = Lora(dim=2, alpha=4, dropout=0.0, targets=[], train_rest=False)
     model = add_lora(causal("llama"), lora) if adapters else causal("llama")
     trained = trainable(Actor(model, "llama", 0), zero, lr=0.1)
     reward = causal("opt")
@@ -499,7 +499,7 @@ def test_the_matrices_of_an_adapter_belong_to_the_layer_that_it_adapts(parameter
 
 def test_half_an_adapter_without_gradient_is_named_only_when_it_is_no_accident(alone, tmp_path):
     """As in fp16, where the gradient of A may be zero in the second step too; a run of two steps must not stop for it."""
-    lora = Lora(dim=2, alpha=4, dropout=0.0, lr=1e-3, targets=[], train_rest=False)
+    lora = Lora(dim=2, alpha=4, dropout=0.0, targets=[], train_rest=False)
     trained = trainable(Actor(add_lora(causal("llama"), lora), "llama", 0), 0, lr=1e-3, weight_decay=0.0)
     watch = invariants.WeightWatch(new_log(tmp_path, "stop", alone), {"actor": trained}, {}, not_before=0)
     dead = next(p for n, p in trained.module.named_parameters() if "layers.1.self_attn.k_proj.lora_A" in n)
@@ -513,7 +513,7 @@ def test_half_an_adapter_without_gradient_is_named_only_when_it_is_no_accident(a
 
 
 def test_an_adapter_without_any_gradient_is_named_at_once(alone, tmp_path):
-    lora = Lora(dim=2, alpha=4, dropout=0.0, lr=1e-3, targets=[], train_rest=False)
+    lora = Lora(dim=2, alpha=4, dropout=0.0, targets=[], train_rest=False)
     trained = trainable(Actor(add_lora(causal("llama"), lora), "llama", 0), 0, lr=1e-3, weight_decay=0.0)
     watch = invariants.WeightWatch(new_log(tmp_path, "stop", alone), {"actor": trained}, {}, not_before=0)
     for name, parameter in trained.module.named_parameters():

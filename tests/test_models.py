@@ -31,7 +31,7 @@ WEIGHTS = torch.randn(sum(len(r) - 1 for r in ROWS), generator=torch.Generator()
 
 
 def lora(**changes) -> Lora:
-    return Lora(**({"dim": 4, "alpha": 8.0, "dropout": 0.0, "lr": 1e-3, "targets": [], "train_rest": False} | changes))
+    return Lora(**({"dim": 4, "alpha": 8.0, "dropout": 0.0, "targets": [], "train_rest": False} | changes))
 
 
 def options(**changes) -> dict:

@@ -110,6 +110,7 @@ def test_a_path_in_place_of_a_preset_gets_the_key_that_takes_paths(words, says):
         ("ppo.kl=1", "type ppo.kl_coef;"),
         ("weight_decay=1 stage=sft", "did you mean sft.weight_decay?"),
         ("max_steps=1 stage=dpo", "did you mean sft.max_steps or dpo.max_steps?"),
+        ("model.actor.lora.lr=1", "type ppo.actor_lora_lr; each stage has its own"),
         ("val_size=0.1", "type dataset.holdout."),
         ("resume_from_checkpoint=a", "the same command resumes"),
         ("beta=1", "did you mean dpo.beta?"),
@@ -134,7 +135,7 @@ def test_a_path_in_place_of_a_preset_gets_the_key_that_takes_paths(words, says):
     ],
 )
 def test_names_of_other_programs_are_translated(words, says):
-    """Similarity alone would propose ppo.betas for ppo.beta, and the rate of the adapters (lora.lr) for their rank (lora.r)."""
+    """Similarity alone would propose ppo.betas for ppo.beta."""
     assert says in refusal(words)
 
 

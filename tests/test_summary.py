@@ -738,4 +738,4 @@ def test_advice_on_the_learning_rate_names_the_one_that_trains(dim, tmp_path):
     sft = SFT | {"loss_after": SFT["loss_before"] + 1}
     step = replace(make_step(tmp_path, "sft", sft), facts={"model": {"actor": {"lora": {"dim": dim}}}})
     said = summary([step], tmp_path)
-    assert f"Try a smaller {'model.actor.lora.lr' if dim else 'sft.lr'}" in " ".join(said.split())
+    assert f"Try a smaller {'sft.lora_lr' if dim else 'sft.lr'}" in " ".join(said.split())

@@ -2,10 +2,10 @@
 
 import re
 
-from runner.config.schema import ENGINES, PARTS, STAGES, rate_key
+from runner.config.schema import ENGINES, PARTS, STAGES, lora_rate_key, rate_key
 
-# The end of a foreign key, what to type, and what should be known about it. {engine}, {part} and {rate} stand for each network that the
-# stage trains. Nothing to type: it does not exist here, and the last column says why
+# The end of a foreign key, what to type, and what should be known about it. {engine}, {part}, {rate} and {lora_rate} stand for each network
+# that the stage trains. Nothing to type: it does not exist here, and the last column says why
 ALIASES = (
     ("learning_rate", "{rate}", ""),
     ("lr_scheduler_type", "{stage}.lr_schedule", ""),
@@ -31,6 +31,7 @@ ALIASES = (
     ("use_lora use_peft", "model.{part}.lora.dim", "adapters are used when their rank is above 0"),
     ("lora.r lora.rank lora.dim lora_r lora_rank lora_dim", "model.{part}.lora.dim", ""),
     ("lora_alpha", "model.{part}.lora.alpha", ""),
+    ("lora.lr lora_learning_rate", "{lora_rate}", "each stage has its own"),
     ("lora_dropout", "model.{part}.lora.dropout", ""),
     ("lora.target_modules lora_target_modules", "model.{part}.lora.targets", ""),
     ("output_dir", "name, or store", "results are in runs/NAME, trained steps in the store"),
@@ -88,5 +89,10 @@ def _filled(text: str, key: str, chosen: str | None) -> str:
     batch = "ppo.rollout_batch" if stage == "ppo" else f"{stage}.global_batch"
     step = "ppo.rollout_batch / ppo.minibatches" if stage == "ppo" else batch
     engines = [named] if named else ENGINES[stage]
-    meant = [text.format(stage=stage, engine=e, part=PARTS[e], rate=rate_key(stage, e), batch=batch, step=step) for e in engines]
+    meant = [
+        text.format(
+            stage=stage, engine=e, part=PARTS[e], rate=rate_key(stage, e), lora_rate=lora_rate_key(stage, e), batch=batch, step=step
+        )
+        for e in engines
+    ]
     return " or ".join(dict.fromkeys(meant))

@@ -102,7 +102,6 @@ def too_long(model, of: str, positions: int | None) -> str | None:
 
 def _check_lora(lora, where: str) -> None:
     check_least(lora, 0, "dim", "alpha", where=where)
-    check_positive(lora, "lr", where=where)
     check_share(lora, "dropout", where=where)
     check("all-linear" not in lora.targets, f"{where}.targets=[all-linear] is the default: leave it out")
     scaled = not lora.dim or lora.alpha > 0
@@ -209,7 +208,7 @@ def check_training(block) -> None:
 
 def check_supervised(block) -> None:
     check_training(block)
-    check_positive(block, "lr")
+    check_positive(block, "lr", "lora_lr")
     check_least(block, 0, "weight_decay")
     check_least(block, 1, "global_batch", "eval_examples")
 
@@ -237,7 +236,7 @@ def check_ppo(ppo) -> None:
     check_training(ppo)
     check_choice("ppo.kl_estimator", ppo.kl_estimator, ("k1", "k2", "k3"))
     check_least(ppo, 1, "rollout_batch", "minibatches", "ppo_epochs", "kl_horizon", "calibration_prompts", "eval_prompts")
-    check_positive(ppo, "actor_lr", "critic_lr")
+    check_positive(ppo, "actor_lr", "critic_lr", "actor_lora_lr", "critic_lora_lr")
     check_least(ppo, 0, "actor_weight_decay", "critic_weight_decay", "critic_warmup")
     check_least(ppo, 0, "kl_coef", "score_clip", "missing_eos_penalty", "ptx_coef", "min_response_tokens")
     check(all(ppo.stop), f"ppo.stop={ppo.stop} holds an empty string, which every response contains: leave it out")

@@ -33,6 +33,11 @@ def rate_key(stage: str, engine: str) -> str:
     return f"{stage}.{engine}_lr" if stage == "ppo" else f"{stage}.lr"
 
 
+def lora_rate_key(stage: str, engine: str) -> str:
+    """The key of the learning rate of an engine's adapters."""
+    return f"{stage}.{engine}_lora_lr" if stage == "ppo" else f"{stage}.lora_lr"
+
+
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
@@ -41,7 +46,6 @@ class Lora:
     dim: int
     alpha: float
     dropout: float
-    lr: float
     targets: list[str]
     train_rest: bool
 
@@ -250,6 +254,7 @@ class Supervised(Training):
 
     global_batch: int
     lr: float
+    lora_lr: float
     weight_decay: float
     eval_examples: int
 
@@ -287,6 +292,8 @@ class Ppo(Training):
     ppo_epochs: int
     actor_lr: float
     critic_lr: float
+    actor_lora_lr: float
+    critic_lora_lr: float
     actor_weight_decay: float
     critic_weight_decay: float
     critic_warmup: int
@@ -392,7 +399,7 @@ def lower_rate(cfg: Config, stage: str) -> str:
     keys = []
     for engine in ENGINES[stage]:
         if getattr(cfg.model, PARTS[engine]).lora.dim:
-            keys.append(f"model.{PARTS[engine]}.lora.lr")
+            keys.append(lora_rate_key(stage, engine))
         if engine == "critic" or not cfg.model.actor.adapters_only:  # a scalar head always trains in full
             keys.append(rate_key(stage, engine))
     return " ".join(f"{key}={attrgetter(key)(cfg) / 10:g}" for key in keys)

@@ -14,7 +14,7 @@ from statistics import median
 
 from rich.console import Console
 
-from runner.config.schema import PARENTS, STAGES, Model, rate_key
+from runner.config.schema import PARENTS, STAGES, Model, lora_rate_key, rate_key
 from runner.durable.resume import ORIGIN
 from runner.formatting import duration, num, pct, short, with_error
 from runner.plan import Step
@@ -173,7 +173,7 @@ def dpo_sections(t: Trained) -> list[Section]:
 def actor_rate(step: Step) -> str:
     """The key of the learning rate at which most of the actor trained: its adapters', where it has some."""
     actor = step.facts.get("model", {}).get("actor", {})  # a model that was given has none of it
-    return "model.actor.lora.lr" if actor.get("lora", {}).get("dim") else rate_key(step.stage, "actor")
+    return (lora_rate_key if actor.get("lora", {}).get("dim") else rate_key)(step.stage, "actor")
 
 
 def dpo_notes(r: dict, rate: str) -> list[str]:

@@ -45,7 +45,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     args = {"dropout": 0.0, "lora": replace(part.lora, dropout=0.0), "checkpointing": cfg.hardware.gradient_checkpointing.actor}
     wrapper = load_actor(cfg, inputs.parents["sft"], tokenizer, configs["actor"], **args)
     options = {"weight_decay": dpo.weight_decay, "betas": dpo.betas, "eps": dpo.eps}
-    actor = engine.trainable(wrapper, configs["actor"], lr=dpo.lr, lora_lr=part.lora.lr, **options)
+    actor = engine.trainable(wrapper, configs["actor"], lr=dpo.lr, lora_lr=dpo.lora_lr, **options)
     ref = load_reference(cfg, inputs.parents["sft"], tokenizer, configs.get("ref", {}), device)
     sizes = flops.matrix_sizes(wrapper.hf)
     ref_sizes = flops.matrix_sizes(ref.hf) if ref else replace(sizes, body=sizes.body - sizes.body_trained)  # without its adapters

@@ -195,14 +195,14 @@ def build(cfg: Config, inputs: Inputs, tokenizer, device: torch.device) -> Model
     args = {"dropout": 0.0, "lora": replace(actor_part.lora, dropout=0.0), "checkpointing": checkpointing.actor, "sampling": sampling}
     actor = load_actor(cfg, inputs.parents["sft"], tokenizer, configs["actor"], **args)
     actor = engine.trainable(
-        actor, configs["actor"], lr=ppo.actor_lr, lora_lr=actor_part.lora.lr, weight_decay=ppo.actor_weight_decay, **options
+        actor, configs["actor"], lr=ppo.actor_lr, lora_lr=ppo.actor_lora_lr, weight_decay=ppo.actor_weight_decay, **options
     )
     if not actor.zero_optimization():  # ZeRO lays weights out itself
         side_by_side(actor.module.hf)
     args = {"dropout": 0.0, "lora": replace(reward_part.lora, dropout=0.0), "fresh_head": False, "checkpointing": checkpointing.critic}
     critic = load_reward(cfg, inputs.parents["reward"], tokenizer, configs["critic"], **args)
     critic = engine.trainable(
-        critic, configs["critic"], lr=ppo.critic_lr, lora_lr=reward_part.lora.lr, weight_decay=ppo.critic_weight_decay, **options
+        critic, configs["critic"], lr=ppo.critic_lr, lora_lr=ppo.critic_lora_lr, weight_decay=ppo.critic_weight_decay, **options
     )
     ref = load_reference(cfg, inputs.parents["sft"], tokenizer, configs.get("ref", {}), device, sampling)
     ds_config = configs.get("reward", {})

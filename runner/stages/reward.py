@@ -41,7 +41,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
         cfg, inputs.base, tokenizer, ds_config, dropout=rm.dropout, lora=part.lora, fresh_head=True, checkpointing=checkpointing
     )
     options = {"weight_decay": rm.weight_decay, "betas": rm.betas, "eps": rm.eps}
-    model = engine.trainable(wrapper, ds_config, lr=rm.lr, lora_lr=part.lora.lr, **options)
+    model = engine.trainable(wrapper, ds_config, lr=rm.lr, lora_lr=rm.lora_lr, **options)
     share = {"world": ranks.world(), "rank": ranks.rank(), "packed": wrapper.pads_nothing}
     batches = Batches(lengths, rm.global_batch, micro_positions(cfg, "reward"), seed=cfg.seed, **share)
     total = batches.steps(rm.epochs, rm.max_steps)

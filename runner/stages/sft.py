@@ -41,7 +41,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     checkpointing = cfg.hardware.gradient_checkpointing.actor
     wrapper = load_actor(cfg, inputs.base, tokenizer, ds_config, dropout=sft.dropout, lora=part.lora, checkpointing=checkpointing)
     options = {"weight_decay": sft.weight_decay, "betas": sft.betas, "eps": sft.eps}
-    actor = engine.trainable(wrapper, ds_config, lr=sft.lr, lora_lr=part.lora.lr, **options)
+    actor = engine.trainable(wrapper, ds_config, lr=sft.lr, lora_lr=sft.lora_lr, **options)
     share = {"world": ranks.world(), "rank": ranks.rank(), "packed": wrapper.pads_nothing}
     batches = Batches(lengths, sft.global_batch, micro_positions(cfg, "sft"), seed=cfg.seed, **share)
     total = batches.steps(sft.epochs, sft.max_steps)
