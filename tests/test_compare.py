@@ -114,7 +114,7 @@ def test_prompts_of_a_file_with_and_without_answers(store, tokenizer, tmp_path, 
     assert [q.answer for q in questions] == [None, *encode_responses(tokenizer, ["High."])]
     typed(monkeypatch, store / "sft-0123456789", "--reward", store / "reward-0123456789", "--prompts", file)
     shown = capsys.readouterr().out
-    assert f"2 prompts of {file}: temperature 1" in shown.replace("\n", " ") and "known answers" not in shown  # one has none
+    assert f"2promptsof{file}:temperature1" in "".join(shown.split()) and "known answers" not in shown  # one has none
     file.write_text('{"prompt": "What is a lake?"}\n{"prompt": 3}\n')
     with pytest.raises(SystemExit, match=r"^error: .*prompts.jsonl:2: "):
         typed(monkeypatch, store / "sft-0123456789", "--reward", store / "reward-0123456789", "--prompts", file)

@@ -351,7 +351,8 @@ def updated(cfg, models, rollout, iteration: int) -> dict[str, float]:
 def test_the_ratio_of_the_first_minibatch_is_1(adapters, folder, alone):
     """Scoring and updating compute the same numbers; dropout is off, that of the adapters too."""
     lora = Lora(dim=4, alpha=8, dropout=0.5, targets=[], train_rest=False) if adapters else None
-    cfg, models, rollout = ppo_models(folder, alone, lora, ppo_epochs=2, early_stop_kl=None)
+    rates = {"actor_lora_lr": 1e-2, "critic_lora_lr": 1e-2}
+    cfg, models, rollout = ppo_models(folder, alone, lora, ppo_epochs=2, early_stop_kl=None, **rates)
     assert (models.ref is None) == adapters
     torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs, rtol=1e-5, atol=1e-5)
     first = updated(cfg, models, rollout, 0)

@@ -38,15 +38,24 @@ def configuration(zero: int, adapters: bool) -> Config:
     model = replace(cfg.model, actor=replace(cfg.model.actor, lora=lora)) if adapters else cfg.model
     small = {"rollout_batch": 8, "minibatches": 2, "ppo_epochs": 2, "max_steps": 3, "eval_prompts": 4, "eval_every": 2}
     ppo_block = replace(
-        cfg.ppo, **small, eps=1e-5, actor_lr=1e-3, critic_lr=1e-3, kl_target=0.1, kl_horizon=20, ema_decay=0.9, ptx_coef=0.5
+        cfg.ppo,
+        **small,
+        eps=1e-5,
+        actor_lr=1e-3,
+        critic_lr=1e-3,
+        actor_lora_lr=1e-2,
+        kl_target=0.1,
+        kl_horizon=20,
+        ema_decay=0.9,
+        ptx_coef=0.5,
     )
     return replace(
         cfg,
         model=model,
         hardware=replace(cfg.hardware, micro_batch=replace(cfg.hardware.micro_batch, rollout=1)),
-        sft=replace(cfg.sft, max_steps=4, epochs=9, dropout=0.1, eval_every=2, eps=1e-8, lr=1e-3),
-        reward=replace(cfg.reward, max_steps=4, epochs=9, dropout=0.1, eval_every=2, eps=1e-8, lr=1e-3),
-        dpo=replace(cfg.dpo, max_steps=4, epochs=9, eval_every=2, eps=1e-8, lr=1e-3),
+        sft=replace(cfg.sft, max_steps=4, epochs=9, dropout=0.1, eval_every=2, eps=1e-8, lr=1e-3, lora_lr=1e-2),
+        reward=replace(cfg.reward, max_steps=4, epochs=9, dropout=0.1, eval_every=2, eps=1e-8, lr=1e-3, lora_lr=1e-2),
+        dpo=replace(cfg.dpo, max_steps=4, epochs=9, eval_every=2, eps=1e-8, lr=1e-3, lora_lr=1e-2),
         ppo=replace(ppo_block, early_stop_kl=None),
         checkpoint=replace(cfg.checkpoint, every=0, keep_best=1, background=True),
     )
