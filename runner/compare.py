@@ -155,12 +155,8 @@ def that_fit(questions: list[Question], answer: int, paths: dict[str, str]) -> t
     if not kept:
         raise UserError(f"{name} reads {limits[name]} tokens, and no prompt leaves room for an answer of {answer}: lower --max-new-tokens")
     dropped = len(questions) - len(kept)
-    return (
-        kept,
-        f"Left out: {num(dropped)} prompts that {name} cannot read with an answer, as it reads {num(limits[name])} tokens."
-        if dropped
-        else "",
-    )
+    words = f"Left out: {num(dropped)} prompts that {name} cannot read with an answer, as it reads {num(limits[name])} tokens."
+    return kept, words if dropped else ""
 
 
 def picked(questions: list[Question], count: int) -> list[Question]:
