@@ -131,6 +131,7 @@ def test_prompts_of_a_file_with_and_without_answers(store, tokenizer, tmp_path, 
 
 def test_what_cannot_be_compared_is_refused_in_words(store, tokenizer_folder, tmp_path, monkeypatch):
     sft, reward = store / "sft-0123456789", store / "reward-0123456789"
+    monkeypatch.chdir(tmp_path)  # a store there would be recommended
 
     def refused(why: str, *words) -> None:
         with pytest.raises(SystemExit, match=rf"^error: {why}"):
