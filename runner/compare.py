@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,7 +78,8 @@ def compare(args: argparse.Namespace) -> tuple[list[Section], list[dict]]:
     how = "likeliest tokens" if args.greedy else f"temperature {args.temperature:g}"
     title = f"{num(len(questions))} prompts of {whence}: {how}, at most {args.max_new_tokens} tokens"
     prompts = [tokenizer.decode(question.prompt, skip_special_tokens=True).strip() for question in questions]
-    return [table(title, found, left_out), *samples(prompts, found)], list(rows_of(prompts, found))
+    told = in_units(found)
+    return [table(title, told, left_out), *samples(prompts, told)], list(rows_of(prompts, found))
 
 
 def named(paths: list[str]) -> dict[str, str]:
@@ -147,7 +148,7 @@ def asked_in(path: str, tokenizer) -> tuple[list[Question], str]:
 
 def that_fit(questions: list[Question], answer: int, paths: dict[str, str]) -> tuple[list[Question], str]:
     """The questions that all models can read with an answer; and, if there are others, how many, in words."""
-    limits = {name: limit for name, path in paths.items() if (limit := context_of(path))}
+    limits = {name: limit for name, path in paths.items() if (limit := context_of(path, COMPARE))}
     name = min(limits, key=limits.get, default=None)
     if name is None:
         return questions, ""
@@ -224,25 +225,27 @@ def scored(name: str, rollout: "Rollout", tokenizer, reward, most: int) -> Answe
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
+def in_units(found: Sequence[Answers]) -> list[Answers]:
+    """Scores in standard deviations of the first model's, from its mean."""
+    first = found[0].scores
+    unit = max(float(first.std()), 1e-3) if len(first) > 1 else 1.0  # of a single score torch gives NaN
+    return [replace(one, scores=(one.scores - first.mean()) / unit) for one in found]
+
+
 def table(title: str, found: Sequence[Answers], left_out: str = "") -> Section:
     """Scores, and how often each model's answer is scored higher than the first one's."""
     first = found[0]
-    mean, unit = first.scores.mean(), scale(first)
     notes = [f"Scores are the reward model's, in standard deviations of {first.name}'s, from its mean. ± is one standard error."]
     if len(found) > 1:
         notes.append(
             f"Difference and better: against {first.name}'s answer to the same prompt, with the 95 % interval; a tie counts as half."
         )
     notes += [left_out] if left_out else []
-    return Section(title, header=HEADER, rows=[table_row(one, first, float(mean), unit) for one in found], notes=notes)
+    return Section(title, header=HEADER, rows=[table_row(one, first) for one in found], notes=notes)
 
 
-def scale(first: Answers) -> float:
-    """What counts as 1. Of a single prompt torch gives NaN."""
-    return max(float(first.scores.std()), 1e-3) if len(first.scores) > 1 else 1.0
-
-
-def table_row(one: Answers, first: Answers, mean: float, unit: float) -> list[str]:
+def table_row(one: Answers, first: Answers) -> list[str]:
+    from runner.stages.heldout import standard_error
     from runner.stages.pairs import wilson_interval
 
     n, margin = len(one.scores), one.scores - first.scores
@@ -250,22 +253,21 @@ def table_row(one: Answers, first: Answers, mean: float, unit: float) -> list[st
     low, high = wilson_interval(better, n)
 
     def mean_of(values: "torch.Tensor", sign: str = "") -> str:
-        return with_error(num(float(values.mean()) / unit, sign), float(values.std()) / unit / n**0.5 if n > 1 else None)
+        return with_error(num(float(values.mean()), sign), standard_error(values))
 
     against = (
         [mean_of(margin, "+"), f"{pct(better / n, digits=0)} ({100 * low:.0f} to {100 * high:.0f})"] if one is not first else ["-"] * 2
     )
-    return [one.name, mean_of(one.scores - mean), *against, num(float(one.lengths.mean())), pct(float(one.truncated.float().mean()))]
+    return [one.name, mean_of(one.scores), *against, num(float(one.lengths.mean())), pct(float(one.truncated.float().mean()))]
 
 
 def samples(prompts: list[str], found: Sequence[Answers]) -> list[Section]:
-    mean, unit = float(found[0].scores.mean()), scale(found[0])
     return [
         Section(
             f"Sample {n + 1}",
             intro=prompts[n],
             header=("model", "score", "answer"),
-            rows=[[one.name, num((float(one.scores[n]) - mean) / unit), one.texts[n]] for one in found],
+            rows=[[one.name, num(float(one.scores[n])), one.texts[n]] for one in found],
         )
         for n in range(min(SAMPLES, len(prompts)))
     ]

@@ -90,7 +90,7 @@ def load_actor(path: str, command: str):
     from runner.models.tokenizer import NoEos, check_template, load_tokenizer, set_template
 
     try:
-        if (_kind(path, command) or "").endswith("ForSequenceClassification"):
+        if _scores(_config(path, command)):
             raise UserError("it is a reward model or critic, which scores dialogues and writes none")
         try:
             tokenizer = load_tokenizer(path)
@@ -116,9 +116,10 @@ def load_reward(path: str, command: str):
     from runner.models.wrappers import Scalar
 
     try:
-        if not (_kind(path, command) or "").endswith("ForSequenceClassification"):
+        config = _config(path, command)
+        if not _scores(config):
             raise UserError("it is no reward model")
-        if "value_mean" in _config(path).to_dict():  # runner.stages.ppo.export_all writes it
+        if hasattr(config, "value_mean"):  # runner.stages.ppo.export_all writes it
             raise UserError("it is PPO's critic, whose values are in other units than scores")
         tokenizer = load_tokenizer(path)
         model = load_scalar(path, tokenizer, fresh_head=False, seed=0, dtype=dtype(), attention="auto", dropout=0.0)
@@ -158,28 +159,28 @@ def dtype():
     return "auto" if torch.cuda.is_available() else torch.float32
 
 
-def context_of(path: str) -> int | None:
+def context_of(path: str, command: str) -> int | None:
     """Tokens that a model reads at most; None without a limit, as with ALiBi. Also for what cannot be loaded: loading it says why."""
     from runner.model_folders import positions_of
 
     try:
-        return positions_of(_config(path).to_dict())
+        return positions_of(_config(path, command).to_dict())
     except Exception:  # the hub's, or of a broken file
         return None
 
 
-def _config(path: str):
+def _config(path: str, command: str):
     import transformers
 
-    return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-
-
-def _kind(path: str, command: str) -> str | None:
-    """The class that the checkpoint was saved from."""
     from runner.checks.trust import refuse_code
 
     refuse_code(path, None, remedy=f"load it with transformers yourself; {command} runs no code but its own")
-    return (_config(path).architectures or [None])[0]
+    return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def _scores(config) -> bool:
+    """Whether the checkpoint was saved from a classifier."""
+    return (config.architectures or [""])[0].endswith("ForSequenceClassification")
 
 
 def _cannot_load(path: str, error: Exception, otherwise: str) -> UserError:

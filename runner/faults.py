@@ -16,7 +16,8 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from runner.batch_sizes import micro_batch
-from runner.config.schema import Config, lower_rate
+from runner.config.rates import lower_rate
+from runner.config.schema import Config
 from runner.durable.manifest import steps_done
 from runner.forecast import fit
 from runner.plan import Step

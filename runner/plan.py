@@ -13,7 +13,8 @@ from pathlib import Path
 
 from runner.batch_sizes import accumulation
 from runner.checks.paths import is_local
-from runner.config.schema import ENGINES, PARENTS, SHARES, Config, Source, rate_key
+from runner.config.rates import rate_key
+from runner.config.schema import ENGINES, PARENTS, SHARES, Config, Source
 from runner.data.adapters import check_adapter
 from runner.data.sources import content_key, data_key, has_rows_for, sources_of
 from runner.deepspeed_config import check_raw

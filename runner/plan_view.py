@@ -3,12 +3,12 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from operator import attrgetter
 from pathlib import Path
 
 from runner.batch_sizes import accumulation, micro_batch, step_batch
 from runner.config.loading import read_yaml
-from runner.config.schema import ENGINES, PARTS, Config, lora_rate_key, rate_key
+from runner.config.rates import lora_rate_key, rate_key, typed_rates
+from runner.config.schema import ENGINES, PARTS, Config
 from runner.deepspeed_config import engine_configs
 from runner.durable.resume import forced
 from runner.formatting import print_columns, short
@@ -89,7 +89,7 @@ def without_effect(cfg: Config, stages: list[str]) -> Iterator[str]:
 def adapters(cfg: Config, stages: list[str], engine: str) -> str:
     """The learning rates of an engine's adapters, as they would be typed."""
     keys = [lora_rate_key(stage, engine) for stage in stages if engine in ENGINES[stage]]
-    return " and ".join(f"{key}={attrgetter(key)(cfg):g}" for key in keys)
+    return " and ".join(typed_rates(cfg, keys))
 
 
 def show_details(cfg: Config, steps: list[Step]) -> None:

@@ -85,13 +85,13 @@ def test_numbers_of_the_table_by_hand():
     first, second = (
         compare.Answers(n, ["", ""], torch.tensor(s), torch.tensor([4.0, 6.0]), flags) for n, s in (("a", [1.0, 3.0]), ("b", [2.0, 2.0]))
     )
-    rows = compare.table("title", [first, second]).rows
+    rows = compare.table("title", compare.in_units([first, second])).rows
     assert rows[0] == ["a", "0.00 ± 0.71", "-", "-", "5.00", "50.0 %"]
     assert rows[1] == ["b", "0.00", "+0.00 ± 0.71", "50 % (9 to 91)", "5.00", "50.0 %"]
     third = compare.Answers(
         "c", ["", ""], torch.tensor([1.0, 3.0 + 2 * 2**0.5]), torch.tensor([4.0, 6.0]), flags
     )  # a tie, and a better one
-    assert compare.table("title", [first, third]).rows[1][2:4] == ["+1.00 ± 1.00", "75 % (20 to 97)"]
+    assert compare.table("title", compare.in_units([first, third])).rows[1][2:4] == ["+1.00 ± 1.00", "75 % (20 to 97)"]
 
 
 def test_equal_models_give_equal_answers_whatever_the_batch(store, tmp_path, monkeypatch):

@@ -2,7 +2,8 @@
 
 import re
 
-from runner.config.schema import ENGINES, PARTS, STAGES, lora_rate_key, rate_key
+from runner.config.rates import lora_rate_key, rate_key
+from runner.config.schema import ENGINES, PARTS, STAGES
 
 # The end of a foreign key, what to type, and what should be known about it. {engine}, {part}, {rate} and {lora_rate} stand for each network
 # that the stage trains. Nothing to type: it does not exist here, and the last column says why

@@ -6,7 +6,6 @@ and for the workers.
 """
 
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 from runner.config import limits
@@ -26,16 +25,6 @@ def frozen_models(cfg: "Config", stage: str) -> tuple[str, ...]:
     """Models that a stage only reads, by their names in the hardware block. No ref where the actor without its adapters serves as one."""
     ref = () if cfg.model.actor.adapters_only else ("ref",)
     return {"dpo": ref, "ppo": (*ref, "reward")}.get(stage, ())
-
-
-def rate_key(stage: str, engine: str) -> str:
-    """The key of an engine's learning rate."""
-    return f"{stage}.{engine}_lr" if stage == "ppo" else f"{stage}.lr"
-
-
-def lora_rate_key(stage: str, engine: str) -> str:
-    """The key of the learning rate of an engine's adapters."""
-    return f"{stage}.{engine}_lora_lr" if stage == "ppo" else f"{stage}.lora_lr"
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -392,14 +381,3 @@ class Config:
     @property
     def time_limit_seconds(self) -> float | None:
         return None if self.time_limit is None else limits.seconds_of(self.time_limit)
-
-
-def lower_rate(cfg: Config, stage: str) -> str:
-    """Overrides for a tenth of the learning rate; the adapters' where only they train."""
-    keys = []
-    for engine in ENGINES[stage]:
-        if getattr(cfg.model, PARTS[engine]).lora.dim:
-            keys.append(lora_rate_key(stage, engine))
-        if engine == "critic" or not cfg.model.actor.adapters_only:  # a scalar head always trains in full
-            keys.append(rate_key(stage, engine))
-    return " ".join(f"{key}={attrgetter(key)(cfg) / 10:g}" for key in keys)

@@ -14,7 +14,8 @@ from statistics import median
 
 from rich.console import Console
 
-from runner.config.schema import PARENTS, STAGES, Model, lora_rate_key, rate_key
+from runner.config.rates import lora_rate_key, rate_key
+from runner.config.schema import PARENTS, STAGES, Model
 from runner.durable.resume import ORIGIN
 from runner.formatting import duration, num, pct, short, with_error
 from runner.plan import Step

@@ -4,12 +4,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from runner import engine as engines
 from runner import ranks
+from runner.batch_sizes import micro_positions, step_batch
 from runner.checks.paths import is_local
 from runner.config.schema import Config, Lora, ModelPart
+from runner.data.batches import Batches
 from runner.models.loading import load_causal, load_scalar
 from runner.models.lora import add_lora
 from runner.models.tokenizer import load_tokenizer
@@ -28,6 +31,12 @@ class Inputs:
     base: str | None  # initial weights of SFT and reward model
     data: str  # cache folder of the tokenised data
     ptx: str | None  # cache folder of the ptx mixture
+
+
+def batches_for(cfg: Config, stage: str, lengths: np.ndarray, packed: bool) -> Batches:
+    """This rank's micro batches of every optimizer step. lengths: of the rows; packed: see Wrapper.pads_nothing."""
+    ranked = {"world": ranks.world(), "rank": ranks.rank(), "seed": cfg.seed}
+    return Batches(lengths, step_batch(cfg, stage), micro_positions(cfg, stage), packed=packed, **ranked)
 
 
 def tokenizer_for(cfg: Config, part: ModelPart, path: str):

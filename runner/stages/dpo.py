@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from runner import engine, flops, ranks
-from runner.batch_sizes import micro_positions
 from runner.config.schema import Config
 from runner.data import cache
-from runner.data.batches import EMPTY, Batches, pick, preference_batch
+from runner.data.batches import EMPTY, pick, preference_batch
 from runner.deepspeed_config import engine_configs
 from runner.device import send
 from runner.durable.checkpoint import Checkpoints
@@ -25,7 +24,7 @@ from runner.metrics import RunLog
 from runner.models.packing import spread
 from runner.schedules import is_due, lr_share, warmup_steps
 from runner.stages import invariants
-from runner.stages.build import Inputs, load_actor, load_reference, tokenizer_for
+from runner.stages.build import Inputs, batches_for, load_actor, load_reference, tokenizer_for
 from runner.stages.export import export
 from runner.stages.pairs import averages, counted, evaluate_pairs, tally
 from runner.watch.finite import check_finite, numbered
@@ -49,8 +48,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     ref = load_reference(cfg, inputs.parents["sft"], tokenizer, configs.get("ref", {}), device)
     sizes = flops.matrix_sizes(wrapper.hf)
     ref_sizes = flops.matrix_sizes(ref.hf) if ref else replace(sizes, body=sizes.body - sizes.body_trained)  # without its adapters
-    share = {"world": ranks.world(), "rank": ranks.rank(), "packed": wrapper.pads_nothing}
-    batches = Batches(lengths, dpo.global_batch, micro_positions(cfg, "dpo"), seed=cfg.seed, **share)
+    batches = batches_for(cfg, "dpo", lengths, wrapper.pads_nothing)
     total = batches.steps(dpo.epochs, dpo.max_steps)
 
     # 3. Resume from the newest checkpoint, if there is one

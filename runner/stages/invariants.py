@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from runner import ranks
-from runner.config.schema import Config, lower_rate
+from runner.config.rates import lower_rate
+from runner.config.schema import Config
 from runner.durable.shards import shards, steps_taken
 from runner.errors import UserError
 from runner.losses import masked_mean

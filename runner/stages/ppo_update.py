@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from runner import engine, flops, ranks
-from runner.batch_sizes import micro_positions, step_batch
+from runner.batch_sizes import micro_positions
 from runner.config.schema import Config, Ppo
 from runner.data import cache
-from runner.data.batches import Batches, deal, loss_weights, pick, sft_batch
+from runner.data.batches import deal, loss_weights, pick, sft_batch
 from runner.device import send
 from runner.losses import policy_loss, sft_loss, value_loss
 from runner.rollout.collect import Models, response_logprobs, response_values
 from runner.rollout.record import Rollout
+from runner.stages.build import batches_for
 from runner.watch import stop
 
 # What every minibatch sums over its response tokens, and over the tokens of the mixture
@@ -32,8 +33,7 @@ class Mixture:
         self.pad = pad
         self.lengths, prompts = np.asarray(self.rows["length"]), np.asarray(self.rows["prompt_length"])
         self.weights = loss_weights(self.lengths, prompts, 0.0)
-        sizes, share = (step_batch(cfg, "ppo"), micro_positions(cfg, "ppo")), {"world": ranks.world(), "rank": ranks.rank()}
-        self.batches = Batches(self.lengths, *sizes, packed=packed, seed=cfg.seed, **share)
+        self.batches = batches_for(cfg, "ppo", self.lengths, packed)
 
     def at(self, number: int) -> tuple[list[dict], float]:
         """Micro batches of this rank for optimizer step `number`, and the tokens of the whole step."""

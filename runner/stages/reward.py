@@ -7,10 +7,9 @@ import numpy as np
 import torch
 
 from runner import engine, flops, ranks
-from runner.batch_sizes import micro_positions
 from runner.config.schema import Config
 from runner.data import cache
-from runner.data.batches import EMPTY, Batches, pair_batch, pick
+from runner.data.batches import EMPTY, pair_batch, pick
 from runner.deepspeed_config import engine_configs
 from runner.device import send
 from runner.durable.checkpoint import Checkpoints
@@ -18,7 +17,7 @@ from runner.losses import pairwise_loss
 from runner.metrics import RunLog
 from runner.schedules import is_due, lr_share, warmup_steps
 from runner.stages import invariants
-from runner.stages.build import Inputs, load_reward, tokenizer_for
+from runner.stages.build import Inputs, batches_for, load_reward, tokenizer_for
 from runner.stages.export import export
 from runner.stages.pairs import averages, counted, evaluate_pairs, tally
 from runner.watch.finite import check_finite, numbered
@@ -42,8 +41,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     )
     options = {"weight_decay": rm.weight_decay, "betas": rm.betas, "eps": rm.eps}
     model = engine.trainable(wrapper, ds_config, lr=rm.lr, lora_lr=rm.lora_lr, **options)
-    share = {"world": ranks.world(), "rank": ranks.rank(), "packed": wrapper.pads_nothing}
-    batches = Batches(lengths, rm.global_batch, micro_positions(cfg, "reward"), seed=cfg.seed, **share)
+    batches = batches_for(cfg, "reward", lengths, wrapper.pads_nothing)
     total = batches.steps(rm.epochs, rm.max_steps)
 
     # 3. Resume from the newest checkpoint, if there is one

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 
 from runner import engine, flops, ranks
-from runner.batch_sizes import micro_positions
 from runner.config.schema import Config
 from runner.data import cache
-from runner.data.batches import EMPTY, Batches, loss_weights, pick, sft_batch, shard, subset
+from runner.data.batches import EMPTY, loss_weights, pick, sft_batch, shard, subset
 from runner.deepspeed_config import engine_configs
 from runner.device import send
 from runner.durable.checkpoint import Checkpoints
@@ -19,7 +18,7 @@ from runner.losses import sft_loss
 from runner.metrics import RunLog
 from runner.schedules import is_due, lr_share, warmup_steps
 from runner.stages import invariants
-from runner.stages.build import Inputs, load_actor, tokenizer_for
+from runner.stages.build import Inputs, batches_for, load_actor, tokenizer_for
 from runner.stages.export import export
 from runner.watch.finite import check_finite, numbered
 
@@ -42,8 +41,7 @@ def train(cfg: Config, inputs: Inputs, log: RunLog, device: torch.device) -> Non
     wrapper = load_actor(cfg, inputs.base, tokenizer, ds_config, dropout=sft.dropout, lora=part.lora, checkpointing=checkpointing)
     options = {"weight_decay": sft.weight_decay, "betas": sft.betas, "eps": sft.eps}
     actor = engine.trainable(wrapper, ds_config, lr=sft.lr, lora_lr=sft.lora_lr, **options)
-    share = {"world": ranks.world(), "rank": ranks.rank(), "packed": wrapper.pads_nothing}
-    batches = Batches(lengths, sft.global_batch, micro_positions(cfg, "sft"), seed=cfg.seed, **share)
+    batches = batches_for(cfg, "sft", lengths, wrapper.pads_nothing)
     total = batches.steps(sft.epochs, sft.max_steps)
 
     # 3. Resume from the newest checkpoint, if there is one

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from runner import ranks
-from runner.config.schema import Config, lower_rate
+from runner.config.rates import lower_rate
+from runner.config.schema import Config
 from runner.errors import UserError
 
 
